@@ -1,0 +1,213 @@
+"""Embodiment: the contract of one robot, held by training, checkpoint, server and client alike.
+
+It says, in order and with units, what each number of a proprio or action vector means, its
+quantiles (which normalise it) and its hard limits (which the safety gate enforces), the control
+rate, the cameras and the gripper convention. Two contracts with the same fingerprint are
+interchangeable; two with different ones are refused with the names of the fields that differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+
+ACTION_FORMS = ("absolute", "delta", "velocity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """One camera: its name in the dataset and the size of its frames in pixels."""
+
+    name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """A named vector: what each of its numbers is, in order.
+
+    low, high: 1 % and 99 % quantiles of the training data; values are scaled so that these meet
+    the first and the last bin. minimum, maximum: limits that no valid value leaves.
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+
+    def __post_init__(self):
+        for field in ("names", "units", "low", "high", "minimum", "maximum"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if len(getattr(self, field)) != len(self.names):
+                raise EmbodimentError(
+                    f"{field} has {len(getattr(self, field))} entries for {len(self.names)} axes {list(self.names)}",
+                    fix=f"give one entry of {field} per axis",
+                )
+        for field in ("low", "high", "minimum", "maximum"):
+            if not all(math.isfinite(v) for v in getattr(self, field)):
+                raise EmbodimentError(f"{field} holds a number that is not finite: {getattr(self, field)}")
+        for low, high, name in zip(self.low, self.high, self.names, strict=True):
+            if high < low:
+                raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_values(
+        cls,
+        values: np.ndarray,
+        names: list[str] | tuple[str, ...] | None = None,
+        units: list[str] | tuple[str, ...] | None = None,
+        margin: float = 0.1,
+    ) -> Axes:
+        """Axes with the statistics of `values` (steps, axes).
+
+        margin: how far beyond the seen range, as a share of it, a value is still valid.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim != 2 or len(values) == 0:
+            raise EpisodeError(f"statistics need values of shape (steps, axes), got {values.shape}")
+        width = values.shape[1]
+        names = tuple(names) if names else tuple(f"axis_{i}" for i in range(width))
+        units = tuple(units) if units else ("unitless",) * width
+        low, high = np.quantile(values, [0.01, 0.99], axis=0)
+        minimum, maximum = values.min(0), values.max(0)
+        slack = margin * np.maximum(maximum - minimum, 1e-6)
+        clean = lambda v: tuple(float(np.float32(x)) for x in v)
+        return cls(
+            names=names,
+            units=units,
+            low=clean(low),
+            high=clean(high),
+            minimum=clean(minimum - slack),
+            maximum=clean(maximum + slack),
+        )
+
+    def check(self, values: np.ndarray, *, what: str, where: str) -> np.ndarray:
+        """Return `values` as float32 (steps, axes) after checking shape, finiteness and limits.
+
+        Raises: EpisodeError that names the axis, the step and the value.
+        """
+        values = np.asarray(values)
+        if values.ndim != 2 or values.shape[1] != len(self):
+            raise EpisodeError(
+                f"{where}: {what} has shape {values.shape}, expected (steps, {len(self)}) for axes {list(self.names)}"
+            )
+        if not np.issubdtype(values.dtype, np.number):
+            raise EpisodeError(f"{where}: {what} has dtype {values.dtype}, expected numbers")
+        bad = ~np.isfinite(values)
+        if bad.any():
+            step, axis = np.argwhere(bad)[0]
+            raise EpisodeError(f"{where}: {what} axis {self.names[axis]!r} is {values[step, axis]} at step {step}")
+        low, high = np.asarray(self.minimum) - 1e-5, np.asarray(self.maximum) + 1e-5
+        outside = (values < low) | (values > high)
+        if outside.any():
+            step, axis = np.argwhere(outside)[0]
+            raise EpisodeError(
+                f"{where}: {what} axis {self.names[axis]!r} is {values[step, axis]:.5g} at step {step}, outside "
+                f"[{self.minimum[axis]:.5g}, {self.maximum[axis]:.5g}] {self.units[axis]}",
+                fix="correct the data, or widen minimum/maximum in the embodiment if the value is real",
+            )
+        return values.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gripper:
+    """Which action axis is the gripper and which of its values mean open and closed."""
+
+    axis: str
+    open: float
+    closed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embodiment:
+    """The contract of one robot. Arrays that travel with it:
+
+    ==========================  ===================  ====================================
+    `observation.images.<cam>`  uint8 (H, W, 3)      RGB, one per camera, in `cameras` order
+    `observation.state`         float32 (proprio,)   proprio, in `proprio.names` order
+    `action`                    float32 (action,)    command of one control step
+    ==========================  ===================  ====================================
+    """
+
+    name: str
+    rate_hz: float
+    cameras: tuple[Camera, ...] = ()
+    proprio: Axes | None = None
+    action: Axes | None = None
+    action_form: str = "absolute"
+    gripper: Gripper | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        if not self.name:
+            raise EmbodimentError("an embodiment needs a name")
+        if not (math.isfinite(self.rate_hz) and self.rate_hz > 0):
+            raise EmbodimentError(f"{self.name}: rate_hz must be positive, got {self.rate_hz}")
+        if self.action_form not in ACTION_FORMS:
+            raise EmbodimentError(f"{self.name}: action_form is {self.action_form!r}", fix=f"use one of {ACTION_FORMS}")
+        if self.gripper and (self.action is None or self.gripper.axis not in self.action.names):
+            raise EmbodimentError(f"{self.name}: the gripper axis {self.gripper.axis!r} is not an action axis")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the canonical JSON of every field."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Embodiment:
+        """Raises: EmbodimentError for missing or unknown fields."""
+        try:
+            data = dict(data)
+            data["cameras"] = tuple(Camera(**camera) for camera in data.get("cameras") or ())
+            for field, kind in (("proprio", Axes), ("action", Axes), ("gripper", Gripper)):
+                if data.get(field) is not None:
+                    data[field] = kind(**data[field])
+            return cls(**data)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise EmbodimentError(f"not a valid embodiment: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Embodiment:
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise EmbodimentError(f"cannot read the embodiment {path}: {error}") from error
+        return cls.from_dict(data)
+
+    def differences(self, other: Embodiment) -> list[str]:
+        """The fields in which two contracts differ, as `field: mine, theirs`."""
+
+        def walk(prefix: str, mine: Any, theirs: Any) -> list[str]:
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                keys = sorted(set(mine) | set(theirs))
+                return [line for key in keys for line in walk(f"{prefix}{key}.", mine.get(key), theirs.get(key))]
+            return [] if mine == theirs else [f"{prefix[:-1]}: {mine} against {theirs}"]
+
+        return walk("", self.to_dict(), other.to_dict())
+
+    def require_same(self, other: Embodiment, *, mine: str, theirs: str) -> None:
+        """Raises: FingerprintError that names each differing field, when the contracts differ."""
+        if self.fingerprint != other.fingerprint:
+            lines = "; ".join(self.differences(other))
+            raise FingerprintError(f"embodiment {self.name!r} differs between {mine} and {theirs}: {lines}")

@@ -1,0 +1,115 @@
+"""Episode: what happened once, as named streams with their times. Any stream may be missing.
+
+Step `t` is one tick of the episode's clock: the images and the proprio observed at `t`, and the
+action executed from `t` to `t + 1`. Streams on disk are read when they are first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.errors import EpisodeError, did_you_mean
+
+IMAGE_PREFIX = "image."
+
+
+@dataclass
+class Stream:
+    """Values with a leading time axis, and the time of each in seconds since the episode began.
+
+    values: an array (steps, ...) or a function that returns one, called at most once.
+    """
+
+    values: np.ndarray | Callable[[], np.ndarray]
+    times: np.ndarray
+
+    def load(self) -> np.ndarray:
+        if callable(self.values):
+            self.values = np.asarray(self.values())
+        if len(self.values) != len(self.times):
+            raise EpisodeError(f"a stream holds {len(self.values)} values for {len(self.times)} times")
+        return self.values
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+@dataclass
+class Episode:
+    """One episode.
+
+    streams: `image.<camera>` uint8 (steps, H, W, 3) RGB; `proprio` float32 (steps, axes); `action`
+    float32 (steps, axes). texts: the instruction or caption, in one or more phrasings; plans: ways
+    to write the steps towards it. embodiment: the name of the robot, or None for video without one.
+    """
+
+    id: str
+    rate_hz: float
+    streams: dict[str, Stream]
+    texts: list[str] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)
+    embodiment: str | None = None
+    success: bool | None = None
+    source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.streams:
+            raise EpisodeError(f"episode {self.id!r} has no streams")
+        lengths = {name: len(stream) for name, stream in self.streams.items()}
+        if min(lengths.values()) == 0:
+            raise EpisodeError(f"episode {self.id!r} has an empty stream: {lengths}")
+        if len(set(lengths.values())) > 1:
+            raise EpisodeError(f"episode {self.id!r}: streams differ in length: {lengths}", fix="resample them first")
+
+    @classmethod
+    def from_arrays(
+        cls, id: str, rate_hz: float, arrays: dict[str, np.ndarray | Callable[[], np.ndarray]], length: int | None = None, **fields
+    ) -> Episode:
+        """An episode whose streams share one clock of `rate_hz` steps per second.
+
+        length: the number of steps; needed when every array is a function.
+        """
+        if length is None:
+            sizes = [len(a) for a in arrays.values() if not callable(a)]
+            if not sizes:
+                raise EpisodeError(f"episode {id!r}: the number of steps is unknown", fix="pass length=")
+            length = sizes[0]
+        times = np.arange(length, dtype=np.float64) / rate_hz
+        streams = {name: Stream(a, times if callable(a) else np.arange(len(a)) / rate_hz) for name, a in arrays.items()}
+        return cls(id=id, rate_hz=rate_hz, streams=streams, **fields)
+
+    @classmethod
+    def from_lerobot(cls, path: str | Path, index: int = 0) -> Episode:
+        """Episode `index` of the LeRobot v3 dataset at `path`."""
+        from mmseq.data.lerobot import LeRobotReader
+
+        return LeRobotReader(path)[index]
+
+    @classmethod
+    def from_video(cls, path: str | Path, *, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:
+        """A video file without actions, resampled to `rate_hz` frames per second (default: its own)."""
+        from mmseq.data.video import read_video_episode
+
+        return read_video_episode(path, texts=list(texts), rate_hz=rate_hz)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.streams.values())))
+
+    @property
+    def cameras(self) -> list[str]:
+        return [name.removeprefix(IMAGE_PREFIX) for name in self.streams if name.startswith(IMAGE_PREFIX)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The values of a stream, (steps, ...). Raises: EpisodeError for an unknown name."""
+        if name not in self.streams:
+            raise EpisodeError(f"episode {self.id!r} has no stream {name!r}: {did_you_mean(name, self.streams)}")
+        return self.streams[name].load()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.streams
