@@ -1,0 +1,127 @@
+"""Packing: several sequences in one row, no attention across them, nothing dropped or cropped.
+
+`pack` fills rows of a fixed number of tokens (best fit, longest first); `Batch` is what the model
+reads: the rows laid end to end as one flat line of tokens, and where each document begins.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mmseq.errors import ConfigError
+from mmseq.sequence import RANGES, TokenSequence
+from mmseq.vocabulary import Vocabulary
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Best-fit decreasing: rows of indices whose lengths sum to at most `row_tokens`.
+
+    Every index appears in exactly one row. The order of rows, and of indices in a row, is a
+    function of `lengths` alone. Raises: ConfigError when a sequence is longer than a row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if order and lengths[order[0]] > row_tokens:
+        raise ConfigError(
+            f"a sequence of {lengths[order[0]]} tokens does not fit into a row of {row_tokens}",
+            fix="raise data.row_tokens or shorten the task",
+        )
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for index in order:
+        need = lengths[index]
+        at = bisect.bisect_left(free, (need, -1))
+        if at == len(free):
+            rows.append([index])
+            row, left = len(rows) - 1, row_tokens - need
+        else:
+            left, row = free.pop(at)
+            rows[row].append(index)
+            left -= need
+        bisect.insort(free, (left, row))
+    return rows
+
+
+@dataclass
+class Batch:
+    """Packed rows as flat tensors. T tokens, M merged positions, P codes per merge, N targets.
+
+    ids, slots, positions (T,); patch_at (M,), patch_ids (M, P); lengths: tokens of each document
+    in order, padding last as documents of its own; targets by range: (at (N,), code (N,), document
+    task index (N,)). rows: how many rows the tokens came from.
+    """
+
+    ids: Int[Tensor, " T"]
+    slots: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    patch_at: Int[Tensor, " M"]
+    patch_ids: Int[Tensor, "M P"]
+    lengths: list[int]
+    targets: dict[str, tuple[Tensor, Tensor, Tensor]]
+    used_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = lambda t: t.to(device, non_blocking=True)
+        return Batch(
+            move(self.ids),
+            move(self.slots),
+            move(self.positions),
+            move(self.patch_at),
+            move(self.patch_ids),
+            self.lengths,
+            {name: tuple(move(t) for t in group) for name, group in self.targets.items()},  # type: ignore[misc]
+            self.used_tokens,
+        )
+
+
+def collate(
+    sequences: Sequence[TokenSequence], vocabulary: Vocabulary, *, tasks: Sequence[int] | None = None, pad_to: int | None = None
+) -> Batch:
+    """Lay sequences end to end. tasks: a task index per sequence, for the loss by task.
+
+    pad_to: total tokens; what is left becomes one padding document without targets.
+    """
+    tasks = tasks if tasks is not None else [0] * len(sequences)
+    lengths = [len(s) for s in sequences]
+    used = sum(lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = [s.ids for s in sequences]
+    slots = [s.slots for s in sequences]
+    positions = [np.arange(n, dtype=np.int64) for n in lengths]
+    if pad_to is not None and pad_to > used:
+        spare = pad_to - used
+        ids.append(np.full(spare, vocabulary.structure("<pad>"), dtype=np.int64))
+        slots.append(np.zeros(spare, dtype=np.int64))
+        positions.append(np.arange(spare, dtype=np.int64))
+        lengths.append(spare)
+    flat_ids = np.concatenate(ids)
+    at = np.concatenate([s.target_at + start for s, start in zip(sequences, starts)])
+    kind = np.concatenate([s.target_range for s in sequences])
+    task = np.repeat(np.asarray(tasks, dtype=np.int64), [len(s.target_at) for s in sequences])
+    targets = {}
+    for index, name in enumerate(RANGES):
+        chosen = kind == index
+        if chosen.any():
+            where = at[chosen]
+            codes = flat_ids[where + 1] - vocabulary.ranges[name].start
+            targets[name] = (torch.from_numpy(where), torch.from_numpy(codes), torch.from_numpy(task[chosen]))
+    return Batch(
+        ids=torch.from_numpy(flat_ids),
+        slots=torch.from_numpy(np.concatenate(slots)),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        patch_at=torch.from_numpy(np.concatenate([s.patch_at + start for s, start in zip(sequences, starts)])),
+        patch_ids=torch.from_numpy(np.concatenate([s.patch_ids for s in sequences])),
+        lengths=lengths,
+        targets=targets,
+        used_tokens=used,
+    )

@@ -1,0 +1,340 @@
+"""TokenSequence: one task filled with one episode's tokens, and the builder that makes it.
+
+    <bos> <embodiment>  header tokens...  header tokens...  <eos>
+
+A segment is a header (the stream's token; then, where it applies, the camera and the time offset)
+and its tokens. The header of a predicted segment is supplied by the task, also when decoding, so
+the model never guesses structure and every token it writes comes from one known range. Text ends
+with its tokenizer's end token, which lies in the text range.
+
+Given vision is merged: `merge` x `merge` neighbouring codes share one position. Predicted vision
+has one position per code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from mmseq.errors import TaskError
+from mmseq.tasks import END, SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
+from mmseq.vocabulary import RANGE_OF_STREAM, Vocabulary
+
+# Slots tell the model where inside its frame or vector a token lies, which RoPE alone teaches slowly.
+VISION_SLOTS = 256
+VECTOR_SLOTS = 256
+SLOTS = 1 + 2 * VISION_SLOTS + 2 * VECTOR_SLOTS  # none, vision codes, merged vision, action, proprio
+_FIRST_SLOT = {
+    "vision": 1,
+    "merged": 1 + VISION_SLOTS,
+    "action": 1 + 2 * VISION_SLOTS,
+    "proprio": 1 + 2 * VISION_SLOTS + VECTOR_SLOTS,
+}
+
+
+class TokenSource(Protocol):
+    """Tokens of one episode, as the tokenizers made them. Arrays hold codes, not vocabulary ids."""
+
+    rate_hz: float
+    embodiment: str | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def streams(self) -> Sequence[str]:
+        """`text`, `image.<camera>`, `action`, ...: what this episode can fill."""
+        ...
+
+    def text(self, stream: str, variant: int) -> np.ndarray:
+        """Text codes (length,) with the end token; `variant` picks a phrasing."""
+        ...
+
+    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
+        """Codes (frames, tokens per frame) of one camera."""
+        ...
+
+    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
+        """Codes (steps, axes) of `action` or `proprio`."""
+        ...
+
+    def scalar(self, stream: str, step: int) -> int:
+        """The code of `progress` or `success` at a step."""
+        ...
+
+
+@dataclass
+class SegmentSpan:
+    """Where a segment lies in its sequence: tokens start .. stop - 1, after the header."""
+
+    stream: str
+    predicted: bool
+    start: int
+    stop: int
+    step: int | None
+    camera: str | None = None
+
+
+@dataclass
+class TokenSequence:
+    """Ids of one document and what they are. L positions, M merged positions, P codes per merge.
+
+    ids (L,) int64; slots (L,) int64; patch_at (M,) positions of merged vision; patch_ids (M, P);
+    target_at (N,) positions whose *next* id is learned, and target_range (N,) its range by name
+    index into `RANGES`.
+    """
+
+    ids: np.ndarray
+    slots: np.ndarray
+    patch_at: np.ndarray
+    patch_ids: np.ndarray
+    target_at: np.ndarray
+    target_range: np.ndarray
+    segments: list[SegmentSpan] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+RANGES = ("text", "vision", "action", "proprio", "latent", "progress", "success")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What fixes the length of a sequence besides its task: the tokenizers' sizes and the merge."""
+
+    grid: tuple[int, int]
+    merge: int = 2
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def merged_tokens(self) -> int:
+        return self.frame_tokens // self.merge**2
+
+    def __post_init__(self):
+        if self.merge < 1 or self.grid[0] % self.merge or self.grid[1] % self.merge:
+            raise TaskError(f"merge {self.merge} does not divide the vision grid {self.grid}")
+        if self.frame_tokens > VISION_SLOTS:
+            raise TaskError(f"a frame has {self.frame_tokens} tokens, at most {VISION_SLOTS} are supported")
+
+
+class SequenceBuilder:
+    """Turns (task, tokens, now) into a TokenSequence, step by step, so that decoding can pause
+    after each header and continue with what the model wrote."""
+
+    def __init__(self, vocabulary: Vocabulary, layout: Layout, cameras: dict[str | None, Sequence[str]] | None = None):
+        """cameras: the cameras of each embodiment in order; others use the episode's own order."""
+        self.vocabulary = vocabulary
+        self.layout = layout
+        self.cameras = cameras or {}
+
+    def build(
+        self, task: Task, tokens: TokenSource, now: int, variant: int = 0, *, placed: Sequence[PlacedSegment] | None = None
+    ) -> TokenSequence:
+        """The whole sequence with its learning targets.
+
+        variant: which phrasing of each text. Raises: TaskError when the episode cannot fill it.
+        """
+        draft = Draft(self, tokens)
+        for segment in placed if placed is not None else task.place(tokens.rate_hz):
+            for camera in self.expand(segment, tokens):
+                draft.header(segment, camera)
+                draft.content(segment, camera, self.codes(segment, camera, tokens, now, variant), now)
+        return draft.finish()
+
+    def expand(self, segment: PlacedSegment, tokens: TokenSource) -> Sequence[str | None]:
+        """`image` is every camera of the embodiment, in its order."""
+        if segment.stream not in VISION_STREAMS:
+            return (None,)
+        present = [s.removeprefix("image.") for s in tokens.streams if s.startswith("image.")]
+        if segment.segment.camera:
+            if segment.segment.camera not in present:
+                raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {present}")
+            return (segment.segment.camera,)
+        known = [c for c in self.cameras.get(tokens.embodiment, present) if c in present]
+        if not known:
+            raise TaskError(f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}")
+        return known
+
+    def codes(self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int) -> np.ndarray:
+        """The tokenizer codes that fill a segment: (n,), (frames, tokens) or (steps, axes)."""
+        stream = segment.stream
+        if stream in TEXT_STREAMS:
+            return tokens.text(stream, variant)
+        if stream in VISION_STREAMS:
+            assert camera is not None
+            if stream == "demo":
+                return self._demo(tokens, camera, segment)
+            if segment.segment.offset == END:
+                return tokens.vision(camera, len(tokens) - 1, len(tokens))
+        assert segment.start is not None and segment.stop is not None
+        start, stop = now + segment.start, now + segment.stop
+        if start < 0 or stop > len(tokens):
+            raise TaskError(
+                f"{segment.segment} at step {now} needs steps {start} to {stop - 1} of an episode of {len(tokens)} steps"
+            )
+        if stream in VISION_STREAMS:
+            assert camera is not None
+            return tokens.vision(camera, start, stop)
+        if stream in VECTOR_STREAMS:
+            return tokens.vector(stream, start, stop)
+        if stream in SCALAR_STREAMS:
+            return np.array([tokens.scalar(stream, stop - 1)])
+        raise TaskError(f"{stream!r} has no tokenizer here: train a latent-action tokenizer first")
+
+    def _demo(self, tokens: TokenSource, camera: str, segment: PlacedSegment) -> np.ndarray:
+        assert segment.segment.length is not None
+        count = segment.segment.length.steps(tokens.rate_hz)
+        steps = np.linspace(0, len(tokens) - 1, count).round().astype(int)
+        return np.concatenate([tokens.vision(camera, int(s), int(s) + 1) for s in steps])
+
+
+class Draft:
+    """A sequence under construction."""
+
+    def __init__(self, builder: SequenceBuilder, tokens: TokenSource):
+        self.builder = builder
+        self.tokens = tokens
+        vocabulary = builder.vocabulary
+        self.ids: list[np.ndarray] = [
+            np.array([vocabulary.structure("<bos>"), vocabulary.embodiment(tokens.embodiment)], dtype=np.int64)
+        ]
+        self.slots: list[np.ndarray] = [np.zeros(2, dtype=np.int64)]
+        self.length = 2
+        self.patch_at: list[np.ndarray] = []
+        self.patch_ids: list[np.ndarray] = []
+        self.target_at: list[np.ndarray] = []
+        self.target_range: list[np.ndarray] = []
+        self.segments: list[SegmentSpan] = []
+
+    def _add(self, ids: np.ndarray, slots: np.ndarray) -> int:
+        start = self.length
+        self.ids.append(ids)
+        self.slots.append(slots)
+        self.length += len(ids)
+        return start
+
+    def header(self, segment: PlacedSegment, camera: str | None) -> np.ndarray:
+        """Add the header that a task supplies; returns its ids."""
+        ids = np.array(self.header_ids(segment, camera), dtype=np.int64)
+        self._add(ids, np.zeros(len(ids), dtype=np.int64))
+        return ids
+
+    def header_ids(self, segment: PlacedSegment, camera: str | None) -> list[int]:
+        vocabulary, tokens = self.builder.vocabulary, self.tokens
+        ids = [vocabulary.header(segment.stream)]
+        if camera is not None:
+            cameras = self.builder.cameras.get(tokens.embodiment, ())
+            if len(cameras) > 1:
+                ids.append(vocabulary.camera(list(cameras).index(camera)))
+        offset = segment.segment.offset
+        if offset == END:
+            ids.append(vocabulary.structure("<at_end>"))
+        elif offset is not None:
+            ids.append(vocabulary.time(offset.steps(tokens.rate_hz) / tokens.rate_hz))  # type: ignore[union-attr]
+        elif segment.stream == "video":
+            ids.append(vocabulary.time(1 / tokens.rate_hz))
+        return ids
+
+    def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray, now: int) -> None:
+        stream = segment.stream
+        range_name = RANGE_OF_STREAM[stream]
+        merged = range_name == "vision" and not segment.predicted and self.builder.layout.merge > 1
+        if merged:
+            start = self._merged(codes)
+        else:
+            ids = self.builder.vocabulary.encode(range_name, codes).reshape(-1)
+            start = self._add(ids, self.slots_for(range_name, codes.shape))
+        if segment.predicted:
+            self.target_at.append(np.arange(start - 1, self.length - 1))
+            self.target_range.append(np.full(self.length - start, RANGES.index(range_name)))
+        step = None if segment.start is None else now + segment.start
+        self.segments.append(SegmentSpan(stream, segment.predicted, start, self.length, step, camera))
+
+    def _merged(self, codes: np.ndarray) -> int:
+        layout = self.builder.layout
+        patches = merge_codes(codes, layout)  # (frames, positions, codes per position)
+        frames, positions, width = patches.shape
+        patch_token = self.builder.vocabulary.structure("<patch>")
+        slots = _FIRST_SLOT["merged"] + np.tile(np.arange(positions), frames)
+        start = self._add(np.full(frames * positions, patch_token, dtype=np.int64), slots)
+        self.patch_at.append(np.arange(start, self.length))
+        self.patch_ids.append(self.builder.vocabulary.encode("vision", patches).reshape(-1, width))
+        return start
+
+    @staticmethod
+    def slots_for(range_name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Slots of the tokens of a segment: the place in the frame, or in the chunk."""
+        count = int(np.prod(shape))
+        if range_name == "vision":
+            return _FIRST_SLOT["vision"] + np.arange(count) % shape[-1]
+        if range_name in VECTOR_STREAMS:
+            return _FIRST_SLOT[range_name] + np.arange(count) % VECTOR_SLOTS
+        return np.zeros(count, dtype=np.int64)
+
+    def finish(self, *, end: bool = True) -> TokenSequence:
+        """The arrays. end: close with `<eos>` (decoding leaves it out)."""
+        if end:
+            eos = np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64)
+            self._add(eos, np.zeros(1, dtype=np.int64))
+        width = self.builder.layout.merge**2
+        join = lambda parts, empty: np.concatenate(parts) if parts else empty
+        none = np.zeros(0, dtype=np.int64)
+        return TokenSequence(
+            ids=np.concatenate(self.ids),
+            slots=np.concatenate(self.slots),
+            patch_at=join(self.patch_at, none),
+            patch_ids=join(self.patch_ids, np.zeros((0, width), dtype=np.int64)),
+            target_at=join(self.target_at, none),
+            target_range=join(self.target_range, none),
+            segments=self.segments,
+        )
+
+
+def merge_codes(codes: np.ndarray, layout: Layout) -> np.ndarray:
+    """(frames, tokens) codes in raster order -> (frames, positions, merge * merge)."""
+    rows, columns = layout.grid
+    m = layout.merge
+    blocks = codes.reshape(-1, rows // m, m, columns // m, m).transpose(0, 1, 3, 2, 4)
+    return blocks.reshape(len(blocks), -1, m * m)
+
+
+def sequence_length(
+    placed: Sequence[PlacedSegment],
+    layout: Layout,
+    *,
+    rate_hz: float,
+    cameras: int,
+    axes: dict[str, int],
+    text_lengths: dict[str, int],
+) -> int:
+    """The length `SequenceBuilder.build` will give, from metadata alone (packing needs no data).
+
+    cameras: how many `image` stands for. axes: axes of `action` and `proprio`. text_lengths: tokens
+    of each text stream, its end token included.
+    """
+    total = 3  # <bos> <embodiment> ... <eos>
+    for p in placed:
+        segment = p.segment
+        timed = segment.offset is not None or segment.stream == "video"
+        if segment.stream in TEXT_STREAMS:
+            total += 1 + text_lengths[segment.stream]
+        elif segment.stream in VISION_STREAMS:
+            if segment.stream == "demo":
+                assert segment.length is not None
+                frames = segment.length.steps(rate_hz)
+            else:
+                frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
+            per_frame = layout.frame_tokens if segment.predicted else layout.merged_tokens
+            views = 1 if segment.camera else cameras
+            total += views * (1 + (cameras > 1) + timed + frames * per_frame)
+        elif segment.stream in VECTOR_STREAMS:
+            total += 1 + timed + (p.stop - p.start) * axes[segment.stream]  # type: ignore[operator]
+        else:
+            total += 2 + timed
+    return total

@@ -1,0 +1,202 @@
+"""Vocabulary: one id space for every modality, a contiguous range per tokenizer.
+
+Text comes first, so that a pretrained language model keeps its ids. Structural tokens, embodiment
+tokens and latent actions have spare ids, so that a new embodiment or stream needs no resize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmseq.errors import ConfigError, FingerprintError, did_you_mean
+from mmseq.tasks import STREAMS
+
+# Times are written as one token each, in seconds on a logarithmic scale: 10 ms to 100 s.
+TIME_TOKENS = 128
+TIME_MIN_S, TIME_MAX_S = 0.01, 100.0
+CAMERA_TOKENS = 16
+STRUCTURE_SIZE = 256
+EMBODIMENT_SLOTS = 64
+LATENT_SLOTS = 256
+
+STRUCTURE = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<patch>",  # a position that carries several merged vision codes
+    "<no_embodiment>",
+    "<at_end>",
+    *(f"<{stream}>" for stream in STREAMS),
+    *(f"<camera_{i}>" for i in range(CAMERA_TOKENS)),
+    *(f"<time_{i}>" for i in range(TIME_TOKENS)),
+)
+
+# Which range the tokens of a stream come from.
+RANGE_OF_STREAM = {
+    "text": "text",
+    "plan": "text",
+    "question": "text",
+    "answer": "text",
+    "image": "vision",
+    "video": "vision",
+    "demo": "vision",
+    "proprio": "proprio",
+    "action": "action",
+    "progress": "progress",
+    "success": "success",
+    "latent": "latent",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Ids start .. start + size - 1 belong to one tokenizer."""
+
+    name: str
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+
+class Vocabulary:
+    """The ranges in order, and the ids of structural and embodiment tokens.
+
+    Sizes are numbers of codes: `text` pieces, `vision` codes, `action` and `proprio` bins,
+    `progress` bins. embodiments: names in the order in which they were added.
+    """
+
+    def __init__(
+        self, *, text: int, vision: int, action: int, proprio: int, progress: int, embodiments: list[str] | None = None
+    ):
+        self.sizes = {"text": text, "vision": vision, "action": action, "proprio": proprio, "progress": progress}
+        for name, size in self.sizes.items():
+            if size < 1:
+                raise ConfigError(f"vocabulary: the range {name!r} has {size} ids")
+        order = [
+            ("text", text),
+            ("structure", STRUCTURE_SIZE),
+            ("embodiment", EMBODIMENT_SLOTS),
+            ("vision", vision),
+            ("action", action),
+            ("proprio", proprio),
+            ("latent", LATENT_SLOTS),
+            ("progress", progress),
+            ("success", 2),
+        ]
+        self.ranges: dict[str, Range] = {}
+        start = 0
+        for name, size in order:
+            self.ranges[name] = Range(name, start, size)
+            start += size
+        self.size = math.ceil(start / 64) * 64  # a multiple of 64 keeps matrix products fast
+        self.embodiments: list[str] = []
+        for name in embodiments or []:
+            self.add_embodiment(name)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def structure(self, token: str) -> int:
+        """The id of a structural token such as `<image>`."""
+        try:
+            return self.ranges["structure"].start + _STRUCTURE_INDEX[token]
+        except KeyError:
+            raise ConfigError(f"unknown structural token {token!r}: {did_you_mean(token, STRUCTURE)}") from None
+
+    def header(self, stream: str) -> int:
+        return self.structure(f"<{stream}>")
+
+    def time(self, seconds: float) -> int:
+        """The id for an offset of `seconds`, to the nearest 8 %."""
+        share = math.log(min(max(seconds, TIME_MIN_S), TIME_MAX_S) / TIME_MIN_S) / math.log(TIME_MAX_S / TIME_MIN_S)
+        return self.structure(f"<time_{round(share * (TIME_TOKENS - 1))}>")
+
+    def camera(self, index: int) -> int:
+        if index >= CAMERA_TOKENS:
+            raise ConfigError(f"camera number {index}: at most {CAMERA_TOKENS} cameras per embodiment")
+        return self.structure(f"<camera_{index}>")
+
+    def add_embodiment(self, name: str) -> int:
+        """Give `name` the next spare embodiment token (or return the one it has)."""
+        if name not in self.embodiments:
+            if len(self.embodiments) == EMBODIMENT_SLOTS:
+                raise ConfigError(f"no embodiment token is left for {name!r}: all {EMBODIMENT_SLOTS} are taken")
+            self.embodiments.append(name)
+        return self.embodiment(name)
+
+    def embodiment(self, name: str | None) -> int:
+        if name is None:
+            return self.structure("<no_embodiment>")
+        if name not in self.embodiments:
+            raise ConfigError(
+                f"embodiment {name!r} is not in the vocabulary: {did_you_mean(name, self.embodiments)}",
+                fix="train or fine-tune with a mix that contains it",
+            )
+        return self.ranges["embodiment"].start + self.embodiments.index(name)
+
+    def encode(self, range_name: str, codes: np.ndarray) -> np.ndarray:
+        """Ids of a tokenizer's own codes. Raises: ConfigError when a code is outside its range."""
+        ids = self.ranges[range_name]
+        codes = np.asarray(codes)
+        if codes.size and (codes.min() < 0 or codes.max() >= ids.size):
+            raise ConfigError(
+                f"{range_name} code {int(codes.max() if codes.max() >= ids.size else codes.min())} is outside "
+                f"0..{ids.size - 1}: tokens and vocabulary do not belong together"
+            )
+        return codes.astype(np.int64) + ids.start
+
+    def decode(self, range_name: str, ids: np.ndarray) -> np.ndarray:
+        """The tokenizer's own codes of ids. Raises: ConfigError when an id is of another range."""
+        ids = np.asarray(ids, dtype=np.int64)
+        codes = ids - self.ranges[range_name].start
+        if codes.size and (codes.min() < 0 or codes.max() >= self.ranges[range_name].size):
+            raise ConfigError(f"an id outside the {range_name} range: {int(ids.min())}..{int(ids.max())}")
+        return codes
+
+    def range_of(self, token_id: int) -> str | None:
+        """The name of the range an id belongs to; None for padding at the end."""
+        return next((r.name for r in self.ranges.values() if r.start <= token_id < r.stop), None)
+
+    def describe(self, token_id: int) -> str:
+        """A readable name of one id, for `preview` and `inspect`."""
+        name = self.range_of(token_id)
+        if name is None:
+            return f"<unused {token_id}>"
+        index = token_id - self.ranges[name].start
+        if name == "structure":
+            return STRUCTURE[index] if index < len(STRUCTURE) else f"<spare {index}>"
+        if name == "embodiment":
+            return f"<{self.embodiments[index]}>" if index < len(self.embodiments) else f"<spare embodiment {index}>"
+        return f"{name}:{index}"
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict:
+        return {**self.sizes, "embodiments": list(self.embodiments)}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Vocabulary:
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ConfigError(f"not a valid vocabulary: {error}") from error
+
+    def require_same_ranges(self, other: Vocabulary, *, mine: str, theirs: str) -> None:
+        """Raises: FingerprintError naming the ranges whose sizes differ."""
+        wrong = [f"{k}: {v} against {other.sizes[k]}" for k, v in self.sizes.items() if other.sizes[k] != v]
+        if wrong:
+            raise FingerprintError(f"the vocabulary of {mine} differs from that of {theirs}: {'; '.join(wrong)}")
+
+
+_STRUCTURE_INDEX = {token: index for index, token in enumerate(STRUCTURE)}
+assert len(STRUCTURE) <= STRUCTURE_SIZE
