@@ -69,14 +69,17 @@ def encode_member(extension: str, value: Any) -> bytes:
     if kind == "npy":
         array = np.asarray(value)
         if array.dtype.hasobject:
-            raise DataError(f"member {extension!r} has dtype object", fix="give an array of numbers or fixed-width text")
+            raise DataError(
+                f"member {extension!r} has dtype object", fix="give an array of numbers or fixed-width text"
+            )
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, array, allow_pickle=False)
         return buffer.getvalue()
     if kind == "txt" and isinstance(value, str):
         return value.encode()
     raise DataError(
-        f"member {extension!r} cannot hold a {type(value).__name__}", fix="end its name in .json, .npy or .txt, or give bytes"
+        f"member {extension!r} cannot hold a {type(value).__name__}",
+        fix="end its name in .json, .npy or .txt, or give bytes",
     )
 
 
@@ -197,7 +200,9 @@ class ShardWriter:
         if not self._overwrite:
             raise DataError(f"{self.directory} exists already", fix="choose another directory, or pass overwrite=True")
         if not (self.directory / "manifest.json").is_file():
-            raise DataError(f"{self.directory} exists and holds no shards, so it is not replaced", fix="remove it yourself")
+            raise DataError(
+                f"{self.directory} exists and holds no shards, so it is not replaced", fix="remove it yourself"
+            )
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -258,7 +263,7 @@ class ShardWriter:
     def add_file(self, name: str, data: bytes) -> None:
         """A file of its own in the directory, with its checksum in the manifest: `embodiments/arm.json`."""
         path = self.partial / name
-        if path.is_absolute() and not path.is_relative_to(self.partial) or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{name!r} lies outside the shard directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -334,14 +339,20 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():
         partial = directory.with_name(directory.name + ".partial")
-        hint = "the writer did not finish: run it again" if partial.exists() else "write them with mmseq data import or tokenize"
+        hint = (
+            "the writer did not finish: run it again"
+            if partial.exists()
+            else "write them with mmseq data import or tokenize"
+        )
         raise DataError(f"{directory} holds no shards (no manifest.json)", fix=hint)
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is corrupt: {error}", fix=_RESTORE) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not a manifest of {FORMAT}", fix="write the shards with mmseq data import or tokenize")
+        raise DataError(
+            f"{path} is not a manifest of {FORMAT}", fix="write the shards with mmseq data import or tokenize"
+        )
     if manifest.get("version") != VERSION:
         raise DataError(
             f"{path} has format version {manifest.get('version')!r}, this mmseq reads {VERSION}",
@@ -370,7 +381,9 @@ class ShardReader:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         if kind is not None and self.manifest["kind"] != kind:
-            raise DataError(f"{self.directory} holds {self.manifest['kind']}, expected {kind}", fix=f"give a directory of {kind}")
+            raise DataError(
+                f"{self.directory} holds {self.manifest['kind']}, expected {kind}", fix=f"give a directory of {kind}"
+            )
         self._names = [shard["name"] for shard in self.manifest["shards"]]
         self._bytes = [int(shard["bytes"]) for shard in self.manifest["shards"]]
         for name, size in zip(self._names, self._bytes, strict=True):
@@ -390,7 +403,9 @@ class ShardReader:
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"the index {path} cannot be read: {error}", fix=_RESTORE) from error
         if len(table) != self.manifest["samples"]:
-            raise DataError(f"the index {path} has {len(table)} samples, the manifest {self.manifest['samples']}", fix=_RESTORE)
+            raise DataError(
+                f"the index {path} has {len(table)} samples, the manifest {self.manifest['samples']}", fix=_RESTORE
+            )
         table = table.combine_chunks()
         column = lambda name: table.column(name).combine_chunks()
         self._key = column("key")

@@ -71,14 +71,18 @@ class VideoDecoder:
         try:
             self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise DataError(f"video {self.name} cannot be opened, it is truncated or no video: {error}", fix=_REPLACE) from error
+            raise DataError(
+                f"video {self.name} cannot be opened, it is truncated or no video: {error}", fix=_REPLACE
+            ) from error
         if not self._container.streams.video:
             self._container.close()
             raise DataError(f"{self.name} holds no video stream", fix="take the file out of the dataset")
         self._stream = self._container.streams.video[0]
         self._reformatter = VideoReformatter()  # keeps its conversion context from frame to frame
         small = self._stream.width * self._stream.height <= 256 * 256
-        self._stream.thread_type = "SLICE" if small else "AUTO"  # frame threads cost more than they gain on small frames
+        self._stream.thread_type = (
+            "SLICE" if small else "AUTO"
+        )  # frame threads cost more than they gain on small frames
         if small:
             self._stream.codec_context.thread_count = 1
         self._frames: Iterator[av.VideoFrame] | None = None
@@ -301,7 +305,14 @@ def _encode(target: Any, frames: Iterable[np.ndarray], rate_hz: float, crf: floa
     count = 0
     with av.open(target, "w", format="mp4") as container:
         # no B-frames, so that decoding order is time order; a key frame at least every 32 frames, for seeks
-        options = {"crf": f"{crf:g}", "preset": "veryfast", "bf": "0", "g": "32", "tune": "psnr", "x264-params": "log-level=none"}
+        options = {
+            "crf": f"{crf:g}",
+            "preset": "veryfast",
+            "bf": "0",
+            "g": "32",
+            "tune": "psnr",
+            "x264-params": "log-level=none",
+        }
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.pix_fmt = "yuv444p"  # full-resolution colour, and any width and height
         stream.codec_context.time_base = 1 / rate
@@ -309,7 +320,9 @@ def _encode(target: Any, frames: Iterable[np.ndarray], rate_hz: float, crf: floa
         for image in frames:
             image = np.ascontiguousarray(image)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise DataError(f"frame {count} has shape {image.shape} and dtype {image.dtype}, expected uint8 (H, W, 3)")
+                raise DataError(
+                    f"frame {count} has shape {image.shape} and dtype {image.dtype}, expected uint8 (H, W, 3)"
+                )
             if count == 0:
                 stream.height, stream.width = image.shape[:2]
                 if stream.height * stream.width <= 256 * 256:
@@ -423,13 +436,15 @@ class VideoFolderReader:
             except ValueError as error:
                 raise DataError(f"{where} is not JSON: {error}", fix="correct or delete the line") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-                raise DataError(f"{where} has no \"file\"", fix='write {"file": "a.mp4", "caption": "..."}')
+                raise DataError(f'{where} has no "file"', fix='write {"file": "a.mp4", "caption": "..."}')
             for key, kind in (("caption", str), ("plan", str), ("captions", list)):
                 value = entry.get(key)
                 if value is not None and not (
                     isinstance(value, kind) and (kind is str or all(isinstance(v, str) for v in value))
                 ):
-                    raise DataError(f"{where}: {key!r} is {value!r}", fix=f"give a {'list of texts' if kind is list else 'text'}")
+                    raise DataError(
+                        f"{where}: {key!r} is {value!r}", fix=f"give a {'list of texts' if kind is list else 'text'}"
+                    )
             if entry["file"] not in known:
                 raise DataError(
                     f"{where} names {entry['file']!r}, which is not in {self.path} ({did_you_mean(entry['file'], known)[:200]})",
