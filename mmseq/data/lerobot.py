@@ -374,7 +374,7 @@ class LeRobotReader:
             raise DataError(
                 f"{self.path}: {feature} has shape {shape}, expected height, width and channels", fix=_REFETCH
             )
-        first = names and str(names[0]).startswith("channel") or shape[0] in (1, 3) and shape[2] not in (1, 3)
+        first = (names and str(names[0]).startswith("channel")) or (shape[0] in (1, 3) and shape[2] not in (1, 3))
         return (shape[1], shape[2]) if first else (shape[0], shape[1])
 
     def _infer(self) -> Embodiment:

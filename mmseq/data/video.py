@@ -300,6 +300,18 @@ def read_frames(source: str | Path | bytes, indices: Sequence[int] | np.ndarray 
     return np.stack([frames[i] for i in np.argsort(order)])
 
 
+def decode_video(data: bytes, length: int | None = None, name: str = "video") -> np.ndarray:
+    """Every frame of an mp4 in memory, uint8 (N, H, W, 3).
+
+    length: how many there must be. name: what errors call it. Raises: DataError for a broken file.
+    """
+    with VideoDecoder(data, name) as decoder:
+        frames = list(decoder.all_frames())
+    if not frames or (length is not None and len(frames) != length):
+        raise DataError(f"video {name} is corrupt: {len(frames)} of {length or 'its'} frames decode", fix=_REPLACE)
+    return np.stack(frames)
+
+
 def _encode(target: Any, frames: Iterable[np.ndarray], rate_hz: float, crf: float) -> int:
     rate = Fraction(rate_hz).limit_denominator(1001)
     count = 0
@@ -468,6 +480,9 @@ class VideoFolderReader:
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(len(self)))
+
+    def embodiment(self) -> None:
+        """Video without a robot has none."""
 
     def frames(self, index: int, camera: str = "main") -> Iterator[np.ndarray]:
         """The frames of episode `index` one at a time, uint8 (H, W, 3), in bounded memory."""
