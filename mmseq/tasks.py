@@ -217,8 +217,6 @@ class Task:
             if segment.stream in VISION_STREAMS:
                 wanted = f"image.{segment.camera}" if segment.camera else "image"
                 present = wanted in streams if segment.camera else bool(images)
-            elif segment.stream == "progress":
-                wanted, present = "progress", "success" in streams
             else:
                 wanted, present = segment.stream, segment.stream in streams
             if not present and wanted not in lacking:

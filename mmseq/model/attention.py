@@ -1,0 +1,191 @@
+"""Causal attention inside each document of a packed line of tokens, by several backends that agree.
+
+- `document`  the reference and the CPU path: documents of similar length are gathered into one
+              padded block and multiplied there. Padding comes last, so the causal mask hides it.
+- `sdpa`      the same blocks through torch's scaled_dot_product_attention.
+- `flex`      torch FlexAttention with a document mask (GPU, compiled).
+- `flash`     flash-attn's variable-length kernel (GPU, when the package imports).
+
+Axes: T tokens, H query heads, G key/value heads, K head size, N documents in a block, L its length.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmseq.errors import ConfigError, DependencyError
+
+BACKENDS = ("document", "sdpa", "flex", "flash")
+_BUCKET = 16  # documents whose lengths agree up to this many tokens share a block
+
+
+@dataclass
+class Block:
+    """Documents of similar length: where their tokens are in the line, and back."""
+
+    gather: Int[Tensor, "N L"]
+    keep: Int[Tensor, " kept"]  # flat N * L indices of real tokens
+    put: Int[Tensor, " kept"]  # where those belong in the line
+
+
+@dataclass
+class Documents:
+    """The document structure of one batch, prepared once for all layers."""
+
+    lengths: list[int]
+    device: torch.device
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        groups: dict[int, list[tuple[int, int]]] = {}
+        start = 0
+        for length in self.lengths:
+            groups.setdefault(-(-length // _BUCKET), []).append((start, length))
+            start += length
+        blocks = []
+        for members in groups.values():
+            starts = torch.tensor([s for s, _ in members])
+            lengths = torch.tensor([n for _, n in members])
+            place = torch.arange(int(lengths.max()))
+            gather = starts[:, None] + torch.minimum(place[None], lengths[:, None] - 1)
+            keep = (place[None] < lengths[:, None]).flatten().nonzero().flatten()
+            put = gather.flatten()[keep]
+            blocks.append(Block(gather.to(self.device), keep.to(self.device), put.to(self.device)))
+        return blocks
+
+    @functools.cached_property
+    def order(self) -> Int[Tensor, " T"]:
+        """For each token of the line, its place in the blocks' real tokens laid end to end."""
+        put = torch.cat([b.put for b in self.blocks])
+        order = torch.empty_like(put)
+        order[put] = torch.arange(len(put), device=self.device)
+        return order
+
+    @functools.cached_property
+    def boundaries(self) -> Int[Tensor, " N1"]:
+        """cu_seqlens: int32, 0 and the running sum of lengths."""
+        total = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return total.to(self.device)
+
+    @functools.cached_property
+    def document_of_token(self) -> Int[Tensor, " T"]:
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
+
+    @functools.cached_property
+    def flex_mask(self):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        document = self.document_of_token
+
+        def mask(b, h, q, k):
+            return (q >= k) & (document[q] == document[k])
+
+        size = len(document)
+        return create_block_mask(mask, None, None, size, size, device=str(self.device))
+
+
+def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
+    """The backend that will run and why.
+
+    Raises: ConfigError for an unknown name, DependencyError when the requested one cannot run.
+    """
+    kind = torch.device(device).type
+    if requested == "auto":
+        if kind == "cpu":
+            return "document", "CPU: batched matrix products beat scaled_dot_product_attention in bf16"
+        if _flash_attention() is not None:
+            return "flash", "flash-attn imports"
+        return "flex", "flash-attn is not installed; FlexAttention is part of torch"
+    if requested not in BACKENDS:
+        raise ConfigError(f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}")
+    if requested == "flash" and (kind == "cpu" or _flash_attention() is None):
+        raise DependencyError(
+            "the flash attention backend needs a GPU and the flash-attn package",
+            fix="install it with: pip install 'mmseq[flash]', or set model.attention=auto",
+        )
+    return requested, "requested"
+
+
+@functools.cache
+def _flash_attention():
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        return flash_attn_varlen_func
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _flex_attention(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def attend(
+    q_THK: Float[Tensor, "T H K"],
+    k_TGK: Float[Tensor, "T G K"],
+    v_TGK: Float[Tensor, "T G K"],
+    documents: Documents,
+    backend: str = "document",
+) -> Float[Tensor, "T H K"]:
+    """Causal attention within each document."""
+    if backend == "flash":
+        function = _flash_attention()
+        assert function is not None
+        longest = max(documents.lengths)
+        bounds = documents.boundaries
+        return function(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, causal=True)
+    if backend == "flex":
+        run = _flex_attention(q_THK.is_cuda)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+        out = run(q, k, v, block_mask=documents.flex_mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+    inner = _matmul_attention if backend == "document" else _sdpa_attention
+    parts = []
+    T, H, K = q_THK.shape
+    for block in documents.blocks:
+        N, L = block.gather.shape
+        index = block.gather.flatten()
+        q, k, v = (x.index_select(0, index).view(N, L, -1, K).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+        out = inner(q, k, v).transpose(1, 2).reshape(N * L, H, K)
+        parts.append(out if len(block.keep) == N * L else out.index_select(0, block.keep))
+    return torch.cat(parts).index_select(0, documents.order)
+
+
+def _matmul_attention(q_NHLK: Tensor, k_NGLK: Tensor, v_NGLK: Tensor) -> Tensor:
+    k_NHLK, v_NHLK = (repeat_heads(x, q_NHLK.shape[1]) for x in (k_NGLK, v_NGLK))
+    L = q_NHLK.shape[2]
+    scores = (q_NHLK * (1 / math.sqrt(q_NHLK.shape[3]))) @ k_NHLK.transpose(-1, -2)
+    scores = scores + _causal_bias(L, scores.dtype, scores.device)
+    return scores.softmax(-1) @ v_NHLK
+
+
+def _sdpa_attention(q_NHLK: Tensor, k_NGLK: Tensor, v_NGLK: Tensor) -> Tensor:
+    grouped = q_NHLK.shape[1] != k_NGLK.shape[1]
+    return F.scaled_dot_product_attention(q_NHLK, k_NGLK, v_NGLK, is_causal=True, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=256)
+def _causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
+
+
+def repeat_heads(x_NGLK: Tensor, heads: int) -> Tensor:
+    """Repeat key/value heads so that each query head has its own."""
+    groups = x_NGLK.shape[1]
+    return x_NGLK if groups == heads else x_NGLK.repeat_interleave(heads // groups, dim=1)
+
+
+def documents_of(lengths: Sequence[int], device: torch.device | str) -> Documents:
+    return Documents(list(lengths), torch.device(device))

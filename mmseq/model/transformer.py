@@ -1,0 +1,246 @@
+"""The transformer: decoder-only, RMSNorm, RoPE, SwiGLU, grouped-query attention, QK-norm.
+
+Two ways through the same weights: `forward` over a packed line of tokens (training, T axis) and
+`extend` over a static key/value cache (decoding, B x S axes). Block for block it is Qwen3's layout,
+so weights map to and from Hugging Face checkpoints.
+
+Axes: T packed tokens, B sequences, S new tokens of each, D width, H query heads, G key/value
+heads, K head size, C cache length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmseq.errors import ConfigError
+from mmseq.model.attention import Documents, attend, repeat_heads
+from mmseq.sequence import SLOTS
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Size and form of the transformer. kv_heads: key/value heads, `heads` must be a multiple.
+
+    mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
+    frame or chunk; off for weights that start from or go to a language model.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_size: int = 32
+    mlp: int = 384
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    slot_embeddings: bool = True
+    merge: int = 2
+    vocabulary: int = 0  # filled from the tokenizers
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+    z_loss: float = 1e-4
+
+    def check(self) -> None:
+        """Raises: ConfigError naming the field."""
+        for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+        if self.head_size % 2:
+            raise ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def rope_table(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., 1, K / 2) for positions (...), with a head axis to broadcast over."""
+    frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    angle = positions.float()[..., None, None] * frequencies
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) in the half-split layout that Hugging Face uses."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@dataclass
+class Cache:
+    """Static key/value cache of B sequences, C positions each. A token's place is its position."""
+
+    keys: list[Tensor]  # per layer (B, G, C, K)
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, length: int, *, dtype: torch.dtype, device: torch.device | str) -> Cache:
+        make = lambda: torch.zeros(batch, config.kv_heads, length, config.head_size, dtype=dtype, device=device)
+        return cls([make() for _ in range(config.layers)], [make() for _ in range(config.layers)])
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        H, G, K = config.heads, config.kv_heads, config.head_size
+        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=False)
+        self.out = nn.Linear(H * K, config.width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(K, config.norm_eps)
+            self.k_norm = RMSNorm(K, config.norm_eps)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> q (..., H, K), k and v (..., G, K), normed and rotated."""
+        c = self.config
+        q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_size)).split([c.heads, c.kv_heads, c.kv_heads], dim=-2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents: Documents, backend: str) -> Tensor:
+        q, k, v = self.project(x_TD, cos, sin)
+        return self.out(attend(q, k, v, documents, backend).flatten(-2))
+
+    def extend(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        q_BSHK, k_BSGK, v_BSGK = self.project(x_BSD, cos, sin)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        keys[rows, :, at] = k_BSGK
+        values[rows, :, at] = v_BSGK
+        C = mask.shape[-1]
+        heads = self.config.heads
+        k, v = repeat_heads(keys[:, :, :C], heads), repeat_heads(values[:, :, :C], heads)
+        out = F.scaled_dot_product_attention(q_BSHK.transpose(1, 2), k, v, attn_mask=mask[:, None])
+        return self.out(out.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020); gate and up are one matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp, bias=False)
+        self.down = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents, backend: str) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, documents, backend)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention.extend(self.attention_norm(x), cos, sin, keys, values, at, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states; the output matrix is `output_weight`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary, config.width)
+        if config.slot_embeddings:
+            self.slots = nn.Embedding(SLOTS, config.width)
+        if config.merge > 1:
+            self.merge = nn.Linear(config.merge**2 * config.width, config.width, bias=False)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    def initialise(self, seed: int) -> None:
+        """Normal weights; residual outputs are scaled down by depth (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.dim() < 2:
+                    continue
+                if name.startswith("slots"):
+                    std = 0.02
+                elif name.startswith(("embed", "head")):
+                    std = 1 / math.sqrt(self.config.width) if name.startswith("head") else 0.02 * math.sqrt(2)
+                else:
+                    std = 1 / math.sqrt(p.shape[1])
+                if name.endswith(("out.weight", "down.weight")):
+                    std /= math.sqrt(2 * self.config.layers)
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+    def inputs(self, ids: Tensor, slots: Tensor, patch_at: Tensor, patch_ids: Tensor) -> Tensor:
+        """Input vectors (T, D): token embeddings, merged vision in its places, slot vectors."""
+        x = self.embed(ids)
+        if self.config.merge > 1 and len(patch_at):
+            merged = self.merge(self.embed(patch_ids).flatten(-2))
+            x = x.index_copy(0, patch_at, merged.to(x.dtype))
+        return x + self.slots(slots) if self.config.slot_embeddings else x
+
+    def forward(
+        self,
+        ids: Int[Tensor, " T"],
+        slots: Int[Tensor, " T"],
+        positions: Int[Tensor, " T"],
+        patch_at: Int[Tensor, " M"],
+        patch_ids: Int[Tensor, "M P"],
+        documents: Documents,
+        backend: str = "document",
+    ) -> Float[Tensor, "T D"]:
+        """Hidden states after the last norm, attention within each document."""
+        x = self.inputs(ids, slots, patch_at, patch_ids)
+        cos, sin = rope_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
+        for layer in self.layers:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, documents, backend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, documents, backend)
+        return self.norm(x)
+
+    def extend(self, x_BSD: Tensor, positions_BS: Tensor, cache: Cache, longest: int) -> Float[Tensor, "B S D"]:
+        """Hidden states of new tokens given the cache, which they are added to.
+
+        Each token sees the cache up to its own position, so sequences of different lengths can
+        share a batch: what lies beyond is padding that later tokens overwrite.
+        longest: one more than the largest position.
+        """
+        cos, sin = rope_table(positions_BS, self.config.head_size, self.config.rope_theta, x_BSD.dtype)
+        mask = torch.arange(longest, device=x_BSD.device)[None, None] <= positions_BS[:, :, None]
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values):
+            x_BSD = layer.extend(x_BSD, cos, sin, keys, values, positions_BS, mask)  # type: ignore[operator]
+        return self.norm(x_BSD)

@@ -1,0 +1,60 @@
+"""Continuous values as tokens: quantile normalisation from the embodiment, then uniform bins.
+
+The first bin's value is the low quantile itself and the last bin's the high one, so a saturated
+command (a gripper fully closed) survives exactly. Tokens of a chunk are laid out in time order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmseq.embodiment import Axes
+from mmseq.errors import ConfigError
+
+
+class BinTokenizer:
+    """`bins` values per axis. Works for any robot: the axes come with each call."""
+
+    def __init__(self, bins: int = 64):
+        if not 2 <= bins <= 65536:
+            raise ConfigError(f"bins must be between 2 and 65536, got {bins}")
+        self.bins = bins
+
+    def encode(self, values: np.ndarray, axes: Axes) -> np.ndarray:
+        """float (steps, axes) -> int64 codes (steps, axes); beyond the quantiles goes to the end bins."""
+        low, span = _scale(axes)
+        share = (np.asarray(values, dtype=np.float64) - low) / span
+        return np.clip(np.rint(share * (self.bins - 1)), 0, self.bins - 1).astype(np.int64)
+
+    def decode(self, codes: np.ndarray, axes: Axes) -> np.ndarray:
+        """Codes (steps, axes) -> float32 values in the units of the axes."""
+        codes = np.asarray(codes)
+        if codes.size and (codes.min() < 0 or codes.max() >= self.bins):
+            raise ConfigError(f"bin {int(codes.max())} is outside 0..{self.bins - 1}")
+        low, span = _scale(axes)
+        return (low + codes / (self.bins - 1) * span).astype(np.float32)
+
+    def error(self, values: np.ndarray, axes: Axes) -> np.ndarray:
+        """Mean absolute round-trip error per axis, in the units of the axis."""
+        return np.abs(self.decode(self.encode(values, axes), axes) - values).mean(0)
+
+
+def _scale(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
+    low = np.asarray(axes.low, dtype=np.float64)
+    span = np.asarray(axes.high, dtype=np.float64) - low
+    return low, np.where(span > 1e-8, span, 1.0)  # an axis that never moves keeps its one value
+
+
+class ScalarTokenizer:
+    """Values in 0..1 (progress) as `bins` uniform tokens."""
+
+    def __init__(self, bins: int = 32):
+        if bins < 2:
+            raise ConfigError(f"bins must be at least 2, got {bins}")
+        self.bins = bins
+
+    def encode(self, value: float) -> int:
+        return int(np.clip(round(value * (self.bins - 1)), 0, self.bins - 1))
+
+    def decode(self, code: float) -> float:
+        return float(code) / (self.bins - 1)
