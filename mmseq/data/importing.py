@@ -225,7 +225,7 @@ def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, whe
     for frame in frames:
         if expected is not None and frame.shape[:2] != expected:
             raise DataError(
-                f"{where}: frames are {frame.shape[0]} x {frame.shape[1]}, the embodiment says {expected[0]} x {expected[1]}",
+                f"{where}: frames have (height, width) {frame.shape[:2]}, the embodiment says {expected}",
                 fix="correct the sizes in the embodiment or in meta/info.json",
             )
         yield frame

@@ -109,7 +109,7 @@ class LeRobotReader:
             )
         if embodiment is not None and abs(embodiment.rate_hz - self.rate_hz) > 1e-6:
             raise EmbodimentError(
-                f"embodiment {embodiment.name!r} runs at {embodiment.rate_hz:g} Hz, the episodes at {self.rate_hz:g} Hz",
+                f"embodiment {embodiment.name!r} runs at {embodiment.rate_hz:g} Hz, the episodes at {self.rate_hz:g}",
                 fix="give the same rate_hz, or leave it out",
             )
         self._open_state()
@@ -497,8 +497,8 @@ class LeRobotReader:
         held = float(row[f"videos/{feature}/to_timestamp"]) - offset
         if abs(held - (end - start) / self.fps) > 0.5 / self.fps:
             raise DataError(
-                f"{self.path}: episode {row['episode_index']} has {end - start} steps at {self.fps:g} Hz, but {held:.3f} s "
-                f"of {feature}",
+                f"{self.path}: episode {row['episode_index']} has {end - start} steps at {self.fps:g} Hz, "
+                f"but {held:.3f} s of {feature}",
                 fix=_REFETCH,
             )
         times = table["timestamp"][start:end].astype(np.float64)[steps] if "timestamp" in table else steps / self.fps

@@ -27,7 +27,7 @@ from mmseq.episode import Episode
 from mmseq.errors import DataError, did_you_mean
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-NEAR_LOSSLESS_CRF = 8
+NEAR_LOSSLESS_CRF = 10
 _BT709 = 1  # AVColorSpace of high-definition video
 _REPLACE = "fetch or record the file again, or take it out"
 _SKIP_S = 2.0  # a gap up to this long is decoded through, a longer one is a seek
@@ -316,15 +316,10 @@ def _encode(target: Any, frames: Iterable[np.ndarray], rate_hz: float, crf: floa
     rate = Fraction(rate_hz).limit_denominator(1001)
     count = 0
     with av.open(target, "w", format="mp4") as container:
-        # no B-frames, so that decoding order is time order; a key frame at least every 32 frames, for seeks
-        options = {
-            "crf": f"{crf:g}",
-            "preset": "veryfast",
-            "bf": "0",
-            "g": "32",
-            "tune": "psnr",
-            "x264-params": "log-level=none",
-        }
+        # no B-frames, so that decoding order is time order; a key frame at least every 32 frames, for seeks;
+        # no arithmetic coding and no deblocking: 30 % larger, and decoded nearly twice as fast
+        tools = "log-level=none:cabac=0:no-deblock=1"
+        options = {"crf": f"{crf:g}", "preset": "veryfast", "tune": "psnr", "bf": "0", "g": "32", "x264-params": tools}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.pix_fmt = "yuv444p"  # full-resolution colour, and any width and height
         stream.codec_context.time_base = 1 / rate
@@ -459,7 +454,8 @@ class VideoFolderReader:
                     )
             if entry["file"] not in known:
                 raise DataError(
-                    f"{where} names {entry['file']!r}, which is not in {self.path} ({did_you_mean(entry['file'], known)[:200]})",
+                    f"{where} names {entry['file']!r}, which is not in {self.path}: "
+                    + did_you_mean(entry["file"], known)[:200],
                     fix="correct the name, add the file or delete the line",
                 )
             captions[entry["file"]] = entry
