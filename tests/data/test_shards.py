@@ -223,10 +223,15 @@ def test_an_array_cannot_claim_more_than_it_holds():
 
 def test_nothing_appears_until_it_is_complete(tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(RuntimeError), ShardWriter(path, {"kind": "tokens"}) as writer:
-        writer.add("0", {"json": {}})
-        assert not path.exists()
-        raise RuntimeError
+
+    def interrupted():
+        with ShardWriter(path, {"kind": "tokens"}) as writer:
+            writer.add("0", {"json": {}})
+            assert not path.exists()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match="no sample"), ShardWriter(path, {"kind": "tokens"}):
         pass
@@ -257,7 +262,7 @@ def _environment():
 
 
 def test_an_existing_directory_is_replaced_only_when_told(directory, tmp_path):
-    with pytest.raises(DataError, match="exists already.*overwrite=True"):
+    with pytest.raises(DataError, match=r"exists already.*overwrite=True"):
         ShardWriter(directory, {"kind": "tokens"})
     with ShardWriter(directory, {"kind": "tokens"}, overwrite=True) as writer:
         writer.add("new", {"json": {}})

@@ -1,0 +1,186 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmseq import Embodiment
+from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
+from mmseq.data.lerobot import LeRobotReader
+from mmseq.data.shards import ShardReader
+from mmseq.data.video import write_video
+from mmseq.errors import DataError, EpisodeError, FingerprintError
+
+
+def test_a_lerobot_dataset_becomes_episode_shards(written, tmp_path, psnr):
+    path, _ = written
+    seen = []
+    manifest = import_episodes(path, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    source, shards = LeRobotReader(path), EpisodeShardReader(tmp_path / "out")
+    robot = source.embodiment()
+    assert manifest["samples"] == len(shards) == 3
+    assert manifest["embodiments"] == {"toy_arm": robot.fingerprint}
+    assert shards.embodiment() == shards.embodiments["toy_arm"] == robot
+    shards.shards.verify()
+    for ours, theirs in zip(shards, source, strict=True):
+        for field in ("id", "rate_hz", "texts", "plans", "embodiment", "success", "source", "metadata"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert set(ours.streams) == set(theirs.streams)
+        for stream in ("proprio", "action"):
+            np.testing.assert_array_equal(ours[stream], theirs[stream])
+            assert ours[stream].dtype == np.float32
+        for camera in ("image.top", "image.wrist"):
+            assert psnr(ours[camera], theirs[camera]) > 40
+    assert shards.metadata[1]["length"] == 7
+    assert shards.metadata[1]["streams"] == ["image.top", "image.wrist", "proprio", "action"]
+    np.testing.assert_array_equal(np.stack(list(shards.frames(0, "top"))), shards[0]["image.top"])
+
+
+def test_a_folder_of_videos_becomes_episode_shards(tmp_path, textured, psnr):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    frames = textured(20, size=96)
+    write_video(videos / "a.mp4", frames, 20)
+    write_video(videos / "b.mp4", frames[:10], 20)
+    (videos / "captions.jsonl").write_text(json.dumps({"file": "a.mp4", "caption": "one", "plan": "do"}) + "\n")
+    manifest = import_episodes(videos, tmp_path / "out", rate_hz=10, size=48, name="clips")
+    shards = EpisodeShardReader(tmp_path / "out")
+    assert (manifest["name"], manifest["embodiments"], shards.embodiment()) == ("clips", {}, None)
+    assert [(e.id, len(e), e.texts, e.plans, e.embodiment) for e in shards] == [
+        ("a.mp4", 10, ["one"], ["do"], None),
+        ("b.mp4", 5, [], [], None),
+    ]
+    assert shards[0]["image.main"].shape == (10, 48, 48, 3)
+    assert psnr(shards[0]["image.main"], np.stack([square(f, 48) for f in frames[::2]])) > 35
+
+
+def test_a_size_crops_the_centred_square_and_changes_the_contract(written, tmp_path):
+    import_episodes(written[0], tmp_path / "out", size=32)
+    shards = EpisodeShardReader(tmp_path / "out")
+    assert [(c.height, c.width) for c in shards.embodiment().cameras] == [(32, 32)] * 2
+    assert shards[0]["image.top"].shape == (12, 32, 32, 3)
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 20:60] = 200
+    assert (square(wide, 10) == 200).all()
+    assert square(np.asarray(Image.new("RGB", (10, 20))), 16).shape == (16, 16, 3)
+
+
+def test_values_outside_the_contract_are_named(dataset, tmp_path):
+    fields = LeRobotReader(dataset).embodiment().to_dict()
+    fields["action"]["maximum"] = [9.0, 0.5, 9.0]
+    with pytest.raises(
+        EpisodeError, match=r"episode 'dataset/00000\d'.*action axis 'delta_y' is .* at step \d+, outside"
+    ):
+        import_episodes(dataset, tmp_path / "out", embodiment=Embodiment.from_dict(fields))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_frames_of_another_size_than_promised_are_named(dataset, tmp_path):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["observation.images.top"]["shape"] = [32, 32, 3]
+    (dataset / "meta" / "info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"'dataset/000000'.*camera 'top'.*\(64, 64\), the embodiment says \(32, 32\)"):
+        import_episodes(dataset, tmp_path / "out")
+
+
+def test_a_changed_embodiment_is_refused(written, tmp_path):
+    import_episodes(written[0], tmp_path / "out", size=16)
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["embodiments"]["toy_arm"] = "0" * 16
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FingerprintError, match=r"toy_arm\.json has fingerprint"):
+        EpisodeShardReader(tmp_path / "out")
+
+
+def test_a_damaged_video_in_a_shard_is_named(written, tmp_path):
+    import_episodes(written[0], tmp_path / "out")
+    offset, size = ShardReader(tmp_path / "out").members(1)["image.top.mp4"]
+    shard = tmp_path / "out" / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[offset : offset + size] = bytes(size)
+    shard.write_bytes(data)
+    episode = EpisodeShardReader(tmp_path / "out")[1]
+    assert len(episode["action"]) == 7
+    with pytest.raises(DataError, match=r"shard-000000\.tar, member 00000001\.image\.top\.mp4"):
+        episode["image.top"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["x.txt"], "holds no dataset that is known"),
+        (["train-00000-of-00001.tfrecord", "features.json"], "RLDS.*not supported yet.*LeRobot v3"),
+        (["a.hdf5", "b.mp4"], "format='hdf5' or format='video'"),
+        (["manifest.json", "index.parquet"], "holds shards already"),
+    ],
+)
+def test_what_cannot_be_imported_is_said(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=message):
+        detect_format(tmp_path)
+
+
+def test_wrong_arguments_are_named(tmp_path, textured):
+    write_video(tmp_path / "a.mp4", textured(3), 10)
+    with pytest.raises(DataError, match="'lerobo' is unknown: did you mean 'lerobot'"):
+        open_episodes(tmp_path, format="lerobo")
+    with pytest.raises(DataError, match="does not apply"):
+        open_episodes(tmp_path, embodiment=Embodiment(name="arm", rate_hz=5))
+    with pytest.raises(DataError, match="does not exist"):
+        open_episodes(tmp_path / "absent")
+    with pytest.raises(DataError, match="size is 2"):
+        import_episodes(tmp_path, tmp_path / "out", size=2)
+    assert len(open_episodes(tmp_path / "a.mp4")) == 1
+
+
+def write_robomimic(path, textured):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as root:
+        data = root.create_group("data")
+        options = {"control_freq": 20, "robots": ["Panda"]}
+        data.attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": options})
+        for k in (10, 9):
+            demo = data.create_group(f"demo_{k}")
+            demo["actions"] = np.full((k, 2), k, np.float64) + np.arange(k)[:, None]
+            demo["obs/agentview_image"] = textured(k, size=32, seed=k)
+            demo["obs/robot0_gripper_qpos"] = np.zeros((k, 1))
+            demo["obs/robot0_eef_pos"] = np.ones((k, 3))
+            demo["rewards"] = np.arange(k) == (k - 1 if k == 9 else k)
+
+
+def test_robomimic_hdf5(tmp_path, textured, psnr):
+    write_robomimic(tmp_path / "low.hdf5", textured)
+    import_episodes(tmp_path / "low.hdf5", tmp_path / "out")
+    shards = EpisodeShardReader(tmp_path / "out")
+    assert [(e.id, len(e), e.success, e.rate_hz) for e in shards] == [
+        ("low/demo_9", 9, True, 20),
+        ("low/demo_10", 10, False, 20),
+    ]
+    assert shards[0]["proprio"][0].tolist() == [1, 1, 1, 0]
+    assert shards.embodiment().name == "Panda"
+    assert shards.embodiment().proprio.names[-1] == "robot0_gripper_qpos_0"
+    assert psnr(shards[1]["image.agentview"], textured(10, size=32, seed=10)) > 40
+
+
+def test_aloha_hdf5(tmp_path, textured):
+    h5py = pytest.importorskip("h5py")
+    for k in range(2):
+        with h5py.File(tmp_path / f"episode_{k}.hdf5", "w") as root:
+            root["action"] = np.random.default_rng(k).normal(size=(6, 14))
+            root["observations/qpos"] = np.zeros((6, 14))
+            root["observations/images/top"] = textured(6, size=32)
+    with pytest.raises(DataError, match="Give rate_hz"):
+        open_episodes(tmp_path)
+    reader = open_episodes(tmp_path, rate_hz=50)
+    assert [(e.id, e["image.top"].shape) for e in reader] == [
+        ("episode_0", (6, 32, 32, 3)),
+        ("episode_1", (6, 32, 32, 3)),
+    ]
+    assert (reader.embodiment().name, len(reader.embodiment().action)) == ("aloha", 14)
+    (tmp_path / "broken.h5").write_bytes(b"\x89HDF nothing")
+    with pytest.raises(DataError, match=r"broken\.h5 is truncated"):
+        open_episodes(tmp_path, rate_hz=50)

@@ -1,0 +1,256 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmseq import Embodiment, Episode
+from mmseq.data.lerobot import LeRobotReader
+from mmseq.embodiment import Camera
+from mmseq.errors import DataError, EmbodimentError, EpisodeError, MMSeqError
+
+
+def edit_info(path, **changes):
+    file = path / "meta" / "info.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_data(path, change):
+    file = next((path / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    pq.write_table(change(table), file)
+
+
+def replace_column(table, name, values):
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def test_parity_with_lerobots_own_reader(written):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    path, _ = written
+    theirs = LeRobotDataset("local/toy", root=path, video_backend="pyav")
+    reader = LeRobotReader(path)
+    row = 0
+    for episode in reader:
+        for t in range(len(episode)):
+            item = theirs[row]
+            row += 1
+            assert item["task"] == episode.texts[0]
+            np.testing.assert_array_equal(item["observation.state"].numpy(), episode["proprio"][t])
+            np.testing.assert_array_equal(item["action"].numpy(), episode["action"][t])
+            for camera, tolerance in (("top", 2), ("wrist", 0)):
+                image = (item[f"observation.images.{camera}"].numpy().transpose(1, 2, 0) * 255).round()
+                assert np.abs(image - episode[f"image.{camera}"][t]).max() <= tolerance
+    assert row == len(theirs) == reader.info["total_frames"]
+
+
+def test_episodes_are_those_that_were_written(written, psnr):
+    path, episodes = written
+    reader = LeRobotReader(path)
+    assert len(reader) == 3
+    assert (reader.cameras, reader.unused) == (["top", "wrist"], ())
+    for index, (ours, truth) in enumerate(zip(reader, episodes, strict=True)):
+        assert len(ours) == len(truth["state"])
+        assert (ours.texts, ours.embodiment, ours.rate_hz) == ([truth["task"]], "toy_arm", 10)
+        assert ours.success is (index != 1)
+        assert ours["action"].dtype == ours["proprio"].dtype == np.float32
+        np.testing.assert_array_equal(ours["image.wrist"], truth["wrist"])
+        assert psnr(ours["image.top"], truth["top"]) > 30
+    np.testing.assert_array_equal(Episode.from_lerobot(path, 1)["action"], episodes[1]["action"])
+
+
+def test_random_access_gives_the_frames_of_reading_in_order(written):
+    reader = LeRobotReader(written[0])
+    in_order = [episode["image.top"] for episode in reader]
+    for index in (2, 0, 1, 1, 2, 0):
+        np.testing.assert_array_equal(reader[index]["image.top"], in_order[index])
+    frames = reader.frames(1, "top")  # abandoned half way
+    next(frames)
+    del frames
+    np.testing.assert_array_equal(reader[1]["image.top"], in_order[1])
+
+
+def test_reading_in_order_opens_each_video_once_and_never_seeks_again(written, monkeypatch):
+    from mmseq.data import lerobot, video
+
+    opened, sought = [], []
+    original = video.VideoDecoder._seek
+    monkeypatch.setattr(video.VideoDecoder, "_seek", lambda self, pts: (sought.append(pts), original(self, pts)))
+
+    class Counting(video.VideoDecoder):
+        def __init__(self, *arguments):
+            opened.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(lerobot, "VideoDecoder", Counting)
+    for episode in LeRobotReader(written[0]):
+        episode["image.top"]
+    assert len(opened) == 1
+    assert len(sought) == 1
+
+
+def test_images_are_decoded_only_when_used(dataset):
+    episode = LeRobotReader(dataset)[0]
+    video = next(dataset.rglob("*.mp4"))
+    video.write_bytes(b"")
+    assert episode["action"].shape == (12, 3)
+    with pytest.raises(DataError, match=r"\.mp4 is empty"):
+        episode["image.top"]
+
+
+def test_the_embodiment_is_inferred(written):
+    path, episodes = written
+    robot = LeRobotReader(path).embodiment()
+    assert (robot.name, robot.rate_hz, robot.action_form, robot.gripper) == ("toy_arm", 10, "delta", None)
+    assert robot.cameras == (Camera(name="top", height=64, width=64), Camera(name="wrist", height=64, width=64))
+    assert robot.proprio.names == ("x", "y", "gripper")
+    assert robot.action.units == ("unitless",) * 3
+    values = np.concatenate([e["action"] for e in episodes])
+    np.testing.assert_allclose(robot.action.low, np.quantile(values, 0.01, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(robot.action.high, np.quantile(values, 0.99, axis=0), rtol=1e-5)
+    assert (np.asarray(robot.action.minimum) < values.min(0)).all()
+
+
+def test_a_stored_or_given_embodiment_is_used_and_held_to(dataset):
+    robot = LeRobotReader(dataset).embodiment()
+    fields = robot.to_dict() | {"name": "renamed", "gripper": {"axis": "gripper", "open": 1.0, "closed": 0.0}}
+    named = Embodiment.from_dict(fields)
+    named.save(dataset / "meta" / "embodiment.json")
+    reader = LeRobotReader(dataset)
+    assert reader.embodiment() == named
+    assert reader[0].embodiment == "renamed"
+    narrow = Embodiment(name="narrow", rate_hz=10, cameras=robot.cameras, action=robot.action)
+    with pytest.raises(EmbodimentError, match=r"'narrow' has 0 axes for observation.state"):
+        LeRobotReader(dataset, embodiment=narrow).embodiment()
+    with pytest.raises(EmbodimentError, match="runs at 10 Hz, the episodes at 5"):
+        LeRobotReader(dataset, rate_hz=5, embodiment=robot)
+    small = Embodiment.from_dict(robot.to_dict() | {"cameras": [{"name": "top", "height": 32, "width": 32}]})
+    with pytest.raises(EmbodimentError, match="has cameras"):
+        LeRobotReader(dataset, embodiment=small).embodiment()
+
+
+def test_a_lower_rate_sums_delta_actions_and_keeps_the_last_gripper(written):
+    path, episodes = written
+    reader = LeRobotReader(path, rate_hz=5)
+    episode = reader[2]
+    action, state = episodes[2]["action"], episodes[2]["state"]
+    assert len(episode) == 7
+    np.testing.assert_array_equal(episode["proprio"], state[0:14:2])
+    np.testing.assert_allclose(episode["action"][:, :2], (action[0:14:2] + action[1:14:2])[:, :2], rtol=1e-6)
+    np.testing.assert_array_equal(episode["action"][:, 2], action[1:14:2, 2])
+    np.testing.assert_array_equal(episode["image.top"], LeRobotReader(path)[2]["image.top"][0:14:2])
+    assert reader.embodiment().rate_hz == 5
+    reader.embodiment().action.check(episode["action"], what="action", where="here")
+    with pytest.raises(DataError, match="rate_hz=20, but the dataset has 10"):
+        LeRobotReader(path, rate_hz=20)
+
+
+def test_a_lower_rate_keeps_the_last_absolute_target(dataset):
+    robot = LeRobotReader(dataset).embodiment()
+    Embodiment.from_dict(robot.to_dict() | {"action_form": "absolute"}).save(dataset / "meta" / "embodiment.json")
+    full, half = LeRobotReader(dataset)[2], LeRobotReader(dataset, rate_hz=5)[2]
+    np.testing.assert_array_equal(half["action"], full["action"][1:14:2])
+
+
+def test_paraphrases_and_plans(dataset):
+    extra = {"tasks": {"push the blue block": {"paraphrases": ["shove it"], "plan": "reach, then push"}}}
+    (dataset / "meta" / "mmseq.json").write_text(json.dumps(extra))
+    reader = LeRobotReader(dataset)
+    assert (reader[0].texts, reader[0].plans) == (["push the blue block", "shove it"], ["reach, then push"])
+    assert (reader[1].texts, reader[1].plans) == (["push the red block"], [])
+    (dataset / "meta" / "mmseq.json").write_text('{"tasks": {"a": {"paraphrases": "b"}}}')
+    with pytest.raises(DataError, match=r"mmseq\.json cannot be read"):
+        LeRobotReader(dataset)
+
+
+def test_older_versions_name_the_converter(dataset):
+    edit_info(dataset, codebase_version="v2.1")
+    with pytest.raises(DataError, match=r"version v2\.1.*convert_dataset_v21_to_v30 --repo-id"):
+        LeRobotReader(dataset)
+
+
+def test_not_a_dataset_and_an_empty_one(dataset, tmp_path):
+    with pytest.raises(DataError, match="not a LeRobot dataset"):
+        LeRobotReader(tmp_path)
+    for file in (dataset / "meta" / "episodes").rglob("*.parquet"):
+        file.unlink()
+    with pytest.raises(DataError, match="promises 3 episodes, meta/episodes lists 0"):
+        LeRobotReader(dataset)
+    edit_info(dataset, total_episodes=0, total_frames=0)
+    with pytest.raises(DataError, match="has no episodes"):
+        LeRobotReader(dataset)
+
+
+@pytest.mark.parametrize("pattern", ["data/**/*.parquet", "meta/episodes/**/*.parquet", "meta/tasks.parquet"])
+def test_truncated_parquet_is_named(dataset, pattern):
+    file = next(dataset.glob(pattern))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"{file.name} is truncated or corrupt.*Fetch"):
+        LeRobotReader(dataset)[0]
+
+
+@pytest.mark.parametrize("pattern", ["data/**/*.parquet", "videos/**/*.mp4", "meta/tasks.parquet"])
+def test_missing_files_are_named_when_opened(dataset, pattern):
+    file = next(dataset.glob(pattern))
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{file.name} is missing\. Fetch"):
+        LeRobotReader(dataset)
+
+
+def test_a_truncated_video_is_named(dataset):
+    file = next(dataset.rglob("*.mp4"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(DataError, match=r"file-000\.mp4 "):
+        [episode["image.top"] for episode in LeRobotReader(dataset)]
+
+
+def test_nan_is_named_with_axis_and_step(dataset):
+    def poison(table):
+        values = np.array(table["action"].to_pylist(), dtype=np.float32)
+        values[12 + 3, 1] = np.nan
+        return replace_column(table, "action", pa.array(list(values)))
+
+    edit_data(dataset, poison)
+    reader = LeRobotReader(dataset)
+    assert len(reader[0]) == 12
+    with pytest.raises(EpisodeError, match="episode 1: action axis 'delta_y' is nan at step 3"):
+        reader[1]
+    with pytest.raises(EpisodeError, match="'delta_y' is nan"):
+        reader.embodiment()
+
+
+def test_lengths_that_disagree_are_named(dataset):
+    edit_data(dataset, lambda table: table.slice(0, len(table) - 2))
+    with pytest.raises(DataError, match="episode 2 has 13 rows, meta/episodes says 15"):
+        LeRobotReader(dataset)[2]
+
+
+def test_a_wrong_total_and_a_wrong_shape(dataset):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    edit_info(dataset, total_frames=99)
+    with pytest.raises(DataError, match="promises 99 frames, the episodes have 34"):
+        LeRobotReader(dataset)
+    info["features"]["action"]["shape"] = [4]
+    edit_info(dataset, total_frames=34, features=info["features"])
+    with pytest.raises(MMSeqError, match="action"):
+        LeRobotReader(dataset)[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", "b", "c"], ("a", "b", "c")),
+        ({"motors": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"left": ["a", "b"], "right": ["c"]}, ("a", "b", "c")),
+        ({"c": 2, "a": 0, "b": 1}, ("a", "b", "c")),
+        (["actions"], ("actions_0", "actions_1", "actions_2")),
+        (None, ("axis_0", "axis_1", "axis_2")),
+    ],
+)
+def test_names_of_axes_in_all_their_forms(dataset, names, expected):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = names
+    edit_info(dataset, features=info["features"])
+    assert LeRobotReader(dataset).embodiment().action.names == expected

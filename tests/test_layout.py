@@ -1,0 +1,159 @@
+"""The layout that everything relies on: what may stand where, what is shipped, and who may import whom."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mmseq"
+PLAIN_FOLDERS = ("tokenizers", "train", "serve", "data_mixes", "tests")
+HEAVY = ("deepspeed", "lerobot", "mujoco", "fastapi", "torch", "torchvision", "transformers", "av", "pyarrow")
+
+NOUNS = {"errors", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
+# what the modules of a part may import when they are loaded, beside their own part; tests of import
+# direction skip imports inside functions, which are how a lower part reaches for a higher one on demand
+ALLOWED = {
+    "nouns": set(),
+    "tokenization": {"nouns"},
+    "model": {"nouns", "tokenization"},
+    "data": {"nouns", "tokenization", "model"},
+    "training": {"nouns", "tokenization", "model", "data"},
+    "inference": {"nouns", "tokenization", "model"},
+    "serving": {"nouns", "tokenization", "model", "inference"},
+    "simulation": {"nouns"},
+    "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
+}
+
+
+def python(code: str, *, root: Path = ROOT, cwd: Path | None = None) -> str:
+    """The output of a fresh interpreter that has the root on its path, as a multi-node launcher sets it."""
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_root_on_the_path_does_not_shadow_hugging_face_tokenizers(tmp_path):
+    code = "import tokenizers; print(tokenizers.__file__, hasattr(tokenizers, 'Tokenizer'))"
+    assert python(code).endswith("True")
+    # and it would: with an __init__.py the folder of that name wins
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "__init__.py").write_text("")
+    assert python(code, root=tmp_path).endswith("False")
+
+
+@pytest.mark.parametrize("folder", PLAIN_FOLDERS)
+def test_plain_folders_are_no_packages(folder):
+    assert list((ROOT / folder).rglob("__init__.py")) == []
+
+
+def test_no_module_is_named_like_the_folder_of_tokenizers():
+    assert not (PACKAGE / "tokenizers").exists()
+    assert not (PACKAGE / "tokenizers.py").exists()
+
+
+def test_every_folder_of_the_package_is_a_package():
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(PACKAGE, copy / "mmseq", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    for name in ("README.md", "LICENSE"):
+        (copy / name).write_bytes((ROOT / name).read_bytes() if (ROOT / name).exists() else b"to come\n")
+    for folder in PLAIN_FOLDERS:
+        (copy / folder).mkdir()
+        (copy / folder / "recipe.py").write_text("")
+        (copy / folder / "recipe.yaml").write_text("a: 1\n")
+    python(f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})", cwd=copy)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mmseq"}
+    shipped = {"*.py", "*.yaml", "*.json", "*.html", "*.css", "*.js"}
+    wanted = {path.relative_to(ROOT).as_posix() for pattern in shipped for path in PACKAGE.rglob(pattern)}
+    assert wanted - names == set()
+
+
+def test_import_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys, time; start = time.perf_counter(); import mmseq; took = time.perf_counter() - start\n"
+        f"print(took, *[name for name in {HEAVY} if name in sys.modules])"
+    )
+    took, *loaded = python(code).split()
+    print(f"import mmseq: {float(took):.2f} s")
+    assert loaded == []
+    assert float(took) < 5  # it is 0.1 s; a loaded machine may take longer
+
+
+def part_of(module: str) -> str:
+    """The part of the package that `mmseq.<...>` belongs to; a module of the top level that is no noun is its own."""
+    name = module.split(".")[1] if "." in module else ""
+    return "nouns" if name in NOUNS or not name else name
+
+
+def imports_when_loaded(tree: ast.Module, module: str) -> set[str]:
+    """The modules of mmseq that a file imports outside functions and `if TYPE_CHECKING`."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, [*module.split(".")[: -node.level], base]))
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names if base == "mmseq")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    # `from mmseq import Episode` names nouns; modules below mmseq are lower case
+    return {name for name in found if name.startswith("mmseq.") and name.split(".")[1].islower()}
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = part_of(".".join(parts if parts[1:] != ("__init__",) else parts[:1]))
+        allowed = ALLOWED.get(own)
+        for name in sorted(imports_when_loaded(ast.parse(path.read_text()), ".".join(parts))):
+            other = part_of(name)
+            if other == "cli" and own != "__main__":
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}: nothing imports the command line")
+            elif allowed is not None and other != own and other not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}: {own} may import {sorted(allowed)}")
+    assert wrong == []
+
+
+def test_the_reader_of_imports_sees_what_it_must():
+    source = (
+        "import mmseq.data.video\nfrom mmseq import Episode, tasks\nfrom . import shards\nfrom mmseq.model import x\n"
+        "if TYPE_CHECKING:\n    import mmseq.cli\ntry:\n    import mmseq.serving\nexcept ImportError: pass\n"
+        "def f():\n    import mmseq.training\n"
+    )
+    found = imports_when_loaded(ast.parse(source), "mmseq.data.importing")
+    assert found == {"mmseq.data.video", "mmseq.tasks", "mmseq.data", "mmseq.model", "mmseq.serving"}
+
+
+def test_every_folder_has_its_place_in_the_direction_of_imports():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders - {"testing"} - set(ALLOWED) == set(), "a new folder needs a line in ALLOWED"
