@@ -98,11 +98,12 @@ class Hdf5Reader:
         if len(stated_rates) > 1:
             raise DataError(f"{self.path} mixes rates: {sorted(stated_rates)} Hz", fix="import them separately")
         stated = stated_rates[0] if stated_rates else None
-        if stated is None and rate_hz is None and embodiment is None:
+        rate = stated or rate_hz or (embodiment.rate_hz if embodiment else None)
+        if rate is None:
             raise DataError(
                 f"{files[0]} does not say how many steps a second has", fix="give rate_hz (ALOHA records at 50)"
             )
-        self.rate_hz = float(stated or rate_hz or embodiment.rate_hz)
+        self.rate_hz = float(rate)
         for what, rate in (("rate_hz", rate_hz), ("the embodiment", embodiment and embodiment.rate_hz)):
             if rate and abs(rate - self.rate_hz) > 1e-6:
                 raise DataError(

@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,7 @@ _TO_LEROBOT = (
 )
 
 
+@runtime_checkable
 class EpisodeSource(Protocol):
     """What every reader offers: a number of episodes, each one lazily, and its frames one at a time."""
 

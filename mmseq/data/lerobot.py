@@ -511,8 +511,7 @@ class LeRobotReader:
             decoder = VideoDecoder(path)
         done = False
         try:
-            ticks = [int(t) for t in decoder.ticks(times_s)]
-            yield from decoder.frames_at(ticks, tolerance=0.49 * float(decoder.ticks(np.array(1 / self.fps))))
+            yield from decoder.frames_at(decoder.ticks(times_s), tolerance=decoder.ticks([0.49 / self.fps])[0])
             done = True
         finally:
             # whoever reads holds the decoder; it comes back where the next episode begins

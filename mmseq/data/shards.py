@@ -359,9 +359,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             fix="write the shards again with this version, or install the mmseq that wrote them",
         )
     try:
-        int(manifest["samples"]), str(manifest["kind"]), str(manifest["index"]["name"])
+        numbers = [manifest["samples"], *(shard["bytes"] for shard in manifest["shards"])]
+        texts = [manifest["kind"], manifest["index"]["name"], *(shard["sha256"] for shard in manifest["shards"])]
+        if not all(isinstance(n, int) for n in numbers) or not all(isinstance(t, str) for t in texts):
+            raise ValueError("counts are whole numbers, names and checksums texts")
         for shard in manifest["shards"]:
-            str(shard["name"]), int(shard["bytes"]), str(shard["sha256"])
             if Path(shard["name"]).name != shard["name"]:
                 raise ValueError(f"shard name {shard['name']!r}")
     except (KeyError, TypeError, ValueError) as error:
