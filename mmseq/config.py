@@ -1,0 +1,79 @@
+"""Configuration: dataclass defaults <- YAML <- `key=value`, strict. An unknown key is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmseq.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read `path`, apply `overrides` such as `model.width=256`, and return the dataclass.
+
+    Raises: ConfigError naming the key, the file and the closest known key.
+    """
+    base = OmegaConf.structured(schema)
+    where = str(path) if path is not None else "the command line"
+    parts = [base]
+    if path is not None:
+        try:
+            loaded = OmegaConf.load(path)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}", fix="check the path") from error
+        except Exception as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path} must hold keys and values, it holds a {type(loaded).__name__}")
+        _check_keys(schema, OmegaConf.to_container(loaded), where)
+        parts.append(loaded)
+    if overrides:
+        for item in overrides:
+            if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", item, re.DOTALL):
+                raise ConfigError(f"{item!r} is not an override", fix="write key=value, such as model.width=256")
+        try:
+            given = OmegaConf.from_dotlist(list(overrides))
+        except Exception as error:
+            raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
+        _check_keys(schema, OmegaConf.to_container(given), "the command line")
+        parts.append(given)
+    try:
+        merged = OmegaConf.merge(*parts)
+        result = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = (str(getattr(error, "msg", None) or error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{where}: {key + ': ' if key else ''}{message}") from error
+    return result  # type: ignore[return-value]
+
+
+def _check_keys(schema: Any, data: Any, where: str, prefix: str = "") -> None:
+    if not is_dataclass(schema) or not isinstance(data, dict):
+        return
+    hints = get_type_hints(schema)
+    known = [f.name for f in fields(schema)]
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}: {did_you_mean(str(key), known)}")
+        inner = hints[key]
+        arguments = [a for a in get_args(inner) if is_dataclass(a)]
+        if is_dataclass(inner):
+            _check_keys(inner, value, where, f"{prefix}{key}.")
+        elif arguments and isinstance(value, dict):
+            for name, item in value.items():
+                _check_keys(arguments[-1], item, where, f"{prefix}{key}.{name}.")
+        elif arguments and isinstance(value, list):
+            for i, item in enumerate(value):
+                _check_keys(arguments[-1], item, where, f"{prefix}{key}[{i}].")
+
+
+def to_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,361 @@
+"""Mixtures: which sources, tasks and weights a run reads, and the order in which it reads them.
+
+The order is a pure function of (seed, block). Every (task, source) pair is a stream of moments:
+all (episode, step, phrasing) at which the task can be filled, visited in an order that is a fresh
+permutation each epoch. A block takes from each stream its share by weight, packs the samples into
+rows and shuffles the rows. So the state of the data is two integers, resuming costs nothing, and
+no world size or worker count changes what comes next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from mmseq.config import load_config
+from mmseq.data.tokens import TokenShards
+from mmseq.errors import ConfigError, DataError, did_you_mean
+from mmseq.packing import pack
+from mmseq.sequence import Layout, TokenSequence, sequence_length
+from mmseq.tasks import TEXT_STREAMS, Task
+from mmseq.tokenization.bundle import Tokenizers
+
+BLOCK_SAMPLES = 4096
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source. path: LeRobot v3, folder of videos or episode shards, relative to the mix's root.
+
+    weight: its share among the sources of a task. rate_hz: resample to this rate.
+    """
+
+    path: str = "???"
+    weight: float = 1.0
+    rate_hz: float | None = None
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """One arrow. name: how it is reported; default: its alias, else the arrow itself.
+
+    weight: its share of samples. sources: which sources it draws from; default: all that can fill it.
+    """
+
+    task: str = "???"
+    name: str | None = None
+    weight: float = 1.0
+    sources: list[str] | None = None
+
+
+@dataclass(kw_only=True)
+class MixConfig:
+    """A data mix. weighting: `as_given`, or `frames` (weight x number of moments).
+
+    holdout: the share of every source's episodes that training never sees; which ones is decided by
+    a hash of the episode's id, so adding data moves no episode across.
+    """
+
+    name: str = "mix"
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    tasks: list[TaskConfig] = field(default_factory=list)
+    weighting: str = "as_given"
+    holdout: float = 0.1
+
+    def check(self) -> None:
+        """Raises: ConfigError or TaskError for the first thing that is wrong."""
+        if not self.sources:
+            raise ConfigError(f"mix {self.name!r} has no sources")
+        if not self.tasks:
+            raise ConfigError(f"mix {self.name!r} has no tasks")
+        if self.weighting not in ("as_given", "frames"):
+            raise ConfigError(f"mix {self.name!r}: weighting is {self.weighting!r}", fix="use as_given or frames")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"mix {self.name!r}: holdout must be in [0, 1), got {self.holdout}")
+        for key, source in self.sources.items():
+            if source.weight < 0:
+                raise ConfigError(f"mix {self.name!r}: sources.{key}.weight is negative")
+        names = [task_name(t) for t in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"mix {self.name!r}: two tasks are named {name!r}", fix="give one of them a name")
+        for task in self.tasks:
+            Task.parse(task.task)
+            if task.weight < 0:
+                raise ConfigError(f"mix {self.name!r}: the weight of {task.task!r} is negative")
+            for source in task.sources or []:
+                if source not in self.sources:
+                    raise ConfigError(
+                        f"mix {self.name!r}: task {task.task!r} names an unknown source {source!r}: "
+                        f"{did_you_mean(source, self.sources)}"
+                    )
+
+
+def task_name(config: TaskConfig) -> str:
+    return config.name or Task.parse(config.task).alias or config.task
+
+
+def load_mix(path: str | Path, overrides: Sequence[str] = ()) -> MixConfig:
+    """Read a mix; unknown keys are errors."""
+    mix = load_config(MixConfig, path, overrides)
+    mix.check()
+    return mix
+
+
+def save_mix(mix: MixConfig, path: str | Path) -> None:
+    OmegaConf.save(OmegaConf.structured(mix), path)
+
+
+def held_out(episode_id: str, share: float) -> bool:
+    """Whether an episode belongs to the held-out set: a fixed function of its id."""
+    digest = hashlib.sha256(episode_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample before it is built: what to read and which task to fill."""
+
+    stream: int
+    task: int
+    source: str
+    episode: int
+    now: int
+    variant: int
+    length: int
+
+
+class Stream:
+    """All moments of one task in one source, in an order that is permuted afresh each epoch."""
+
+    def __init__(
+        self, index: int, task_index: int, task: Task, source: str, shards: TokenShards, episodes: Sequence[int], layout: Layout
+    ):
+        self.index, self.task_index, self.task, self.source = index, task_index, task, source
+        self._layout, self._notes = layout, shards.notes
+        self._episodes, self._first, counts = [], [], []
+        for e in episodes:
+            note = self._notes[e]
+            if task.missing(note["streams"]):
+                continue
+            moments = task.moments(note["length"], note["rate_hz"])
+            if len(moments):
+                self._episodes.append(e)
+                self._first.append(moments.start)
+                counts.append(len(moments))
+        self._ends = np.cumsum(counts, dtype=np.int64) if counts else np.zeros(0, dtype=np.int64)
+        self._lengths: dict[tuple[int, int], int] = {}
+        self._placed: dict[float, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def episodes(self) -> int:
+        return len(self._episodes)
+
+    def sample(self, k: int, seed: int) -> Sample:
+        """The k-th visit of this stream, k from 0 without end."""
+        epoch, place = divmod(k, len(self))
+        at = permute(place, len(self), seed ^ (self.index << 20) ^ (epoch * 0x9E3779B1))
+        slot = int(np.searchsorted(self._ends, at, side="right"))
+        before = int(self._ends[slot - 1]) if slot else 0
+        episode = self._episodes[slot]
+        variant = _mix64(seed + 0x51ED27 * (k + 1) + self.index) >> 33
+        return self._finish(episode, self._first[slot] + at - before, variant)
+
+    def moment(self, place: int) -> Sample:
+        """The place-th moment in file order, first phrasing: for evaluation."""
+        slot = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[slot - 1]) if slot else 0
+        return self._finish(self._episodes[slot], self._first[slot] + place - before, 0)
+
+    def _finish(self, episode: int, now: int, variant: int) -> Sample:
+        note = self._notes[episode]
+        counts = [len(v) for v in note["text_tokens"].values()] or [1]
+        variant %= int(np.lcm.reduce(counts))
+        key = (episode, variant)
+        if key not in self._lengths:
+            self._lengths[key] = self._length(note, variant)
+        return Sample(self.index, self.task_index, self.source, episode, now, variant, self._lengths[key])
+
+    def _length(self, note: dict[str, Any], variant: int) -> int:
+        rate = float(note["rate_hz"])
+        if rate not in self._placed:
+            self._placed[rate] = self.task.place(rate)
+        texts = {s: v[variant % len(v)] for s, v in note["text_tokens"].items() if s in TEXT_STREAMS}
+        cameras = sum(s.startswith("image.") for s in note["streams"])
+        return sequence_length(
+            self._placed[rate], self._layout, rate_hz=rate, cameras=cameras, axes=note["axes"], text_lengths=texts
+        )
+
+
+def _mix64(x: int) -> int:
+    """SplitMix64: a well-mixed 64-bit hash of an integer."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
+
+
+def permute(place: int, size: int, key: int) -> int:
+    """A bijection of 0 .. size - 1 chosen by `key`: a four-round Feistel network with cycle walking.
+
+    Any element of the permutation costs the same and nothing is stored, so an epoch over a billion
+    samples needs no shuffled list.
+    """
+    if size == 1:
+        return 0
+    half = ((size - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for round_ in range(4):
+            left, right = right, left ^ (_mix64(key * 4 + round_ + (right << 64 - half)) & mask)
+        place = (left << half) | right
+        if place < size:
+            return place
+
+
+class Mixture:
+    """A mix over token shards: its streams, its samples and its rows."""
+
+    def __init__(
+        self, mix: MixConfig, tokens: str | Path, tokenizers: Tokenizers, *, row_tokens: int, seed: int, split: str = "train"
+    ):
+        """tokens: the folder that `mmseq data tokenize` wrote, one folder per source.
+
+        split: `train` or `holdout`. Raises: DataError when a source has no shards, ConfigError when
+        a task can be filled by no episode.
+        """
+        mix.check()
+        self.mix, self.tokenizers, self.row_tokens, self.seed = mix, tokenizers, row_tokens, seed
+        self.builder = tokenizers.builder()
+        self.tasks = [Task.parse(t.task) for t in mix.tasks]
+        self.task_names = [task_name(t) for t in mix.tasks]
+        self.shards: dict[str, TokenShards] = {}
+        members: dict[str, list[int]] = {}
+        for name in mix.sources:
+            directory = Path(tokens) / name
+            if not directory.is_dir():
+                raise DataError(
+                    f"source {name!r} of mix {mix.name!r} has no token shards at {directory}",
+                    fix="run `mmseq data tokenize` on the mix",
+                )
+            self.shards[name] = shards = TokenShards(directory, tokenizers)
+            held = [held_out(f"{name}/{note['id']}", mix.holdout) for note in shards.notes]
+            members[name] = [i for i, h in enumerate(held) if h == (split == "holdout")]
+        self.streams: list[Stream] = []
+        weights: list[float] = []
+        for task_index, (config, task) in enumerate(zip(mix.tasks, self.tasks)):
+            found = []
+            for name in config.sources or mix.sources:
+                # numbered by place in the mix, so that an empty stream shifts nobody's order
+                index = task_index * len(mix.sources) + list(mix.sources).index(name)
+                stream = Stream(index, task_index, task, name, self.shards[name], members[name], tokenizers.layout)
+                if len(stream) and mix.sources[name].weight > 0:
+                    found.append((stream, mix.sources[name].weight))
+            if not found and config.weight > 0 and split == "train":
+                raise ConfigError(self._why_empty(config, task, members))
+            share = [w * (len(s) if mix.weighting == "frames" else 1) for s, w in found]
+            for (stream, _), part in zip(found, share):
+                self.streams.append(stream)
+                weights.append(config.weight * (part / sum(share) if mix.weighting == "as_given" else part))
+        total = sum(weights)
+        if self.streams and total <= 0:
+            raise ConfigError(f"mix {mix.name!r}: all weights are zero")
+        self.weights = [w / total for w in weights]
+
+    def _why_empty(self, config: TaskConfig, task: Task, members: dict[str, list[int]]) -> str:
+        reasons = []
+        for name in config.sources or self.mix.sources:
+            notes = [self.shards[name].notes[i] for i in members[name]]
+            if not notes:
+                reasons.append(f"{name}: no episodes in the training split")
+                continue
+            missing = task.missing(notes[0]["streams"])
+            longest = max(n["length"] for n in notes)
+            reasons.append(f"{name}: no {', '.join(missing)}" if missing else f"{name}: episodes of at most {longest} steps")
+        return f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})"
+
+    def block(self, number: int) -> list[list[Sample]]:
+        """The rows of one block."""
+        samples: list[Sample] = []
+        for stream, weight in zip(self.streams, self.weights):
+            first, last = (int(n * BLOCK_SAMPLES * weight + 0.5) for n in (number, number + 1))
+            samples += [stream.sample(k, self.seed) for k in range(first, last)]
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, number]))
+        samples = [samples[i] for i in generator.permutation(len(samples))]
+        rows = pack([s.length for s in samples], self.row_tokens)
+        return [[samples[i] for i in rows[r]] for r in generator.permutation(len(rows))]
+
+    def build(self, sample: Sample) -> TokenSequence:
+        tokens = self.shards[sample.source][sample.episode]
+        return self.builder.build(self.tasks[sample.task], tokens, sample.now, sample.variant)
+
+    def provenance(self, sample: Sample) -> str:
+        """Where a sample came from, for messages."""
+        note = self.shards[sample.source].notes[sample.episode]
+        return f"{self.task_names[sample.task]} at step {sample.now} of {sample.source}/{note['id']}"
+
+    def shares(self) -> list[dict[str, Any]]:
+        """Per stream: the share of samples and of tokens, the moments and episodes it draws from."""
+        rows = []
+        for stream, weight in zip(self.streams, self.weights):
+            probe = [stream.moment(int(i)) for i in np.linspace(0, len(stream) - 1, min(64, len(stream)))]
+            tokens = float(np.mean([s.length for s in probe]))
+            rows.append(
+                {
+                    "task": self.task_names[stream.task_index],
+                    "source": stream.source,
+                    "samples": weight,
+                    "tokens": weight * tokens,
+                    "tokens_per_sample": tokens,
+                    "moments": len(stream),
+                    "episodes": stream.episodes,
+                }
+            )
+        total = sum(r["tokens"] for r in rows) or 1.0
+        for row in rows:
+            row["tokens"] /= total
+        return rows
+
+
+@dataclass
+class DataState:
+    """Where a run is in its data: the block, and the next row in it."""
+
+    block: int = 0
+    row: int = 0
+
+
+class RowOrder:
+    """Rows for ever, from a state on. `take(n)` returns the next n rows of the whole run."""
+
+    def __init__(self, mixture: Mixture, state: DataState | None = None):
+        self.mixture = mixture
+        self.state = state or DataState()
+        self._rows: list[list[Sample]] | None = None
+
+    def take(self, count: int) -> list[list[Sample]]:
+        out: list[list[Sample]] = []
+        while len(out) < count:
+            if self._rows is None:
+                self._rows = self.mixture.block(self.state.block)
+            if self.state.row >= len(self._rows):
+                self.state, self._rows = DataState(self.state.block + 1, 0), None
+                continue
+            part = self._rows[self.state.row : self.state.row + count - len(out)]
+            out += part
+            self.state = DataState(self.state.block, self.state.row + len(part))
+        return out
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        while True:
+            yield self.take(1)[0]

@@ -1,0 +1,168 @@
+"""Token shards: episodes whose streams are tokenizer codes. Vision is tokenized once, not every epoch.
+
+One sample is one episode: `<key>.json` (texts as codes, success) and `<key>.<stream>.npy` per stream.
+The index carries what packing needs (lengths in steps and tokens), so a plan never opens a tar.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.data.shards import ShardReader, ShardWriter
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.errors import DataError, TaskError
+from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers, scalar_code
+
+CACHE_BYTES = 512 << 20
+
+
+def write_token_shards(
+    episodes: Iterable[Episode],
+    directory: str | Path,
+    tokenizers: Tokenizers,
+    *,
+    name: str,
+    total: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, Any]:
+    """Tokenize every stream of every episode into shards; returns their manifest."""
+    fingerprints = tokenizers.fingerprints()
+    manifest = {
+        "kind": "tokens",
+        "name": name,
+        "tokenizers": {k: v for k, v in fingerprints.items() if not k.startswith("embodiment/")},
+        "embodiments": {e.name: e.fingerprint for e in tokenizers.embodiments.values()},
+    }
+    with ShardWriter(directory, manifest, overwrite=overwrite) as writer:
+        for index, episode in enumerate(episodes):
+            if episode.embodiment is not None:
+                tokenizers.embodiment(episode.embodiment)  # a robot without a contract is an error, not a video
+            members, note = _tokenize(episode, tokenizers)
+            writer.add(f"{index:08d}", members, metadata=note)
+            if on_progress is not None:
+                on_progress(index + 1, total)
+        return writer.close()
+
+
+def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any], dict[str, Any]]:
+    source = EpisodeTokens(episode, tokenizers)
+    streams = source.streams
+    texts: dict[str, list[list[int]]] = {}
+    for stream in TEXT_STREAMS:
+        if stream in streams:
+            variants = {"text": episode.texts, "plan": episode.plans}.get(stream, [""])
+            texts[stream] = [source.text(stream, i).tolist() for i in range(len(variants))]
+    members: dict[str, Any] = {"json": {"id": episode.id, "texts": texts}}
+    axes = {}
+    for stream in streams:
+        if stream.startswith(IMAGE_PREFIX):
+            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(np.uint16)
+        elif stream in VECTOR_STREAMS:
+            codes = source.vector(stream, 0, len(episode))
+            axes[stream] = int(codes.shape[1])
+            members[f"{stream}.npy"] = codes.astype(np.uint16)
+    note = {
+        "id": episode.id,
+        "length": len(episode),
+        "rate_hz": episode.rate_hz,
+        "embodiment": source.embodiment,
+        "streams": list(streams),
+        "axes": axes,
+        "text_tokens": {stream: [len(v) for v in variants] for stream, variants in texts.items()},
+        "success": episode.success,
+    }
+    return members, note
+
+
+class TokenizedEpisode:
+    """One episode of a token shard, read when it is needed. Implements `TokenSource`."""
+
+    def __init__(self, note: dict[str, Any], members: dict[str, Any], tokenizers: Tokenizers):
+        self.id = note["id"]
+        self.rate_hz = float(note["rate_hz"])
+        self.embodiment = note["embodiment"]
+        self.streams = note["streams"]
+        self._length = int(note["length"])
+        self._success = note["success"]
+        self._members = members
+        self._texts = members["json"]["texts"]
+        self._progress = tokenizers.progress
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def bytes(self) -> int:
+        return sum(v.nbytes for v in self._members.values() if isinstance(v, np.ndarray))
+
+    def _array(self, stream: str) -> np.ndarray:
+        try:
+            return self._members[f"{stream}.npy"]
+        except KeyError:
+            raise TaskError(f"episode {self.id!r} has no {stream!r}; it has {list(self.streams)}") from None
+
+    def text(self, stream: str, variant: int) -> np.ndarray:
+        variants = self._texts.get(stream)
+        if not variants:
+            raise TaskError(f"episode {self.id!r} has no {stream!r}; it has {list(self.streams)}")
+        return np.asarray(variants[variant % len(variants)], dtype=np.int64)
+
+    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
+        return self._array(f"{IMAGE_PREFIX}{camera}")[start:stop]
+
+    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
+        return self._array(stream)[start:stop]
+
+    def scalar(self, stream: str, step: int) -> int:
+        return scalar_code(stream, step, len(self), self._success, self._progress)
+
+
+class TokenShards:
+    """The token shards of one source, with a bounded cache of opened episodes."""
+
+    def __init__(self, directory: str | Path, tokenizers: Tokenizers, *, cache_bytes: int = CACHE_BYTES):
+        """Raises: FingerprintError when the shards were made with other tokenizers."""
+        self.reader = ShardReader(directory, kind="tokens")
+        stored = self.reader.manifest
+        theirs = dict(stored.get("tokenizers", {}))
+        theirs |= {f"embodiment/{name}": print_ for name, print_ in stored.get("embodiments", {}).items()}
+        tokenizers.require_fingerprints(theirs, what=str(directory))
+        self.tokenizers = tokenizers
+        self._cache: OrderedDict[int, TokenizedEpisode] = OrderedDict()
+        self._cached = 0
+        self._limit = cache_bytes
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """Per episode: id, length, rate_hz, embodiment, streams, axes, text_tokens, success."""
+        return self.reader.metadata
+
+    def __getitem__(self, index: int) -> TokenizedEpisode:
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+        note = self.notes[index]
+        try:
+            episode = TokenizedEpisode(note, self.reader.read(index), self.tokenizers)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.reader.directory}: sample {index} is damaged: {error}") from error
+        with self._lock:
+            self._cache[index] = episode
+            self._cached += episode.bytes
+            while self._cached > self._limit and len(self._cache) > 1:
+                _, old = self._cache.popitem(last=False)
+                self._cached -= old.bytes
+        return episode

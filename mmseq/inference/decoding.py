@@ -1,0 +1,254 @@
+"""Decoding: fill the predicted segments of a task, token by token, over a static key/value cache.
+
+The task supplies every header, and each token is chosen within its segment's own range, so what
+comes out always has the right shape. Several requests with the same task decode as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmseq.errors import TaskError
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.model.transformer import Cache
+from mmseq.sequence import Draft, SequenceBuilder, TokenSource
+from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
+from mmseq.vocabulary import RANGE_OF_STREAM
+
+MAX_TEXT_TOKENS = 128
+
+
+@dataclass
+class Request:
+    """One sequence to complete. prefix: codes that the predicted action must begin with (n, axes).
+
+    seed: for sampling.
+    """
+
+    tokens: TokenSource
+    now: int
+    variant: int = 0
+    prefix: np.ndarray | None = None
+    seed: int = 0
+
+
+@dataclass
+class Decoded:
+    """A predicted segment: codes (n,), (frames, tokens) or (steps, axes).
+
+    expectation: for scalars, the mean code under the model.
+    """
+
+    segment: PlacedSegment
+    camera: str | None
+    codes: np.ndarray
+    expectation: float | None = None
+
+
+@dataclass
+class DecodeStats:
+    """What a call cost: passes through the transformer and tokens computed in them."""
+
+    passes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Row:
+    """The state of one request while it decodes."""
+
+    draft: Draft
+    position: int = 0
+    out: list[Decoded] = field(default_factory=list)
+
+
+class Decoder:
+    """Completes tasks with one model. temperature 0 is greedy."""
+
+    def __init__(self, model: SequenceModel, *, temperature: float = 0.0):
+        assert model.tokenizers is not None
+        self.model = model
+        self.temperature = temperature
+        self.builder: SequenceBuilder = model.tokenizers.builder()
+        self.stats = DecodeStats()
+
+    @torch.inference_mode()
+    def decode(self, task: Task, requests: Sequence[Request]) -> list[list[Decoded]]:
+        """The predicted segments of each request, in the order of the arrow.
+
+        Raises: TaskError when a request cannot fill the given side.
+        """
+        rows = [_Row(Draft(self.builder, r.tokens)) for r in requests]
+        generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        cache = self._cache(task, requests)
+        placed = task.place(requests[0].tokens.rate_hz)
+        if any(r.tokens.rate_hz != requests[0].tokens.rate_hz for r in requests):
+            raise TaskError("requests with different rates cannot share a batch")
+        for segment in placed:
+            for camera in self.builder.expand(segment, requests[0].tokens):
+                for row in rows:
+                    row.draft.header(segment, camera)
+                if segment.predicted:
+                    self._predict(segment, camera, rows, requests, cache, generators)
+                else:
+                    for row, request in zip(rows, requests):
+                        codes = self.builder.codes(segment, camera, request.tokens, request.now, request.variant)
+                        row.draft.content(segment, camera, codes, request.now)
+        return [row.out for row in rows]
+
+    def _cache(self, task: Task, requests: Sequence[Request]) -> Cache:
+        layout = self.builder.layout
+        total = 8
+        tokens = requests[0].tokens
+        for p in task.place(tokens.rate_hz):
+            total += 4
+            if p.stream in TEXT_STREAMS:
+                if p.predicted:
+                    total += MAX_TEXT_TOKENS + 1
+                else:
+                    total += max(len(r.tokens.text(p.stream, r.variant)) for r in requests)
+            elif p.stream in VISION_STREAMS:
+                frames = p.segment.length.steps(tokens.rate_hz) if p.segment.length else 1
+                per_frame = layout.frame_tokens if p.predicted else layout.merged_tokens
+                total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
+            elif p.stream in VECTOR_STREAMS:
+                assert p.start is not None and p.stop is not None
+                total += (p.stop - p.start) * self._axes(p.stream, tokens)
+            else:
+                total += 1
+        parameter = self.model.transformer.embed.weight
+        return Cache.empty(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
+
+    def _axes(self, stream: str, tokens: TokenSource) -> int:
+        assert self.model.tokenizers is not None
+        axes = getattr(self.model.tokenizers.embodiment(tokens.embodiment), stream)
+        if axes is None:
+            raise TaskError(f"embodiment {tokens.embodiment!r} has no {stream}")
+        return len(axes)
+
+    def _predict(
+        self,
+        segment: PlacedSegment,
+        camera: str | None,
+        rows: list[_Row],
+        requests: Sequence[Request],
+        cache: Cache,
+        generators: list[torch.Generator],
+    ) -> None:
+        stream = segment.stream
+        range_name = RANGE_OF_STREAM[stream]
+        shape = self._shape(segment, requests[0].tokens)
+        count = int(np.prod(shape)) if shape else MAX_TEXT_TOKENS
+        prefixes = [self._prefix(segment, r, shape) for r in requests]
+        forced = min(len(p) for p in prefixes)
+        chosen = [list(p[:forced]) for p in prefixes]
+        slots = Draft.slots_for(range_name, shape or (count,))
+        first_id = self.builder.vocabulary.ranges[range_name].start
+        end = self.model.tokenizers.text.end if stream in TEXT_STREAMS else None  # type: ignore[union-attr]
+        for row, codes in zip(rows, chosen):
+            if forced:
+                row.draft._add(np.asarray(codes) + first_id, slots[:forced])
+        hidden = self._flush(rows, cache)
+        expectations: list[float | None] = [None] * len(rows)
+        done = [False] * len(rows)
+        for i in range(forced, count):
+            logits = self._logits(hidden, range_name)
+            codes = self._choose(logits, generators)
+            if stream in SCALAR_STREAMS:
+                share = logits.softmax(-1)
+                mean = (share * torch.arange(share.shape[-1], device=share.device)).sum(-1)
+                expectations = mean.tolist()
+            for b, row in enumerate(rows):
+                if done[b]:
+                    continue
+                code = int(prefixes[b][i]) if i < len(prefixes[b]) else int(codes[b])
+                if end is not None and i == count - 1:
+                    code = end
+                chosen[b].append(code)
+                row.draft._add(np.array([code + first_id]), slots[i : i + 1])
+                done[b] = code == end
+            if all(done):
+                break
+            if i + 1 < count:
+                hidden = self._flush(rows, cache)
+        for row, codes, expectation in zip(rows, chosen, expectations):
+            codes = np.asarray(codes).reshape(shape) if shape else np.asarray(codes)
+            row.out.append(Decoded(segment, camera, codes, expectation))
+
+    def _shape(self, segment: PlacedSegment, tokens: TokenSource) -> tuple[int, ...]:
+        """The shape of the codes; () for text, whose length the model decides."""
+        if segment.stream in TEXT_STREAMS:
+            return ()
+        if segment.stream in SCALAR_STREAMS:
+            return (1,)
+        steps = 1 if segment.start is None else segment.stop - segment.start  # type: ignore[operator]
+        if segment.stream in VISION_STREAMS:
+            return (steps, self.builder.layout.frame_tokens)
+        if segment.stream in VECTOR_STREAMS:
+            return (steps, self._axes(segment.stream, tokens))
+        raise TaskError(f"{segment.stream!r} cannot be predicted: this model has no latent-action tokenizer")
+
+    @staticmethod
+    def _prefix(segment: PlacedSegment, request: Request, shape: tuple[int, ...]) -> np.ndarray:
+        if request.prefix is None or segment.stream != "action":
+            return np.zeros(0, dtype=np.int64)
+        prefix = np.asarray(request.prefix)
+        if prefix.ndim != 2 or prefix.shape[1] != shape[1] or len(prefix) >= shape[0]:
+            raise TaskError(f"an action prefix of shape {prefix.shape} does not fit a chunk of shape {shape}")
+        return prefix.reshape(-1)
+
+    def _flush(self, rows: list[_Row], cache: Cache) -> Tensor:
+        """Run what was added to each draft since the last call; hidden state (B, D) of each last token."""
+        device = self.model.device
+        new = [np.concatenate(row.draft.ids) for row in rows]
+        counts = [len(ids) - row.position for ids, row in zip(new, rows)]
+        width = max(max(counts), 1)
+        B = len(rows)
+        ids = np.zeros((B, width), dtype=np.int64)
+        slots = np.zeros((B, width), dtype=np.int64)
+        positions = np.zeros((B, width), dtype=np.int64)
+        patch_at, patch_ids = [], []
+        for b, row in enumerate(rows):
+            n, start = counts[b], row.position
+            if n == 0:  # this row is finished; recompute its last token in place
+                n, start = 1, row.position - 1
+            ids[b, :n] = new[b][start : start + n]
+            slots[b, :n] = np.concatenate(row.draft.slots)[start : start + n]
+            # padding repeats later positions: real tokens overwrite them before they are seen
+            positions[b] = start + np.arange(width)
+            for at, codes in zip(row.draft.patch_at, row.draft.patch_ids):
+                if at[0] >= start:
+                    patch_at.append(b * width + at - start)
+                    patch_ids.append(codes)
+            row.position = len(new[b])
+            counts[b] = n
+            row.draft.ids = [new[b]]
+            row.draft.slots = [np.concatenate(row.draft.slots)]
+        move = lambda a: torch.from_numpy(a).to(device)
+        transformer = self.model.transformer
+        x = transformer.inputs(
+            move(ids.reshape(-1)),
+            move(slots.reshape(-1)),
+            move(np.concatenate(patch_at) if patch_at else np.zeros(0, dtype=np.int64)),
+            move(np.concatenate(patch_ids) if patch_ids else np.zeros((0, 1), dtype=np.int64)),
+        ).view(B, width, -1)
+        longest = int(positions.max()) + 1
+        hidden = transformer.extend(x, move(positions), cache, longest)
+        self.stats.passes += 1
+        self.stats.tokens += B * width
+        return hidden[torch.arange(B, device=device), torch.tensor(counts, device=device) - 1]
+
+    def _logits(self, hidden_BD: Tensor, range_name: str) -> Tensor:
+        ids = self.builder.vocabulary.ranges[range_name]
+        return (hidden_BD @ self.model.transformer.output_weight[ids.start : ids.stop].t()).float()
+
+    def _choose(self, logits_BC: Tensor, generators: list[torch.Generator]) -> Tensor:
+        if self.temperature == 0:
+            return logits_BC.argmax(-1).cpu()
+        share = (logits_BC / self.temperature).softmax(-1).cpu()
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(share, generators)])

@@ -1,0 +1,125 @@
+"""Predict: any arrow on any episode, in physical units.
+
+    model.predict("image, action[8] -> image@+8", episode, t=12)["image"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmseq.episode import Episode
+from mmseq.errors import TaskError
+from mmseq.inference.decoding import Decoded, Decoder, Request
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+
+
+@dataclass
+class Prediction:
+    """What an arrow predicted. `prediction["action"]` is float32 (steps, axes) in the units of the
+    embodiment, `["image"]` uint8 (H, W, 3), `["video"]` uint8 (frames, H, W, 3), text streams are
+    strings, `["progress"]` and `["success"]` numbers in 0..1. Several cameras: `["image.wrist"]`."""
+
+    task: Task
+    t: int
+    streams: dict[str, Any]
+
+    def __getitem__(self, stream: str) -> Any:
+        if stream not in self.streams:
+            raise TaskError(f"{self.task} predicts {', '.join(self.streams)}, not {stream!r}")
+        return self.streams[stream]
+
+
+def predict(
+    model: SequenceModel,
+    arrow: str | Task,
+    episode: Episode,
+    t: int = 0,
+    *,
+    text: str | None = None,
+    question: str | None = None,
+    action_prefix: np.ndarray | None = None,
+    variant: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    samples: int | None = None,
+) -> Prediction | list[Prediction]:
+    """Fill the right side of `arrow` at step `t`.
+
+    text, question: used in place of the episode's own. action_prefix: float (n, axes), commands
+    that the predicted chunk must begin with. samples: how many candidates to draw (a list comes
+    back); use a temperature above 0 with it.
+    Raises: TaskError when the episode lacks a given stream or t leaves it no room.
+    """
+    tokenizers = model.tokenizers
+    assert tokenizers is not None
+    task = arrow if isinstance(arrow, Task) else Task.parse(arrow)
+    texts = {k: v for k, v in (("text", text), ("question", question)) if v is not None}
+    tokens = EpisodeTokens(episode, tokenizers, texts=texts)
+    check_fillable(task, tokens, t, where=f"episode {episode.id!r}")
+    prefix = None
+    if action_prefix is not None:
+        axes = tokenizers.embodiment(episode.embodiment).action
+        if axes is None:
+            raise TaskError(f"embodiment {episode.embodiment!r} has no action to prefix")
+        prefix = tokenizers.action.encode(axes.check(action_prefix, what="action_prefix", where="predict"), axes)
+    decoder = Decoder(model, temperature=temperature)
+    requests = [Request(tokens, t, variant, prefix, seed + i) for i in range(samples or 1)]
+    out = [Prediction(task, t, to_streams(d, tokenizers, tokens)) for d in decoder.decode(task, requests)]
+    return out if samples is not None else out[0]
+
+
+def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> None:
+    """Raises: TaskError when a given stream is missing or a given segment leaves the episode."""
+    missing = task.missing(tokens.streams, given_only=True)
+    if missing:
+        raise TaskError(
+            f"{where} cannot fill {task}: it has no {', '.join(missing)}; it has {', '.join(sorted(tokens.streams))}"
+        )
+    needs_robot = [s.stream for s in task.segments if s.stream in VECTOR_STREAMS]
+    if needs_robot and tokens.embodiment is None:
+        raise TaskError(f"{where} is of no embodiment that the model knows, so it has no {needs_robot[0]!r}")
+    for p in task.place(tokens.rate_hz):
+        if p.predicted or p.start is None or p.stop is None:
+            continue
+        if t + p.start < 0 or t + p.stop > len(tokens):
+            low, high = max(0, -p.start), len(tokens) - p.stop
+            raise TaskError(
+                f"{where} has {len(tokens)} steps: {p.segment} at t={t} needs steps {t + p.start} to {t + p.stop - 1}",
+                fix=f"choose t from {low} to {high}" if high >= low else "use a longer episode or a shorter segment",
+            )
+
+
+def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: EpisodeTokens) -> dict[str, Any]:
+    """Codes back to arrays, pictures and text. Repeated segments are joined in time."""
+    found: dict[str, list[Any]] = {}
+    cameras = {d.camera for d in decoded if d.camera}
+    for d in decoded:
+        stream = d.segment.stream
+        key = f"{stream}.{d.camera}" if d.camera and (len(cameras) > 1 or d.segment.segment.camera) else stream
+        if stream in TEXT_STREAMS:
+            value: Any = tokenizers.text.decode(d.codes)
+        elif stream in VISION_STREAMS:
+            value = tokenizers.vision.decode(d.codes)
+        elif stream in VECTOR_STREAMS:
+            value = getattr(tokenizers, stream).decode(d.codes, getattr(tokenizers.embodiment(tokens.embodiment), stream))
+        elif stream in SCALAR_STREAMS:
+            mean = d.expectation if d.expectation is not None else float(d.codes[0])
+            value = tokenizers.progress.decode(mean) if stream == "progress" else float(mean)
+        else:
+            raise TaskError(f"{stream!r} has no decoder")
+        found.setdefault(key, []).append(value)
+    out: dict[str, Any] = {}
+    for key, values in found.items():
+        first = values[0]
+        if isinstance(first, np.ndarray):
+            joined = np.concatenate(values)
+            out[key] = joined[0] if key.startswith("image") and len(joined) == 1 else joined
+        else:
+            out[key] = first if len(values) == 1 else values
+    return out

@@ -1,0 +1,311 @@
+"""Scripted experts of Meta-World, and what people would call the tasks.
+
+python -m mmseq.simulation.experts            measures every task of `TASKS` and prints a table
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmseq.errors import ConfigError, did_you_mean, require
+from mmseq.simulation.metaworld import MetaWorldEnv
+
+MAX_STEPS = 90  # control steps at 20 Hz after which an episode has failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLanguage:
+    """How a task is asked for and how it is done.
+
+    instructions: paraphrases, the plainest first. plan: two or three steps in one sentence. video_only: shown to
+    models as video without actions, never as robot data.
+    """
+
+    instructions: tuple[str, ...]
+    plan: str
+    video_only: bool = False
+
+
+TASKS: dict[str, TaskLanguage] = {
+    "button-press-topdown": TaskLanguage(
+        instructions=(
+            "press the red button",
+            "push the red button down",
+            "press down on the button",
+            "hit the button from above",
+            "push the button on the yellow box",
+        ),
+        plan="move above the red button, then press it down",
+    ),
+    "button-press": TaskLanguage(
+        instructions=(
+            "press the button on the wall box",
+            "push the side button in",
+            "push the red button forward",
+            "press the button from the front",
+            "push the button into the yellow box",
+        ),
+        plan="line up in front of the button, then push it forward",
+    ),
+    "coffee-button": TaskLanguage(
+        instructions=(
+            "press the coffee machine button",
+            "start the coffee machine",
+            "make a coffee",
+            "turn on the coffee maker",
+            "push the button of the coffee machine",
+        ),
+        plan="line up with the button of the coffee machine, then push it in",
+    ),
+    "door-open": TaskLanguage(
+        instructions=(
+            "open the door",
+            "pull the door open",
+            "open the safe",
+            "swing the door open by its handle",
+        ),
+        plan="move above the door handle, lower the hand behind it, then pull the door open",
+    ),
+    "drawer-open": TaskLanguage(
+        instructions=(
+            "open the drawer",
+            "pull the drawer open",
+            "pull out the green drawer",
+            "slide the drawer out",
+        ),
+        plan="move above the drawer handle, lower the hand behind it, then pull the drawer out",
+    ),
+    "drawer-close": TaskLanguage(
+        instructions=(
+            "close the drawer",
+            "push the drawer shut",
+            "shut the green drawer",
+            "slide the drawer in",
+        ),
+        plan="move in front of the drawer, then push it shut",
+    ),
+    "window-open": TaskLanguage(
+        instructions=(
+            "open the window",
+            "slide the window open",
+            "push the window to the right",
+            "open the sliding window by its handle",
+        ),
+        plan="move above the window handle, lower the hand beside it, then slide it right",
+    ),
+    "window-close": TaskLanguage(
+        instructions=(
+            "close the window",
+            "slide the window shut",
+            "push the window to the left",
+            "close the sliding window by its handle",
+        ),
+        plan="move above the window handle, lower the hand beside it, then slide it left",
+    ),
+    "faucet-open": TaskLanguage(
+        instructions=(
+            "open the faucet",
+            "turn on the tap",
+            "turn the faucet handle to the right",
+            "let the water run",
+        ),
+        plan="move above the faucet handle, lower the hand beside it, then push it to the right",
+    ),
+    "faucet-close": TaskLanguage(
+        instructions=(
+            "close the faucet",
+            "turn off the tap",
+            "turn the faucet handle to the left",
+            "stop the water",
+        ),
+        plan="move above the faucet handle, lower the hand beside it, then push it to the left",
+    ),
+    "handle-press": TaskLanguage(
+        instructions=(
+            "press the handle down",
+            "push the red handle down",
+            "press down the lever",
+            "lower the handle",
+        ),
+        plan="move above the handle, then press it down",
+    ),
+    "handle-press-side": TaskLanguage(
+        instructions=(
+            "press the side handle down",
+            "push down the handle on the left",
+            "press the sideways handle",
+            "lower the handle on the side",
+        ),
+        plan="move left above the handle, then press it down",
+    ),
+    "dial-turn": TaskLanguage(
+        instructions=(
+            "turn the dial",
+            "rotate the dial",
+            "twist the knob",
+            "turn the knob on the table",
+        ),
+        plan="move above the dial, lower the hand beside it, then push it around",
+    ),
+    "plate-slide": TaskLanguage(
+        instructions=(
+            "slide the plate into the goal",
+            "push the puck into the net",
+            "slide the black disc into the cabinet",
+            "shoot the puck into the goal",
+        ),
+        plan="move behind the plate, lower the hand, then push it into the goal",
+    ),
+    "plate-slide-back": TaskLanguage(
+        instructions=(
+            "slide the plate back",
+            "pull the puck out of the net",
+            "take the black disc out of the goal",
+            "drag the plate towards the robot",
+        ),
+        plan="move over the plate, lower the hand into it, then drag it back",
+    ),
+    "sweep-into": TaskLanguage(
+        instructions=(
+            "sweep the cube into the hole",
+            "push the block into the hole",
+            "move the brown cube into the square hole",
+            "drop the block into the hole in the table",
+        ),
+        plan="move above the cube, grasp it, then push it into the hole",
+    ),
+    "door-close": TaskLanguage(
+        instructions=(
+            "close the door",
+            "push the door shut",
+            "shut the safe",
+            "swing the door closed",
+        ),
+        plan="move behind the open door, then push it shut",
+    ),
+    "door-lock": TaskLanguage(
+        instructions=(
+            "lock the door",
+            "turn the lock of the door",
+            "lock the safe",
+            "rotate the bolt to lock the door",
+        ),
+        plan="move above the lock, lower the hand onto it, then turn it",
+    ),
+    "door-unlock": TaskLanguage(
+        instructions=(
+            "unlock the door",
+            "turn the lock open",
+            "unlock the safe",
+            "rotate the bolt to unlock the door",
+        ),
+        plan="move to the left of the lock, then push it to the right",
+    ),
+    "button-press-topdown-wall": TaskLanguage(
+        instructions=(
+            "press the button behind the wall",
+            "reach over the wall and press the button",
+            "push down the button past the brick wall",
+            "press the red button on the other side of the wall",
+        ),
+        plan="move over the wall and above the button, then press it down",
+    ),
+}
+
+
+DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "door-open", "plate-slide", "dial-turn")
+
+
+def task_language(task: str) -> TaskLanguage:
+    """The language of `task`. Raises: ConfigError for a task that is not in `TASKS`."""
+    if task not in TASKS:
+        raise ConfigError(f"no words for the task {task!r}: {did_you_mean(task, TASKS)}")
+    return TASKS[task]
+
+
+class Expert:
+    """Meta-World's scripted policy of a task. It reads the simulator's state, object positions included."""
+
+    def __init__(self, task: str):
+        require("metaworld", "sim")
+        from metaworld.policies import ENV_POLICY_MAP
+
+        name = f"{task.removesuffix('-v3')}-v3"
+        if name not in ENV_POLICY_MAP:
+            names = [policy.removesuffix("-v3") for policy in ENV_POLICY_MAP]
+            raise ConfigError(f"no scripted expert for {task!r}: {did_you_mean(task, names)}")
+        self._policy = ENV_POLICY_MAP[name]()
+
+    def action(self, env: MetaWorldEnv) -> np.ndarray:
+        """The action (4,) for the state that `env` is in, float32 in [-1, 1]."""
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it announces on every step that its output will be clipped
+            action = self._policy.get_action(env.privileged_state())
+        return np.clip(action, -1.0, 1.0).astype(np.float32)[:4]
+
+
+def quantise(action: np.ndarray, bins: int = 64) -> np.ndarray:
+    """`action` moved to the nearest of `bins` evenly spaced values over [-1, 1], ends included."""
+    return (np.rint((np.asarray(action) + 1) / 2 * (bins - 1)) / (bins - 1) * 2 - 1).astype(np.float32)
+
+
+def run_expert(
+    env: MetaWorldEnv, seed: int, *, bins: int | None = None, max_steps: int = MAX_STEPS
+) -> list[np.ndarray]:
+    """Actions of the expert from the start of `seed` until success; `env.succeeded` tells whether it came."""
+    expert = Expert(env.task)
+    env.reset(seed)
+    actions: list[np.ndarray] = []
+    while not env.succeeded and len(actions) < max_steps:
+        action = expert.action(env)
+        actions.append(action if bins is None else quantise(action, bins))
+        env.step(actions[-1])
+    return actions
+
+
+def replay(env: MetaWorldEnv, seed: int, actions: list[np.ndarray]) -> bool:
+    """Whether `actions`, executed blindly from the start of `seed`, succeed."""
+    env.reset(seed)
+    return any(env.step(action) for action in actions)
+
+
+def measure(task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000) -> dict[str, float]:
+    """How well a task suits the robot suite; all shares are in [0, 1].
+
+    clean, quantised: the expert's success with its own actions and with 64 bins. blind: success of the actions of
+    one seed replayed in another, so high when the image is not needed. steps: median length at 20 Hz.
+    """
+    env = MetaWorldEnv(task)
+    clean, quantised, recorded = [], [], []
+    for seed in range(first_seed, first_seed + episodes):
+        actions = run_expert(env, seed)
+        clean.append(env.succeeded)
+        recorded.append(actions)
+        run_expert(env, seed, bins=64)
+        quantised.append(env.succeeded)
+    blind = [replay(env, first_seed + (i + 7) % episodes, recorded[i % episodes]) for i in range(pairs)]
+    env.close()
+    return {
+        "clean": float(np.mean(clean)),
+        "quantised": float(np.mean(quantised)),
+        "blind": float(np.mean(blind)),
+        "steps": float(np.median([len(actions) for actions in recorded])),
+    }
+
+
+def main() -> None:
+    print(f"{'task':28s} {'expert':>7s} {'64 bins':>8s} {'blind':>7s} {'steps':>6s}")
+    for task in TASKS:
+        row = measure(task)
+        print(
+            f"{task:28s} {row['clean']:7.0%} {row['quantised']:8.0%} {row['blind']:7.0%} {row['steps']:6.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

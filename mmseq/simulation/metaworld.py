@@ -1,0 +1,273 @@
+"""One Meta-World v3 task as a robot sees it: 64 x 64 RGB, four proprio numbers, four action numbers.
+
+    env = MetaWorldEnv("button-press-topdown", seed=0)
+    observation = env.observe()                  # {"image": (64, 64, 3) uint8, "proprio": (4,) float32}
+    success = env.step([0.0, 1.0, -0.2, 1.0])    # dx, dy, dz, gripper effort
+
+Everything random about an episode (where the object and the goal are) comes from its seed. The object's
+position is in the image and nowhere else, and the goal marker that Meta-World draws is hidden.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmseq.errors import ConfigError, DependencyError, did_you_mean, require
+
+SIMULATION_HZ = 80  # Meta-World's own control rate: 5 physics steps of 2.5 ms
+PROPRIO_NAMES = ("x", "y", "z", "gripper")
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+METRES_PER_ACTION = 0.01 * 4  # an action of 1, held for one step of 20 Hz, moves the hand's set point this far
+
+# Links of the Sawyer arm behind the wrist. They are outside the picture or cut by its edge, and drawing their
+# 50,000 triangles takes more than half of the time of a frame on a CPU.
+_FAR_LINKS = (
+    *("torso", "pedestal", "pedestal_feet", "controller_box", "head", "screen", "right_arm_base_link"),
+    *("right_l0", "right_l1", "right_l1_2", "right_l2", "right_l2_2", "right_l3", "right_l4", "right_l4_2"),
+)
+_SUPERSAMPLING = 2  # each pixel is the mean of 2 x 2: 1 ms, and thin parts move smoothly instead of flickering
+_HIDDEN_GROUP = 5  # a geom group that MuJoCo does not draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A free camera that looks at a point. lookat: x, y, z; azimuth 90 looks along +y, away from the robot."""
+
+    lookat_m: tuple[float, float, float]
+    distance_m: float
+    azimuth_deg: float
+    elevation_deg: float
+
+
+VIEWS = {
+    # over the robot's right shoulder, framed on the workspace: all objects are seen from the side they are
+    # worked on, and the arm, which comes from the left edge, does not hide them
+    "front": View(lookat_m=(-0.01, 0.69, 0.16), distance_m=0.88, azimuth_deg=132, elevation_deg=-36),
+    # where a person filming from the other side would hold a phone
+    "human": View(lookat_m=(0.0, 0.68, 0.13), distance_m=1.0, azimuth_deg=48, elevation_deg=-32),
+}
+
+
+class MetaWorldEnv:
+    """One task of Meta-World v3 with a seeded layout, rendered with the fast settings.
+
+    task: a Meta-World name, with or without `-v3`. seed: of the layout. camera: a name in `VIEWS` or a `View`.
+    size: height and width of the images in pixels. rate_hz: an action is held for 80 / rate_hz simulation steps.
+    body: "robot", or "human" to draw an arm and a hand in the robot's place, in the same physics.
+
+    Raises: DependencyError without Meta-World or an OpenGL library; ConfigError for an unknown task, camera or rate.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        seed: int = 0,
+        camera: str | View = "front",
+        size: int = 64,
+        rate_hz: float = 20,
+        body: str = "robot",
+    ):
+        if body not in ("robot", "human"):
+            raise ConfigError(f"body is {body!r}", fix="use 'robot' or 'human'")
+        if isinstance(camera, str) and camera not in VIEWS:
+            raise ConfigError(f"no camera {camera!r}: {did_you_mean(camera, VIEWS)}")
+        hold = SIMULATION_HZ / rate_hz if rate_hz > 0 else 0
+        if hold < 1 or hold != int(hold):
+            raise ConfigError(f"rate_hz is {rate_hz}", fix=f"use a divisor of {SIMULATION_HZ}: 80, 40, 20, 10, ...")
+        self.task, self.size, self.rate_hz, self.body = task.removesuffix("-v3"), size, rate_hz, body
+        self._hold = int(hold)
+        self._env = _make(self.task)
+        self._renderer = None  # made when the first image is asked for
+        self.camera = camera if isinstance(camera, str) else "custom"
+        self._camera = _make_camera(VIEWS[camera] if isinstance(camera, str) else camera)
+        self._options = _make_options()
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode of `seed`; it does not depend on what ran before."""
+        self.seed = int(seed)
+        self._env.seed(self.seed)
+        state, _ = self._env.reset()
+        self._state = np.clip(state, self._env.observation_space.low, self._env.observation_space.high)
+        self.steps = 0
+        self.succeeded = False
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """What the robot may know: `image` uint8 (size, size, 3) and `proprio` float32 (4,).
+
+        Proprio is the hand's x, y, z in metres and the opening of the gripper, 0 (closed) to 1 (open).
+        """
+        return {"image": self.render(), "proprio": self.proprio()}
+
+    def proprio(self) -> np.ndarray:
+        """The hand's x, y, z in metres and the opening of the gripper from 0 to 1, float32 (4,)."""
+        return self._state[:4].astype(np.float32)
+
+    def privileged_state(self) -> np.ndarray:
+        """Meta-World's full state (39,), object and goal positions included: for scripted experts only."""
+        return self._state.copy()
+
+    def render(self) -> np.ndarray:
+        """The scene now, uint8 (size, size, 3) RGB, the first row at the top."""
+        if self._renderer is None:
+            self._renderer = _make_renderer(self._env, self.size * _SUPERSAMPLING, self.body)
+            # closed at exit at the latest: later, the OpenGL libraries are gone and say so on stderr
+            self._finalizer = weakref.finalize(self, self._renderer.close)
+        self._renderer.update_scene(self._env.data, camera=self._camera, scene_option=self._options)
+        if self.body == "human":
+            from mmseq.simulation.human import draw_arm
+
+            draw_arm(self._renderer.scene, hand_m=self._env.data.body("hand").xpos, opening=float(self._state[3]))
+        pixels = self._renderer.render().astype(np.uint16)
+        n = _SUPERSAMPLING
+        total = sum(pixels[row::n, column::n] for row in range(n) for column in range(n))
+        return ((total + n * n // 2) // (n * n)).astype(np.uint8)
+
+    def step(self, action: Sequence[float] | np.ndarray) -> bool:
+        """Hold `action` (4,), each in [-1, 1], for one control step. Returns whether the task succeeded in it.
+
+        dx, dy, dz move the hand's set point by up to `METRES_PER_ACTION` each; the last is the gripper's effort,
+        -1 opens and +1 closes. Values outside the limits are clipped.
+        """
+        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ConfigError(f"an action is 4 finite numbers {ACTION_NAMES}, got {action}")
+        success = False
+        for _ in range(self._hold):
+            self._state, _, _, _, info = self._env.step(action)
+            success |= bool(info["success"])
+        self.steps += 1
+        self.succeeded |= success
+        return success
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._finalizer()
+            self._renderer = None
+
+    def __enter__(self) -> MetaWorldEnv:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _make(task: str):
+    """Meta-World's environment of `task`, ready to be seeded, with the goal in its (privileged) state."""
+    choose_gl()
+    gymnasium = require("gymnasium", "sim")
+    require("metaworld", "sim")
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    if f"{task}-v3" not in ALL_V3_ENVIRONMENTS:
+        names = [name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS]
+        raise ConfigError(f"no Meta-World task {task!r}: {did_you_mean(task, names)}")
+    gymnasium.logger.min_level = 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        env._partially_observable = False
+        env.__dict__.pop("sawyer_observation_space", None)
+        env.observation_space = env.sawyer_observation_space
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True
+    env._set_task_called = True
+    env.max_path_length = sys.maxsize
+    return env
+
+
+def _make_renderer(env, size: int, body: str):
+    import mujoco
+
+    model = env.model
+    # the 4096 shadow map and multisampling make a software frame ten times slower
+    model.vis.quality.shadowsize = 0
+    model.vis.quality.offsamples = 0
+    robot = model.body_rootid[model.body("hand").id]
+    for geom in range(model.ngeom):
+        link = model.geom_bodyid[geom]
+        hidden = model.body_rootid[link] == robot if body == "human" else model.body(link).name in _FAR_LINKS
+        if hidden or model.geom_rgba[geom, 3] == 0:
+            model.geom_group[geom] = _HIDDEN_GROUP
+    renderer = mujoco.Renderer(model, size, size)
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+    return renderer
+
+
+def _make_camera(view: View):
+    import mujoco
+
+    camera = mujoco.MjvCamera()
+    camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+    camera.lookat[:] = view.lookat_m
+    camera.distance = view.distance_m
+    camera.azimuth = view.azimuth_deg
+    camera.elevation = view.elevation_deg
+    return camera
+
+
+def _make_options():
+    import mujoco
+
+    options = mujoco.MjvOption()
+    options.sitegroup[:] = 0  # sites mark the goal: drawn, they would give it away
+    options.geomgroup[_HIDDEN_GROUP] = 0
+    return options
+
+
+def choose_gl() -> None:
+    """Set MUJOCO_GL to what this machine has, EGL before OSMesa, unless it is set or a window system is usual.
+
+    MuJoCo reads the variable when it is first imported. Raises: DependencyError when there is neither.
+    """
+    if os.environ.get("MUJOCO_GL") or sys.platform != "linux" or "mujoco" in sys.modules:
+        return
+    if _egl_works():
+        os.environ["MUJOCO_GL"] = "egl"
+    elif _library("libOSMesa.so.8") or _library("libOSMesa.so"):
+        os.environ["MUJOCO_GL"] = "osmesa"
+    else:
+        raise DependencyError(
+            "rendering without a display needs EGL or OSMesa, and this machine has neither",
+            fix="install one: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6",
+        )
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
+def _egl_works() -> bool:
+    """Whether EGL initialises on some device, asked as MuJoCo asks it."""
+    egl = _library("libEGL.so.1")
+    if egl is None:
+        return False
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    display_of = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
+    if not query or not display_of:
+        return False
+    devices, count = (ctypes.c_void_p * 16)(), ctypes.c_int(0)
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(query)
+    display_of = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(display_of)
+    if not query(16, devices, ctypes.byref(count)):
+        return False
+    egl.eglInitialize.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    platform_device = 0x313F
+    return any(
+        (display := display_of(platform_device, devices[i], None)) and egl.eglInitialize(display, None, None)
+        for i in range(count.value)
+    )

@@ -1,0 +1,222 @@
+"""Demonstrations of the scripted experts, recorded from seeds.
+
+    for episode in record_episodes(DEMO_TASKS, 50, seed=0):
+        episode.images, episode.proprio, episode.action
+
+An episode is a function of (seed, task, its number) alone: any number of workers yields the same episodes in the
+same order. The expert is disturbed in short bursts; what is recorded is what was executed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.errors import DataError, EpisodeError
+from mmseq.simulation.experts import MAX_STEPS, TASKS, Expert, task_language
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, MetaWorldEnv
+
+ROBOT = "metaworld_sawyer"
+STEPS_AFTER_SUCCESS = 4
+ATTEMPTS = 12  # seeds tried for one episode before giving up; the hardest task of `TASKS` fails on a quarter
+
+BURST_PROBABILITY = 0.06  # per step, so about two bursts in an episode
+BURST_STEPS = (2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedEpisode:
+    """One successful demonstration. Step t: observed at t, executed from t to t + 1.
+
+    texts: the instruction this episode was given, then its other phrasings. images: uint8 (steps, size, size, 3).
+    proprio: float32 (steps, 4), x y z in metres and the gripper's opening. action: float32 (steps, 4) in [-1, 1].
+    seed: of the layout, for `MetaWorldEnv`.
+    """
+
+    task: str
+    texts: tuple[str, ...]
+    plan: str
+    images: np.ndarray
+    proprio: np.ndarray
+    action: np.ndarray
+    success: bool
+    seed: int
+    camera: str = "front"
+    rate_hz: float = 20.0
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def to_episode(self) -> Episode:
+        return Episode.from_arrays(
+            id=f"{self.task}-{self.seed}",
+            rate_hz=self.rate_hz,
+            arrays={f"{IMAGE_PREFIX}{self.camera}": self.images, "proprio": self.proprio, "action": self.action},
+            texts=list(self.texts),
+            plans=[self.plan],
+            embodiment=ROBOT,
+            success=self.success,
+            source="metaworld",
+            metadata={"task": self.task, "seed": self.seed},
+        )
+
+
+def record_episodes(
+    tasks: Sequence[str],
+    episodes_per_task: int,
+    *,
+    seed: int = 0,
+    noise: float = 0.7,
+    workers: int = 2,
+    camera: str = "front",
+    body: str = "robot",
+    size: int = 64,
+    rate_hz: float = 20,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[RecordedEpisode]:
+    """Yield `episodes_per_task` successful episodes of each task, task by task.
+
+    noise: length of the burst offset added to dx, dy, dz, in action units; 0 records the undisturbed expert.
+    workers: processes, which are spawned, so that a script needs the usual `if __name__ == "__main__"`; with 0 or 1
+    everything runs in this one. on_progress: called with (episodes done, episodes in all).
+
+    Raises: DataError when an episode does not succeed within `ATTEMPTS` seeds.
+    """
+    for task in tasks:
+        task_language(task)
+    settings = {"seed": seed, "noise": noise, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz}
+    jobs = [
+        (task, range(first, min(first + 5, episodes_per_task)), settings)
+        for task in tasks
+        for first in range(0, episodes_per_task, 5)
+    ]
+    done, total = 0, len(tasks) * episodes_per_task
+    for episodes in _run(jobs, workers):
+        for episode in episodes:
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+            yield episode
+
+
+def _run(jobs: list[tuple], workers: int) -> Iterator[list[RecordedEpisode]]:
+    if workers <= 1 or len(jobs) == 1:
+        yield from map(_record_job, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield from pool.map(_record_job, jobs)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer would start a thread per core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+_environments: dict[tuple, MetaWorldEnv] = {}  # building one takes half a second, so a process keeps its last
+
+
+def _record_job(job: tuple[str, range, dict]) -> list[RecordedEpisode]:
+    task, numbers, settings = job
+    shape = {name: settings[name] for name in ("camera", "body", "size", "rate_hz")}
+    key = (task, *shape.values())
+    if key not in _environments:
+        for env in _environments.values():
+            env.close()
+        _environments.clear()
+        _environments[key] = MetaWorldEnv(task, **shape)
+    return [_record(_environments[key], n, seed=settings["seed"], noise=settings["noise"]) for n in numbers]
+
+
+def _record(env: MetaWorldEnv, number: int, *, seed: int, noise: float) -> RecordedEpisode:
+    for attempt in range(ATTEMPTS):
+        rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), number, attempt])
+        episode = _attempt(env, rng, noise)
+        if episode is not None:
+            return episode
+    raise DataError(f"the expert of {env.task!r} failed {ATTEMPTS} times in a row", fix="lower noise")
+
+
+def _attempt(env: MetaWorldEnv, rng: np.random.Generator, noise: float) -> RecordedEpisode | None:
+    """One episode, or None when the expert did not succeed within `MAX_STEPS`."""
+    layout_seed = int(rng.integers(2**31))
+    language = TASKS[env.task]
+    first = int(rng.integers(len(language.instructions)))
+    texts = (language.instructions[first], *language.instructions[:first], *language.instructions[first + 1 :])
+    expert = Expert(env.task)
+    env.reset(layout_seed)
+    limit = round(MAX_STEPS * env.rate_hz / 20)
+    images, proprio, actions = [], [], []
+    burst_left, offset, after_success = 0, np.zeros(3), 0
+    while after_success <= STEPS_AFTER_SUCCESS:
+        if env.steps >= limit and not env.succeeded:
+            return None
+        action = expert.action(env)
+        if burst_left == 0 and rng.random() < BURST_PROBABILITY:
+            burst_left = int(rng.integers(BURST_STEPS[0], BURST_STEPS[1] + 1))
+            direction = rng.normal(size=3)
+            offset = noise * direction / np.linalg.norm(direction)
+        if burst_left > 0 and not env.succeeded:
+            action[:3] = np.clip(action[:3] + offset, -1, 1)
+        burst_left = max(0, burst_left - 1)
+        observation = env.observe()
+        images.append(observation["image"])
+        proprio.append(observation["proprio"])
+        actions.append(action)
+        env.step(action)
+        after_success += env.succeeded
+    return RecordedEpisode(
+        task=env.task,
+        texts=texts,
+        plan=language.plan,
+        images=np.stack(images),
+        proprio=np.stack(proprio),
+        action=np.stack(actions).astype(np.float32),
+        success=True,
+        seed=layout_seed,
+        camera=env.camera,
+        rate_hz=env.rate_hz,
+    )
+
+
+def embodiment(episodes: Sequence[RecordedEpisode]) -> Embodiment:
+    """The contract of the simulated Sawyer, with the statistics of `episodes`.
+
+    Raises: EpisodeError when there are no episodes.
+    """
+    if not episodes:
+        raise EpisodeError("an embodiment needs recorded episodes for its statistics")
+    height, width = episodes[0].images.shape[1:3]
+    return Embodiment(
+        name=ROBOT,
+        rate_hz=episodes[0].rate_hz,
+        cameras=(Camera(name=episodes[0].camera, height=height, width=width),),
+        proprio=Axes.from_values(
+            np.concatenate([episode.proprio for episode in episodes]),
+            names=PROPRIO_NAMES,
+            units=("metre", "metre", "metre", "unitless"),
+            margin=0.25,
+        ),
+        # the limits are the simulator's own and so are the quantiles: the expert saturates on every axis
+        action=Axes(
+            names=ACTION_NAMES,
+            units=("unitless",) * 4,
+            low=(-1.0,) * 4,
+            high=(1.0,) * 4,
+            minimum=(-1.0,) * 4,
+            maximum=(1.0,) * 4,
+        ),
+        action_form="delta",
+        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
+    )

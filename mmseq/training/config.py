@@ -1,0 +1,112 @@
+"""What a training run is: the recipe's schema. Defaults <- YAML <- `key=value`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from mmseq.errors import ConfigError
+from mmseq.model.transformer import ModelConfig
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """mix: a mix file. tokens: the folder `mmseq data tokenize` wrote from it. tokenizers: theirs.
+
+    row_tokens: length of a packed row. rows_per_step: rows of one optimiser step over all ranks;
+    the global batch does not depend on the number of ranks. rows_per_pass: rows that one rank puts
+    through the model at once. prefetch: steps built ahead.
+    """
+
+    mix: str = "???"
+    tokens: str = "???"
+    tokenizers: str = "???"
+    row_tokens: int = 2048
+    rows_per_step: int = 8
+    rows_per_pass: int = 4
+    prefetch: int = 2
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine to `final_share` of the peak learning rate."""
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup_steps: int = 50
+    final_share: float = 0.05
+    gradient_clip: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """zero_stage 0 to 3. dtype: bf16 (fp32 master weights) or fp32. settings: a DeepSpeed JSON that
+    is merged over what the recipe gives, for everything else."""
+
+    zero_stage: int = 1
+    dtype: str = "bf16"
+    settings: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A training run. out: its folder.
+
+    max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
+    no limit. range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
+    """
+
+    name: str = "run"
+    out: str = "???"
+    seed: int = 0
+    steps: int = 1000
+    max_minutes: float = 0.0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    range_weights: dict[str, float] = field(default_factory=dict)
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    validation_samples: int = 32
+
+    def check(self, world_size: int) -> None:
+        """Raises: ConfigError naming the field that cannot work."""
+        for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        d = self.data
+        for name in ("row_tokens", "rows_per_step", "rows_per_pass", "prefetch"):
+            if getattr(d, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(d, name)}")
+        if d.rows_per_step % world_size:
+            raise ConfigError(
+                f"data.rows_per_step {d.rows_per_step} cannot be shared by {world_size} ranks",
+                fix=f"use a multiple of {world_size}",
+            )
+        per_rank = d.rows_per_step // world_size
+        if per_rank % min(d.rows_per_pass, per_rank):
+            raise ConfigError(
+                f"data.rows_per_pass {d.rows_per_pass} does not divide the {per_rank} rows of each rank",
+                fix="use a divisor",
+            )
+        if self.deepspeed.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {self.deepspeed.zero_stage}")
+        if self.deepspeed.dtype not in ("bf16", "fp32"):
+            raise ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {self.deepspeed.dtype!r}")
+        if not (math.isfinite(self.optimizer.learning_rate) and self.optimizer.learning_rate > 0):
+            raise ConfigError(f"optimizer.learning_rate must be positive, got {self.optimizer.learning_rate}")
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0 .. steps - 1: a pure function, so nothing of it is saved."""
+        o = self.optimizer
+        warmup = min(o.warmup_steps, max(1, steps // 10))
+        if step < warmup:
+            return o.learning_rate * (step + 1) / warmup
+        share = (step - warmup) / max(1, steps - warmup)
+        return o.learning_rate * (o.final_share + (1 - o.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
