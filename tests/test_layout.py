@@ -15,7 +15,8 @@ PACKAGE = ROOT / "mmseq"
 PLAIN_FOLDERS = ("tokenizers", "train", "serve", "data_mixes", "tests")
 HEAVY = ("deepspeed", "lerobot", "mujoco", "fastapi", "torch", "torchvision", "transformers", "av", "pyarrow")
 
-NOUNS = {"errors", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
+# the nouns, and the settings that anything may read
+NOUNS = {"errors", "config", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
 # what the modules of a part may import when they are loaded, beside their own part; tests of import
 # direction skip imports inside functions, which are how a lower part reaches for a higher one on demand
 ALLOWED = {
