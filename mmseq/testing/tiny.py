@@ -1,0 +1,93 @@
+"""Tiny real parts for tests: a robot, episodes, tokenizers and a model that fit into milliseconds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
+from mmseq.episode import Episode
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.model.transformer import ModelConfig
+from mmseq.tokenization.bundle import Tokenizers
+from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
+from mmseq.tokenization.text import TextTokenizer
+from mmseq.tokenization.vision import FSQAutoencoder, VisionConfig, VisionTokenizer
+
+TEXTS = ["open the window", "close the red drawer", "press the button", "pull the handle down", "turn the dial"]
+
+
+def axes(names: str, limit: float = 1.0) -> Axes:
+    """Axes with one-letter names and range [-limit, limit]."""
+    n = len(names)
+    return Axes(
+        names=tuple(names),
+        units=("unitless",) * n,
+        low=(-limit,) * n,
+        high=(limit,) * n,
+        minimum=(-limit,) * n,
+        maximum=(limit,) * n,
+    )
+
+
+def embodiment(name: str = "arm", cameras: tuple[str, ...] = ("front",), size: int = 16) -> Embodiment:
+    return Embodiment(
+        name=name,
+        rate_hz=20.0,
+        cameras=tuple(Camera(name=c, height=size, width=size) for c in cameras),
+        proprio=axes("xyz"),
+        action=axes("xyzg"),
+        action_form="delta",
+        gripper=Gripper(axis="g", open=-1.0, closed=1.0),
+    )
+
+
+def episode(seed: int = 0, length: int = 24, robot: Embodiment | None = None, size: int = 16) -> Episode:
+    """A bright square that moves by the action: proprio, action and picture agree with each other."""
+    robot = robot or embodiment()
+    rng = np.random.default_rng(seed)
+    action = np.clip(np.cumsum(rng.normal(0, 0.2, (length, 4)), 0), -1, 1).astype(np.float32)
+    proprio = np.clip(np.cumsum(action[:, :3] * 0.1, 0), -1, 1).astype(np.float32)
+    frames = np.full((length, size, size, 3), 40, dtype=np.uint8)
+    for t, (x, y, _) in enumerate(proprio):
+        row, column = int((y + 1) / 2 * (size - 4)), int((x + 1) / 2 * (size - 4))
+        frames[t, row : row + 4, column : column + 4] = (220, 80, 60)
+    arrays = {f"image.{c.name}": frames for c in robot.cameras}
+    return Episode.from_arrays(
+        f"tiny-{seed}",
+        robot.rate_hz,
+        {**arrays, "proprio": proprio, "action": action},  # type: ignore[arg-type]
+        texts=[TEXTS[seed % len(TEXTS)], TEXTS[seed % len(TEXTS)] + " now"],
+        plans=["reach for it, then move it"],
+        embodiment=robot.name,
+        success=True,
+    )
+
+
+def video(seed: int = 0, length: int = 24, size: int = 16) -> Episode:
+    """The same without a robot: pictures and a caption."""
+    source = episode(seed, length, size=size)
+    return Episode.from_arrays(
+        f"video-{seed}", source.rate_hz, {"image.main": source["image.front"]}, texts=source.texts, success=True
+    )
+
+
+def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, seed: int = 0) -> Tokenizers:
+    """Untrained vision (4 x 4 tokens of 16 x 16 pixels), real text, bins."""
+    import torch
+
+    torch.manual_seed(seed)
+    config = VisionConfig(size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1)
+    return Tokenizers(
+        text=TextTokenizer.train(TEXTS, vocab_size=300),
+        vision=VisionTokenizer(config, FSQAutoencoder(config)),
+        action=BinTokenizer(32),
+        proprio=BinTokenizer(32),
+        progress=ScalarTokenizer(16),
+        embodiments=robots if robots is not None else (embodiment(),),
+        merge=merge,
+    )
+
+
+def model(bundle: Tokenizers | None = None, *, seed: int = 0, **changes) -> SequenceModel:
+    config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp": 64, **changes})
+    return SequenceModel.new(config, bundle or tokenizers(), seed=seed).eval()
