@@ -101,7 +101,9 @@ def fit_frames(frames: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndar
     if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:3]:
         raise EpisodeError(
             f"frames have shape {frames.shape}, not (frames, height, width, 3)",
-            fix="add a leading axis to a single image: frames[None]" if frames.ndim == 3 else "give RGB, channels last",
+            fix="add a leading axis to a single image: frames[None]"
+            if frames.ndim == 3
+            else "give RGB with the channels last",
         )
     height, width = frames.shape[1:3]
     if height == width == size:
@@ -270,7 +272,8 @@ class VisionTokenizer:
         if bad.any():
             frame, token = np.argwhere(bad)[0]
             raise DataError(
-                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside 0..{self.codebook_size - 1}",
+                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside "
+                f"0..{self.codebook_size - 1}",
                 fix="subtract the start of the vision range from vocabulary ids first",
             )
         frames = np.empty((len(codes), self.config.size, self.config.size, 3), np.uint8)
