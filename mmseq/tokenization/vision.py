@@ -51,7 +51,7 @@ class VisionConfig:
     patch: int = 8
     margin: int = 4
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 256
+    width: int = 192
     hidden: int = 512
     encoder_depth: int = 1
     decoder_depth: int = 3

@@ -23,7 +23,7 @@ from mmseq.tokenization.vision import FSQAutoencoder, VisionConfig, VisionTokeni
 WARM_UP_STEPS = 30
 FLOOR = 0.02  # of the learning rate, at the end
 MUON_RATE = 0.04
-ADAMW_RATE = 2e-3
+ADAMW_RATE = 4e-3
 FOREGROUND_FULL = 0.25  # deviation from the mean image, of [-1, 1], from which on a pixel has the full extra weight
 FOREGROUND_SEEN = (
     20  # of 255: from this difference to the source's median image on, evaluation counts a pixel as foreground
@@ -38,8 +38,8 @@ def train_vision(
     frames: Frames | Sequence[Frames] | Mapping[str, Frames],
     *,
     config: VisionConfig | None = None,
-    steps: int = 300,
-    batch_images: int = 64,
+    steps: int = 400,
+    batch_images: int = 32,
     max_seconds: float | None = None,
     seed: int = 0,
     threads: int | None = None,
