@@ -85,7 +85,11 @@ class Batch:
 
 
 def collate(
-    sequences: Sequence[TokenSequence], vocabulary: Vocabulary, *, tasks: Sequence[int] | None = None, pad_to: int | None = None
+    sequences: Sequence[TokenSequence],
+    vocabulary: Vocabulary,
+    *,
+    tasks: Sequence[int] | None = None,
+    pad_to: int | None = None,
 ) -> Batch:
     """Lay sequences end to end. tasks: a task index per sequence, for the loss by task.
 

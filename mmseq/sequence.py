@@ -134,7 +134,13 @@ class SequenceBuilder:
         self.cameras = cameras or {}
 
     def build(
-        self, task: Task, tokens: TokenSource, now: int, variant: int = 0, *, placed: Sequence[PlacedSegment] | None = None
+        self,
+        task: Task,
+        tokens: TokenSource,
+        now: int,
+        variant: int = 0,
+        *,
+        placed: Sequence[PlacedSegment] | None = None,
     ) -> TokenSequence:
         """The whole sequence with its learning targets.
 
@@ -158,10 +164,14 @@ class SequenceBuilder:
             return (segment.segment.camera,)
         known = [c for c in self.cameras.get(tokens.embodiment, present) if c in present]
         if not known:
-            raise TaskError(f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}")
+            raise TaskError(
+                f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}"
+            )
         return known
 
-    def codes(self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int) -> np.ndarray:
+    def codes(
+        self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int
+    ) -> np.ndarray:
         """The tokenizer codes that fill a segment: (n,), (frames, tokens) or (steps, axes)."""
         stream = segment.stream
         if stream in TEXT_STREAMS:
@@ -172,11 +182,13 @@ class SequenceBuilder:
                 return self._demo(tokens, camera, segment)
             if segment.segment.offset == END:
                 return tokens.vision(camera, len(tokens) - 1, len(tokens))
-        assert segment.start is not None and segment.stop is not None
+        assert segment.start is not None
+        assert segment.stop is not None
         start, stop = now + segment.start, now + segment.stop
         if start < 0 or stop > len(tokens):
             raise TaskError(
-                f"{segment.segment} at step {now} needs steps {start} to {stop - 1} of an episode of {len(tokens)} steps"
+                f"{segment.segment} at step {now} needs steps {start} to {stop - 1} "
+                f"of an episode of {len(tokens)} steps"
             )
         if stream in VISION_STREAMS:
             assert camera is not None

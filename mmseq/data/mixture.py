@@ -135,7 +135,14 @@ class Stream:
     """All moments of one task in one source, in an order that is permuted afresh each epoch."""
 
     def __init__(
-        self, index: int, task_index: int, task: Task, source: str, shards: TokenShards, episodes: Sequence[int], layout: Layout
+        self,
+        index: int,
+        task_index: int,
+        task: Task,
+        source: str,
+        shards: TokenShards,
+        episodes: Sequence[int],
+        layout: Layout,
     ):
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
         self._layout, self._notes = layout, shards.notes
@@ -227,7 +234,14 @@ class Mixture:
     """A mix over token shards: its streams, its samples and its rows."""
 
     def __init__(
-        self, mix: MixConfig, tokens: str | Path, tokenizers: Tokenizers, *, row_tokens: int, seed: int, split: str = "train"
+        self,
+        mix: MixConfig,
+        tokens: str | Path,
+        tokenizers: Tokenizers,
+        *,
+        row_tokens: int,
+        seed: int,
+        split: str = "train",
     ):
         """tokens: the folder that `mmseq data tokenize` wrote, one folder per source.
 
@@ -281,7 +295,9 @@ class Mixture:
                 continue
             missing = task.missing(notes[0]["streams"])
             longest = max(n["length"] for n in notes)
-            reasons.append(f"{name}: no {', '.join(missing)}" if missing else f"{name}: episodes of at most {longest} steps")
+            reasons.append(
+                f"{name}: no {', '.join(missing)}" if missing else f"{name}: episodes of at most {longest} steps"
+            )
         return f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})"
 
     def block(self, number: int) -> list[list[Sample]]:

@@ -64,7 +64,9 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
     axes = {}
     for stream in streams:
         if stream.startswith(IMAGE_PREFIX):
-            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(np.uint16)
+            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(
+                np.uint16
+            )
         elif stream in VECTOR_STREAMS:
             codes = source.vector(stream, 0, len(episode))
             axes[stream] = int(codes.shape[1])

@@ -117,7 +117,8 @@ class Decoder:
                 per_frame = layout.frame_tokens if p.predicted else layout.merged_tokens
                 total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
             elif p.stream in VECTOR_STREAMS:
-                assert p.start is not None and p.stop is not None
+                assert p.start is not None
+                assert p.stop is not None
                 total += (p.stop - p.start) * self._axes(p.stream, tokens)
             else:
                 total += 1

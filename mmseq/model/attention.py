@@ -106,7 +106,9 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
             return "flash", "flash-attn imports"
         return "flex", "flash-attn is not installed; FlexAttention is part of torch"
     if requested not in BACKENDS:
-        raise ConfigError(f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}")
+        raise ConfigError(
+            f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}"
+        )
     if requested == "flash" and (kind == "cpu" or _flash_attention() is None):
         raise DependencyError(
             "the flash attention backend needs a GPU and the flash-attn package",
@@ -153,7 +155,7 @@ def attend(
         return out[0].transpose(0, 1)
     inner = _matmul_attention if backend == "document" else _sdpa_attention
     parts = []
-    T, H, K = q_THK.shape
+    _T, H, K = q_THK.shape
     for block in documents.blocks:
         N, L = block.gather.shape
         index = block.gather.flatten()

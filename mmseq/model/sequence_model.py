@@ -1,6 +1,6 @@
 """SequenceModel: the transformer with its tokenizers. One directory holds it all.
 
-    config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
+config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ class SequenceModel(nn.Module):
         try:
             config = json.loads((directory / CONFIG_FILE).read_text())
             if config.get("model_type") != "mmseq":
-                raise CheckpointError(f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'")
+                raise CheckpointError(
+                    f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'"
+                )
             model_config = ModelConfig(**config["model"])
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

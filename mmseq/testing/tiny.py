@@ -76,7 +76,9 @@ def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, 
     import torch
 
     torch.manual_seed(seed)
-    config = VisionConfig(size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1)
+    config = VisionConfig(
+        size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1
+    )
     return Tokenizers(
         text=TextTokenizer.train(TEXTS, vocab_size=300),
         vision=VisionTokenizer(config, FSQAutoencoder(config)),

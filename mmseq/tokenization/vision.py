@@ -49,9 +49,9 @@ class VisionConfig:
 
     size: int = 64
     patch: int = 8
-    margin: int = 4
+    margin: int = 2
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 256
+    width: int = 192
     hidden: int = 512
     encoder_depth: int = 1
     decoder_depth: int = 3
