@@ -157,17 +157,27 @@ class SequenceBuilder:
         """`image` is every camera of the embodiment, in its order."""
         if segment.stream not in VISION_STREAMS:
             return (None,)
-        present = [s.removeprefix("image.") for s in tokens.streams if s.startswith("image.")]
+        known = self.views(tokens.embodiment, tokens.streams)
         if segment.segment.camera:
-            if segment.segment.camera not in present:
-                raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {present}")
+            if segment.segment.camera not in known:
+                raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {known}")
             return (segment.segment.camera,)
-        known = [c for c in self.cameras.get(tokens.embodiment, present) if c in present]
         if not known:
+            present = [s for s in tokens.streams if s.startswith("image.")]
             raise TaskError(
                 f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}"
             )
         return known
+
+    def numbered(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
+        """The cameras that headers number: those of the contract, else the episode's own."""
+        if embodiment in self.cameras:
+            return self.cameras[embodiment]
+        return [s.removeprefix("image.") for s in streams if s.startswith("image.")]
+
+    def views(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
+        """What `image` stands for: the cameras of the contract that the episode has."""
+        return [c for c in self.numbered(embodiment, streams) if f"image.{c}" in streams]
 
     def codes(
         self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int
@@ -241,7 +251,7 @@ class Draft:
         vocabulary, tokens = self.builder.vocabulary, self.tokens
         ids = [vocabulary.header(segment.stream)]
         if camera is not None:
-            cameras = self.builder.cameras.get(tokens.embodiment, ())
+            cameras = self.builder.numbered(tokens.embodiment, tokens.streams)
             if len(cameras) > 1:
                 ids.append(vocabulary.camera(list(cameras).index(camera)))
         offset = segment.segment.offset
@@ -322,12 +332,13 @@ def sequence_length(
     *,
     rate_hz: float,
     cameras: int,
+    numbered: bool,
     axes: dict[str, int],
     text_lengths: dict[str, int],
 ) -> int:
     """The length `SequenceBuilder.build` will give, from metadata alone (packing needs no data).
 
-    cameras: how many `image` stands for. axes: axes of `action` and `proprio`. text_lengths: tokens
+    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: axes of `action` and `proprio`. text_lengths: tokens
     of each text stream, its end token included.
     """
     total = 3  # <bos> <embodiment> ... <eos>
@@ -344,7 +355,7 @@ def sequence_length(
                 frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
             per_frame = layout.frame_tokens if segment.predicted else layout.merged_tokens
             views = 1 if segment.camera else cameras
-            total += views * (1 + (cameras > 1) + timed + frames * per_frame)
+            total += views * (1 + numbered + timed + frames * per_frame)
         elif segment.stream in VECTOR_STREAMS:
             total += 1 + timed + (p.stop - p.start) * axes[segment.stream]  # type: ignore[operator]
         else:

@@ -22,7 +22,7 @@ from mmseq.config import load_config
 from mmseq.data.tokens import TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
-from mmseq.sequence import Layout, TokenSequence, sequence_length
+from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
 from mmseq.tasks import TEXT_STREAMS, Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -142,14 +142,14 @@ class Stream:
         source: str,
         shards: TokenShards,
         episodes: Sequence[int],
-        layout: Layout,
+        builder: SequenceBuilder,
     ):
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
-        self._layout, self._notes = layout, shards.notes
+        self._builder, self._notes = builder, shards.notes
         self._episodes, self._first, counts = [], [], []
         for e in episodes:
             note = self._notes[e]
-            if task.missing(note["streams"]):
+            if task.missing(self._visible(note)):
                 continue
             moments = task.moments(note["length"], note["rate_hz"])
             if len(moments):
@@ -197,10 +197,21 @@ class Stream:
         if rate not in self._placed:
             self._placed[rate] = self.task.place(rate)
         texts = {s: v[variant % len(v)] for s, v in note["text_tokens"].items() if s in TEXT_STREAMS}
-        cameras = sum(s.startswith("image.") for s in note["streams"])
+        robot, streams = note["embodiment"], note["streams"]
         return sequence_length(
-            self._placed[rate], self._layout, rate_hz=rate, cameras=cameras, axes=note["axes"], text_lengths=texts
+            self._placed[rate],
+            self._builder.layout,
+            rate_hz=rate,
+            cameras=len(self._builder.views(robot, streams)),
+            numbered=len(self._builder.numbered(robot, streams)) > 1,
+            axes=note["axes"],
+            text_lengths=texts,
         )
+
+    def _visible(self, note: dict[str, Any]) -> list[str]:
+        """The streams of an episode, without cameras that its contract does not name."""
+        views = self._builder.views(note["embodiment"], note["streams"])
+        return [s for s in note["streams"] if not s.startswith("image.")] + [f"image.{c}" for c in views]
 
 
 def _mix64(x: int) -> int:
@@ -272,7 +283,7 @@ class Mixture:
             for name in config.sources or mix.sources:
                 # numbered by place in the mix, so that an empty stream shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
-                stream = Stream(index, task_index, task, name, self.shards[name], members[name], tokenizers.layout)
+                stream = Stream(index, task_index, task, name, self.shards[name], members[name], self.builder)
                 if len(stream) and mix.sources[name].weight > 0:
                     found.append((stream, mix.sources[name].weight))
             if not found and config.weight > 0 and split == "train":

@@ -178,9 +178,14 @@ def _sdpa_attention(q_NHLK: Tensor, k_NGLK: Tensor, v_NGLK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_NHLK, k_NGLK, v_NGLK, is_causal=True, enable_gqa=grouped)
 
 
-@functools.lru_cache(maxsize=256)
 def _causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
+    # a slice of one triangle: as many triangles as there are lengths would fill the memory
+    return _triangle(1 << max(6, (length - 1).bit_length()), dtype, device)[:length, :length]
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 def repeat_heads(x_NGLK: Tensor, heads: int) -> Tensor:

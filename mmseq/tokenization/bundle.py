@@ -74,14 +74,16 @@ class Tokenizers:
             **{f"embodiment/{e.name}": e.fingerprint for e in self.embodiments.values()},
         }
 
-    def require_fingerprints(self, theirs: dict[str, str], *, what: str) -> None:
+    def require_fingerprints(
+        self, theirs: dict[str, str], *, what: str, fix: str = "tokenize again with `mmseq data tokenize`"
+    ) -> None:
         """Raises: FingerprintError naming each tokenizer or embodiment that differs."""
         mine = self.fingerprints()
         wrong = [f"{k}: {v} there, {mine.get(k, 'absent')} here" for k, v in sorted(theirs.items()) if mine.get(k) != v]
         if wrong:
             raise FingerprintError(
                 f"{what} was made with other tokenizers ({'; '.join(wrong)})",
-                fix="tokenize again with `mmseq data tokenize`",
+                fix=fix,
             )
 
     def save(self, directory: str | Path) -> None:
