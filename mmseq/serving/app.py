@@ -46,8 +46,9 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
     app = fastapi.FastAPI(title="mmseq", docs_url=None, redoc_url=None, openapi_url=None)
     metadata = codec.pack(service.contract.to_dict())
 
-    def error_response(error: RequestError) -> Response:
-        return Response(service.refused(error).to_json(), error.status, media_type="application/json")
+    def error_response(error: Exception) -> Response:
+        refusal = service.refused(error)
+        return Response(refusal.to_json(), refusal.status, media_type="application/json")
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
@@ -93,7 +94,7 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
             decode, encode = (codec.unpack, codec.pack) if kind in MSGPACK else (codec.from_json, codec.to_json)
             body = codec.message(decode(await body_of(request), limits))
             return Response(encode_reply(encode, await service.predict(body)), media_type=kind)
-        except RequestError as error:
+        except Exception as error:
             return error_response(error)
 
     async def websocket(socket: WebSocket) -> None:
@@ -119,11 +120,14 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
                     if previous_ms is not None:
                         reply["server_timing"]["prev_total_ms"] = previous_ms
                     await socket.send_bytes(encode_reply(codec.pack, reply))
-                except RequestError as error:
-                    await socket.send_text(service.refused(error).to_json())
-                    if error.closes:
-                        code = 1012 if error.code == "stopping" else 1011
-                        await socket.close(code, f"{error.code}: see the frame before")
+                except WebSocketDisconnect:
+                    return
+                except Exception as error:
+                    refusal = service.refused(error)
+                    await socket.send_text(refusal.to_json())
+                    if refusal.closes:
+                        code = 1012 if refusal.code == "stopping" else 1011
+                        await socket.close(code, f"{refusal.code}: see the frame before")
                         return
                 previous_ms = 1000 * (time.perf_counter() - begun)
         except WebSocketDisconnect:

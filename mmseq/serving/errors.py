@@ -27,6 +27,7 @@ HTTP_STATUS = {
     "unsupported": 415,
     "unsafe_action": 502,
     "policy_failed": 500,
+    "internal": 500,
     "busy": 503,
     "stopping": 503,
 }
@@ -50,7 +51,7 @@ class RequestError(ServeError):
     @property
     def closes(self) -> bool:
         """Whether the connection ends with this error: only when the server itself is at fault or leaving."""
-        return self.code in ("policy_failed", "stopping")
+        return self.code in ("policy_failed", "internal", "stopping")
 
     def to_json(self) -> str:
         body = {"code": self.code, "message": str(self)}

@@ -107,8 +107,8 @@ def choose_embodiment(observation: Mapping[str, Any], contract: Contract) -> Emb
     if isinstance(given, Mapping):
         try:
             differences = mine.differences(Embodiment.from_dict(dict(given)))
-        except EmbodimentError as error:
-            raise RequestError("wrong_type", f"'embodiment': {error}", key="embodiment") from error
+        except (EmbodimentError, TypeError, ValueError) as error:  # arrays and bytes have no place in a contract
+            raise RequestError("wrong_type", f"'embodiment': {str(error)[:500]}", key="embodiment") from error
         if differences:
             raise RequestError(
                 "fingerprint",
@@ -117,7 +117,7 @@ def choose_embodiment(observation: Mapping[str, Any], contract: Contract) -> Emb
                 fix="use the contract that the model was trained with",
             )
     fingerprint = observation.get("embodiment_fingerprint")
-    if fingerprint is not None and fingerprint != mine.fingerprint:
+    if fingerprint is not None and _check_text(fingerprint, "embodiment_fingerprint") != mine.fingerprint:
         raise RequestError(
             "fingerprint",
             f"'embodiment_fingerprint' is {str(fingerprint)[:40]!r}, the server's {name!r} is {mine.fingerprint!r}",
@@ -174,7 +174,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = np.float32(axes.minimum), np.float32(axes.maximum)
+    low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
     slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":
@@ -223,7 +223,9 @@ def check_observation(
     for key in required:
         if key not in flat:
             expected = ", ".join(required)
-            raise RequestError("missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)}", key=key)
+            raise RequestError(
+                "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
+            )
     known = [*image_keys(embodiment), *([STATE] if embodiment.proprio else []), *OTHER_KEYS]
     checked: dict[str, Any] = {}
     for key, value in flat.items():

@@ -63,7 +63,7 @@ class SafetyGate:
         if bad.any():
             step, axis = np.argwhere(bad)[0]
             self._refuse(f"action axis {axes.names[axis]!r} is {actions[step, axis]} at step {step}")
-        low, high = np.float32(axes.minimum), np.float32(axes.maximum)
+        low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
         slack = self.config.tolerance * np.maximum(high - low, 1e-6)
         outside = (actions < low - slack) | (actions > high + slack)
         clamped = int(outside.sum())

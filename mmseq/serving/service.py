@@ -114,8 +114,13 @@ class Service:
             "policy_failed", f"the policy failed in {call} with {type(error).__name__}", fix="see the server's log"
         )
 
-    def refused(self, error: RequestError) -> RequestError:
-        """Count an error on its way to a client."""
+    def refused(self, error: Exception) -> RequestError:
+        """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
+        if not isinstance(error, RequestError):
+            log.error("a request failed", exc_info=error)
+            error = RequestError(
+                "internal", f"the server failed with {type(error).__name__}", fix="see the server's log"
+            )
         self.errors[error.code] += 1
         return error
 

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -41,8 +42,6 @@ def test_the_client_is_python_3_9_and_imports_three_packages(path):
             roots |= {name.name.partition(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add(node.module.partition(".")[0])
-    import sys
-
     assert roots - sys.stdlib_module_names <= {"numpy", "msgpack", "websockets", "mmseq_client"}
 
 

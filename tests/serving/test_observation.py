@@ -1,8 +1,11 @@
+import contextlib
 import dataclasses
 import re
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mmseq.serving import Contract, ObservationRules, RequestError
 from mmseq.serving.observation import check_given, check_observation
@@ -151,3 +154,47 @@ def test_given_streams_of_any_arrow(observation, contract):
     ]:
         with pytest.raises(RequestError, match=re.escape(key)):
             check_given({key: value}, contract, ObservationRules())
+
+
+odd = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        1e40,
+        "",
+        "arm",
+        b"x",
+        [],
+        [[]],
+        {},
+        {"name": "arm"},
+        {1: 2},
+        np.float32(1),
+        np.array(3),
+        np.zeros((0, 4)),
+    ]
+    + [
+        np.zeros((2, 4), "f2"),
+        np.full(4, np.nan),
+        np.array("text"),
+        np.zeros((16, 24, 3), np.uint8),
+        {"front": np.zeros(3)},
+    ]
+)
+keys = ["images", "state", "prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options", "observation"]
+keys += ["observation.images.front", "observation.images.front@+1", "observation/image", "action", "other", ""]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(st.sampled_from(keys), odd, max_size=4),
+    field=st.sampled_from(["rate_hz", "action"]),
+    value=odd,
+)
+def test_odd_values_are_refused_and_nothing_else_is_raised(observation, contract, embodiment, changes, field, value):
+    whole = {**embodiment.to_dict(), field: value}
+    for message in (changes, {**observation, **changes}, {**observation, "embodiment": whole}):
+        for check_any in (check_observation, check_given):
+            with contextlib.suppress(RequestError):
+                check_any(message, contract, ObservationRules())

@@ -131,6 +131,16 @@ class TestWebsocket:
             assert ask(socket, {**observation, "prompt": "nan"})["code"] == "unsafe_action"
             assert "actions" in ask(socket, observation)
 
+    def test_a_bug_of_ours_is_told_without_its_details(self, start, policy, observation, monkeypatch):
+        server = start(policy)
+        monkeypatch.setattr(server.service.gate, "check", lambda *_, **__: 1 / 0)
+        with dial(server) as socket:
+            socket.recv()
+            error = ask(socket, observation)
+        assert (error["code"], "division" in error["message"]) == ("internal", False)
+        reply = http(server, "POST", "/v1/predict", json={"arrow": "-> action[2]", "observation": {}})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+
     def test_actions_beyond_the_limits_are_clamped_or_refused(self, start, scripted, observation):
         far = {**observation, "prompt": "far"}
         with dial(start(scripted)) as socket:
