@@ -58,6 +58,7 @@ TASKS: dict[str, TaskLanguage] = {
             "push the button of the coffee machine",
         ),
         plan="line up with the button of the coffee machine, then push it in",
+        video_only=True,
     ),
     "door-open": TaskLanguage(
         instructions=(
@@ -85,6 +86,7 @@ TASKS: dict[str, TaskLanguage] = {
             "slide the drawer in",
         ),
         plan="move in front of the drawer, then push it shut",
+        video_only=True,
     ),
     "window-open": TaskLanguage(
         instructions=(
@@ -103,6 +105,7 @@ TASKS: dict[str, TaskLanguage] = {
             "close the sliding window by its handle",
         ),
         plan="move above the window handle, lower the hand beside it, then slide it left",
+        video_only=True,
     ),
     "faucet-open": TaskLanguage(
         instructions=(
@@ -112,6 +115,7 @@ TASKS: dict[str, TaskLanguage] = {
             "let the water run",
         ),
         plan="move above the faucet handle, lower the hand beside it, then push it to the right",
+        video_only=True,
     ),
     "faucet-close": TaskLanguage(
         instructions=(
@@ -166,15 +170,7 @@ TASKS: dict[str, TaskLanguage] = {
             "drag the plate towards the robot",
         ),
         plan="move over the plate, lower the hand into it, then drag it back",
-    ),
-    "sweep-into": TaskLanguage(
-        instructions=(
-            "sweep the cube into the hole",
-            "push the block into the hole",
-            "move the brown cube into the square hole",
-            "drop the block into the hole in the table",
-        ),
-        plan="move above the cube, grasp it, then push it into the hole",
+        video_only=True,
     ),
     "door-close": TaskLanguage(
         instructions=(
@@ -184,6 +180,7 @@ TASKS: dict[str, TaskLanguage] = {
             "swing the door closed",
         ),
         plan="move behind the open door, then push it shut",
+        video_only=True,
     ),
     "door-lock": TaskLanguage(
         instructions=(
@@ -202,6 +199,7 @@ TASKS: dict[str, TaskLanguage] = {
             "rotate the bolt to unlock the door",
         ),
         plan="move to the left of the lock, then push it to the right",
+        video_only=True,
     ),
     "button-press-topdown-wall": TaskLanguage(
         instructions=(
@@ -216,6 +214,7 @@ TASKS: dict[str, TaskLanguage] = {
 
 
 DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "door-open", "plate-slide", "dial-turn")
+VIDEO_TASKS = tuple(task for task, language in TASKS.items() if language.video_only)
 
 
 def task_language(task: str) -> TaskLanguage:

@@ -10,7 +10,10 @@ position is in the image and nowhere else, and the goal marker that Meta-World d
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
+import importlib
 import os
 import sys
 import warnings
@@ -120,13 +123,18 @@ class MetaWorldEnv:
         """The scene now, uint8 (size, size, 3) RGB, the first row at the top."""
         if self._renderer is None:
             self._renderer = _make_renderer(self._env, self.size * _SUPERSAMPLING, self.body)
-            # closed at exit at the latest: later, the OpenGL libraries are gone and say so on stderr
-            self._finalizer = weakref.finalize(self, self._renderer.close)
+            _close_all_at_exit()
+            _open.add(self)
         self._renderer.update_scene(self._env.data, camera=self._camera, scene_option=self._options)
         if self.body == "human":
             from mmseq.simulation.human import draw_arm
 
-            draw_arm(self._renderer.scene, hand_m=self._env.data.body("hand").xpos, opening=float(self._state[3]))
+            draw_arm(
+                self._renderer.scene,
+                hand_m=self._env.data.body("hand").xpos,
+                fingertips_m=self._env.tcp_center,
+                opening=float(self._state[3]),
+            )
         pixels = self._renderer.render().astype(np.uint16)
         n = _SUPERSAMPLING
         total = sum(pixels[row::n, column::n] for row in range(n) for column in range(n))
@@ -151,14 +159,24 @@ class MetaWorldEnv:
 
     def close(self) -> None:
         if self._renderer is not None:
-            self._finalizer()
+            self._renderer.close()
             self._renderer = None
+            _open.discard(self)
 
     def __enter__(self) -> MetaWorldEnv:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+_open: weakref.WeakSet[MetaWorldEnv] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_all_at_exit() -> None:
+    """Registered after MuJoCo's own hook, hence run before it takes OpenGL away."""
+    atexit.register(lambda: [env.close() for env in list(_open)])
 
 
 def _make(task: str):
@@ -192,6 +210,7 @@ def _make_renderer(env, size: int, body: str):
     # the 4096 shadow map and multisampling make a software frame ten times slower
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
+    model.vis.global_.offwidth = model.vis.global_.offheight = size
     robot = model.body_rootid[model.body("hand").id]
     for geom in range(model.ngeom):
         link = model.geom_bodyid[geom]
@@ -226,11 +245,11 @@ def _make_options():
 
 
 def choose_gl() -> None:
-    """Set MUJOCO_GL to what this machine has, EGL before OSMesa, unless it is set or a window system is usual.
+    """Set MUJOCO_GL, unless it is set, to what this machine has: EGL before OSMesa. Only Linux has the choice.
 
-    MuJoCo reads the variable when it is first imported. Raises: DependencyError when there is neither.
+    Raises: DependencyError when there is neither.
     """
-    if os.environ.get("MUJOCO_GL") or sys.platform != "linux" or "mujoco" in sys.modules:
+    if os.environ.get("MUJOCO_GL") or sys.platform != "linux":
         return
     if _egl_works():
         os.environ["MUJOCO_GL"] = "egl"
@@ -241,6 +260,10 @@ def choose_gl() -> None:
             "rendering without a display needs EGL or OSMesa, and this machine has neither",
             fix="install one: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6",
         )
+    if "mujoco" in sys.modules:
+        # imported before the variable was set, it has taken the library that needs a display
+        chosen = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
+        sys.modules["mujoco.gl_context"].GLContext = chosen.GLContext  # type: ignore[attr-defined]
 
 
 def _library(name: str) -> ctypes.CDLL | None:
