@@ -326,6 +326,14 @@ def merge_codes(codes: np.ndarray, layout: Layout) -> np.ndarray:
     return blocks.reshape(len(blocks), -1, m * m)
 
 
+def split_codes(patches: np.ndarray, layout: Layout) -> np.ndarray:
+    """The inverse of `merge_codes`: (frames, positions, merge * merge) -> (frames, tokens)."""
+    rows, columns = layout.grid
+    m = layout.merge
+    blocks = patches.reshape(-1, rows // m, columns // m, m, m).transpose(0, 1, 3, 2, 4)
+    return blocks.reshape(len(blocks), -1)
+
+
 def sequence_length(
     placed: Sequence[PlacedSegment],
     layout: Layout,

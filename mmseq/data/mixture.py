@@ -146,6 +146,7 @@ class Stream:
     ):
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
         self._builder, self._notes = builder, shards.notes
+        self._members = list(episodes)
         self._episodes, self._first, counts = [], [], []
         for e in episodes:
             note = self._notes[e]
@@ -182,6 +183,24 @@ class Stream:
         slot = int(np.searchsorted(self._ends, place, side="right"))
         before = int(self._ends[slot - 1]) if slot else 0
         return self._finish(self._episodes[slot], self._first[slot] + place - before, 0)
+
+    def longest(self) -> list[Sample]:
+        """One sample of each episode and phrasing: they hold the longest sequence of the stream."""
+        out = []
+        for episode, first in zip(self._episodes, self._first):
+            counts = [len(v) for v in self._notes[episode]["text_tokens"].values()] or [1]
+            out += [self._finish(episode, first, variant) for variant in range(min(256, int(np.lcm.reduce(counts))))]
+        return out
+
+    def why_empty(self) -> str:
+        """What the episodes lack to fill the task."""
+        notes = [self._notes[e] for e in self._members]
+        if not notes:
+            return "no episodes in this split"
+        missing = [self.task.missing(self._visible(note)) for note in notes]
+        if all(missing):
+            return f"no {', '.join(min(missing, key=len))}"
+        return f"episodes of at most {max(note['length'] for note in notes)} steps"
 
     def _finish(self, episode: int, now: int, variant: int) -> Sample:
         note = self._notes[episode]
@@ -279,15 +298,19 @@ class Mixture:
         self.streams: list[Stream] = []
         weights: list[float] = []
         for task_index, (config, task) in enumerate(zip(mix.tasks, self.tasks)):
-            found = []
+            found, reasons = [], []
             for name in config.sources or mix.sources:
                 # numbered by place in the mix, so that an empty stream shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
                 stream = Stream(index, task_index, task, name, self.shards[name], members[name], self.builder)
-                if len(stream) and mix.sources[name].weight > 0:
+                if not len(stream):
+                    reasons.append(f"{name}: {stream.why_empty()}")
+                elif mix.sources[name].weight <= 0:
+                    reasons.append(f"{name}: its weight is 0")
+                else:
                     found.append((stream, mix.sources[name].weight))
             if not found and config.weight > 0 and split == "train":
-                raise ConfigError(self._why_empty(config, task, members))
+                raise ConfigError(f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})")
             share = [w * (len(s) if mix.weighting == "frames" else 1) for s, w in found]
             for (stream, _), part in zip(found, share):
                 self.streams.append(stream)
@@ -296,20 +319,6 @@ class Mixture:
         if self.streams and total <= 0:
             raise ConfigError(f"mix {mix.name!r}: all weights are zero")
         self.weights = [w / total for w in weights]
-
-    def _why_empty(self, config: TaskConfig, task: Task, members: dict[str, list[int]]) -> str:
-        reasons = []
-        for name in config.sources or self.mix.sources:
-            notes = [self.shards[name].notes[i] for i in members[name]]
-            if not notes:
-                reasons.append(f"{name}: no episodes in the training split")
-                continue
-            missing = task.missing(notes[0]["streams"])
-            longest = max(n["length"] for n in notes)
-            reasons.append(
-                f"{name}: no {', '.join(missing)}" if missing else f"{name}: episodes of at most {longest} steps"
-            )
-        return f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})"
 
     def block(self, number: int) -> list[list[Sample]]:
         """The rows of one block."""
