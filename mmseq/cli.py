@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mmseq",
-        description="Trains one transformer on robot episodes, video, images and text, and runs it as any arrow of them.",
+        description="One transformer for robot episodes, video, images and text: trains it, and runs any arrow.",
     )
     parser.add_argument("--version", action="version", version=f"mmseq {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -328,7 +328,7 @@ def _predict(args: argparse.Namespace) -> None:
     import torch
 
     from mmseq.data.sources import open_source
-    from mmseq.inference.output import write_prediction
+    from mmseq.inference.output import to_json, write_prediction
     from mmseq.model.sequence_model import SequenceModel
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -351,7 +351,7 @@ def _predict(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     record = write_prediction(prediction, episode, model.tokenizers, args.out)
-    print(json.dumps(record, indent=2, ensure_ascii=False))
+    print(to_json(record))
 
 
 def _episode_address(text: str) -> tuple[Path, int]:

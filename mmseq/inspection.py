@@ -138,15 +138,14 @@ def print_recipe(found: dict[str, Any]) -> None:
     print(f"{found['recipe']}: {_model_line(found['model'])}, vocabulary {found['model']['vocabulary']}")
     print(f"{found['tokens_per_step']:,} tokens a step, {found['tokens']:,} in all")
     print(f"at most {found['gflops_per_token']:.2f} GFLOP a token (rows of one document), forward and backward")
-    print(
-        f"{found['training_state_gib']:.1f} GiB of weights, gradients and Adam state, shared by the ranks from ZeRO-3 on"
-    )
+    print(f"{found['training_state_gib']:.1f} GiB of weights, gradients, Adam, divided by the ranks with ZeRO-3")
     print(f"{found['cache_bytes_per_token'] / 1024:.1f} KiB of key/value cache a token in bf16")
 
 
 def _model_line(m: dict[str, Any]) -> str:
     return (
-        f"{m['parameters'] / 1e6:,.2f} M parameters ({m['parameters_without_embeddings'] / 1e6:,.2f} M without embeddings), "
+        f"{m['parameters'] / 1e6:,.2f} M parameters "
+        f"({m['parameters_without_embeddings'] / 1e6:,.2f} M without embeddings), "
         f"width {m['width']}, {m['layers']} layers, {m['heads']} heads, {m['kv_heads']} key/value heads"
     )
 

@@ -28,19 +28,26 @@ def progress(title: str, unit: str) -> Iterator[Callable[..., None]]:
         )
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=None, rate="")
-            started = time.monotonic()
+            started, stage = time.monotonic(), ""
 
             def update(done: int, total: int | None = None, note: str = "") -> None:
+                nonlocal started, stage
+                if note != stage:  # another stage has its own rate
+                    started, stage = time.monotonic() if stage else started, note
+                    bar.reset(task)
                 rate = done / max(time.monotonic() - started, 1e-9)
                 bar.update(task, completed=done, total=total, rate=f"{rate:.1f} {unit}/s  {note}".rstrip())
 
             yield update
         return
     started = said = time.monotonic()
+    stage = ""
 
     def line(done: int, total: int | None = None, note: str = "") -> None:
-        nonlocal said
+        nonlocal started, said, stage
         now = time.monotonic()
+        if note != stage:  # another stage has its own rate
+            stage, started = note, now if stage else started
         if now - said < LINE_EVERY_S and done != total:
             return
         said = now

@@ -346,8 +346,8 @@ def sequence_length(
 ) -> int:
     """The length `SequenceBuilder.build` will give, from metadata alone (packing needs no data).
 
-    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: axes of `action` and `proprio`. text_lengths: tokens
-    of each text stream, its end token included.
+    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: axes of
+    `action` and `proprio`. text_lengths: tokens of each text stream, its end token included.
     """
     total = 3  # <bos> <embodiment> ... <eos>
     for p in placed:

@@ -7,6 +7,7 @@ says how far off the prediction is.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[
             start, stop = (p.start, p.stop) if p.start is not None else (None, None)
             if p.segment.offset == END:
                 start, stop = len(episode) - 1 - t, len(episode) - t
-            inside = start is None or (0 <= t + start and t + stop <= len(episode))  # type: ignore[operator]
+            inside = start is None or stop is None or (t + start >= 0 and t + stop <= len(episode))
             stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
             if stream not in tokens.streams or not inside:
                 lacking.add(key)
@@ -54,7 +55,8 @@ def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[
                 ]
                 found.setdefault(key, []).append(value[0])
                 continue
-            assert start is not None and stop is not None
+            assert start is not None
+            assert stop is not None
             window = slice(t + start, t + stop)
             if p.stream in VISION_STREAMS:
                 value = fit_frames(episode[stream][window], tokenizers.vision.config.size)
@@ -114,8 +116,15 @@ def write_prediction(
                 entry["real"] = real[key]
             record["streams"][key] = entry
     if folder is not None:
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        (folder / f"{name}.json").write_text(to_json(record) + "\n")
     return record
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """Indented JSON with one line for each list of plain values, such as the action of one step."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    join = lambda match: "[" + ", ".join(part.strip() for part in match[1].split(",\n")) + "]"
+    return re.sub(r"\[\n([^\[\]{}\"]*)\]", join, text)
 
 
 def _vectors(value: np.ndarray, real: np.ndarray | None, axes: Axes) -> dict[str, Any]:
