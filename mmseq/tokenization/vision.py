@@ -90,12 +90,12 @@ class VisionConfig:
         return math.prod(self.levels)
 
 
-def fit_frames(frames: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N size size 3"]:
-    """Frames cropped to their central square and resized to `size` (bilinear, antialiased).
+def fit_frames(frames: np.ndarray, size: int) -> UInt8[np.ndarray, "N size size 3"]:
+    """Frames (N, H, W, 3) cropped to their central square and resized to `size` (bilinear, antialiased).
 
     Raises: EpisodeError when they are not uint8 RGB.
     """
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+    if getattr(frames, "dtype", None) != np.uint8:
         found = getattr(frames, "dtype", type(frames).__name__)
         raise EpisodeError(f"frames are {found}, not uint8", fix="give RGB values of 0 to 255 as a uint8 numpy array")
     if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:3]:
@@ -241,8 +241,8 @@ class VisionTokenizer:
     def codebook_size(self) -> int:
         return self.config.codebook_size
 
-    def encode(self, frames: UInt8[np.ndarray, "N H W 3"]) -> Int32[np.ndarray, "N T"]:
-        """RGB frames of any size (see `fit_frames`) to codes, row by row of the grid.
+    def encode(self, frames: np.ndarray) -> Int32[np.ndarray, "N T"]:
+        """uint8 RGB frames (N, H, W, 3) of any size (see `fit_frames`) to codes, row by row of the grid.
 
         Raises: EpisodeError when frames are not uint8 (N, H, W, 3).
         """
@@ -253,8 +253,8 @@ class VisionTokenizer:
                 codes[part] = self._network.to_index(self._network.encode(self._load(frames[part]))).cpu().numpy()
         return codes
 
-    def decode(self, codes: Integer[np.ndarray, "N T"]) -> UInt8[np.ndarray, "N size size 3"]:
-        """Codes to RGB frames.
+    def decode(self, codes: np.ndarray) -> UInt8[np.ndarray, "N size size 3"]:
+        """Codes (N, T) of any integer type to RGB frames.
 
         Raises: DataError when codes are not whole numbers of shape (N, tokens_per_frame) within the codebook.
         """
@@ -285,7 +285,7 @@ class VisionTokenizer:
                 frames[part] = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
         return frames
 
-    def reconstruct(self, frames: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N size size 3"]:
+    def reconstruct(self, frames: np.ndarray) -> UInt8[np.ndarray, "N size size 3"]:
         """What is left of frames after the tokenizer: its ceiling for every generated image."""
         return self.decode(self.encode(frames))
 
