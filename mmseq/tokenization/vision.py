@@ -148,15 +148,17 @@ class FSQAutoencoder(nn.Module):
         self.encoder_in = nn.Linear(seen * seen * 3, c.width)
         self.encoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.encoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.encoder_depth)))
-        self.encoder_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, numbers))
+        self.encoder_norm = nn.LayerNorm(c.width)
+        self.encoder_out = nn.Linear(c.width, numbers)
         self.decoder_in = nn.Linear(numbers * around * around, c.width)
         self.decoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.decoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.decoder_depth)))
-        self.decoder_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.patch**2 * 3))
+        self.decoder_norm = nn.LayerNorm(c.width)
+        self.decoder_out = nn.Linear(c.width, c.patch**2 * 3)
         self.background = nn.Parameter(torch.zeros(c.side**2, c.patch**2 * 3))
-        nn.init.normal_(self.encoder_out[1].weight, std=1 / math.sqrt(c.width))
-        nn.init.zeros_(self.decoder_out[1].weight)
-        nn.init.zeros_(self.decoder_out[1].bias)
+        nn.init.normal_(self.encoder_out.weight, std=1 / math.sqrt(c.width))
+        nn.init.zeros_(self.decoder_out.weight)
+        nn.init.zeros_(self.decoder_out.bias)
         # constants of the code, not weights
         steps = torch.tensor(c.levels, dtype=torch.float32) - 1
         self.register_buffer("steps", steps, persistent=False)
@@ -180,7 +182,7 @@ class FSQAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T C"]:
         """Codes before rounding, each number within [-1, 1]."""
         x_NTD = self.encoder_in(self.patches(x, self.config.margin)) + self.encoder_place
-        return torch.tanh(self.encoder_out(self.encoder(x_NTD)).float())
+        return torch.tanh(self.encoder_out(self.encoder_norm(self.encoder(x_NTD))).float())
 
     def quantize(self, z_NTC: Float[Tensor, "N T C"]) -> Float[Tensor, "N T C"]:
         """The nearest code; gradients pass straight through."""
@@ -209,7 +211,7 @@ class FSQAutoencoder(nn.Module):
         grid = F.pad(z_NTC.reshape(len(z_NTC), c.side, c.side, -1), (0, 0) + (reach,) * 4)
         near = grid.unfold(1, around, 1).unfold(2, around, 1).reshape(len(z_NTC), c.side**2, -1)
         x_NTD = self.decoder_in(near) + self.decoder_place
-        return (self.decoder_out(self.decoder(x_NTD)) + self.background).float()
+        return (self.decoder_out(self.decoder_norm(self.decoder(x_NTD))) + self.background).float()
 
     def forward(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T P"]:
         return self.decode(self.quantize(self.encode(x)))

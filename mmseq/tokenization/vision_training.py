@@ -27,9 +27,7 @@ MUON_RATE = 0.04
 ADAMW_RATE = 4e-3
 DEVIATIONS = 6.0  # standard deviations from the mean of its place from which on a pixel's extra weight grows no further
 DEVIATION_FLOOR = 0.05  # of [-1, 1], added to the standard deviation: noise on a static place is no foreground
-FOREGROUND_SEEN = (
-    20  # of 255: from this difference to the source's median image on, evaluation counts a pixel as foreground
-)
+FOREGROUND_SEEN = 20  # of 255: evaluation counts a pixel this far from its source's median image as foreground
 SURVEY_FRAMES = 512  # per source, to estimate a mean or median image
 
 Frames = np.ndarray  # uint8 (N, H, W, 3), checked by `fit_frames`
@@ -53,11 +51,13 @@ def train_vision(
     """A tokenizer trained on uint8 RGB frames (N, H, W, 3), from one source or several.
 
     weights: the share of each source in a batch (default: equal). foreground: extra weight of a
-    pixel per standard deviation from its mean (0: all pixels alike). max_seconds: stops there, with the steps so far (a finished learning-rate
-    schedule is worth more than a cut one: prefer fewer steps); without it the same seed gives the
-    same weights on the same machine and threads. on_progress(step, total, psnr): psnr in dB of the
-    step's batch; total is the number of steps, and the last call has step < total when time ran out.
-    Raises: DataError without frames, EpisodeError for frames that are not uint8 RGB, ConfigError.
+    pixel per standard deviation from its mean (0: all pixels alike). max_seconds: stops there, with
+    the steps so far; a finished learning-rate schedule is worth more than a cut one, so prefer fewer
+    steps. Without it the same seed gives the same weights on the same machine with the same threads.
+    on_progress(step, total, psnr): psnr in dB of the step's batch; total is the number of steps, and
+    the last call has step < total when time ran out.
+    Raises: DataError without frames, EpisodeError for frames that are not uint8 RGB, ConfigError,
+    DependencyError when torch is older than 2.9.
     """
     config = config or VisionConfig()
     sources = _sources(frames, config.size)
@@ -72,7 +72,7 @@ def train_vision(
         network = _initial(config, seed).to(device)
         stacks = [_Source(f, device, foreground) for f in sources.values()]
         with torch.no_grad():
-            mean = sum(share * s.mean for share, s in zip(shares, stacks, strict=True))
+            mean = torch.stack([float(share) * s.mean for share, s in zip(shares, stacks, strict=True)]).sum(0)
             network.background.copy_(network.patches(mean[None])[0])
         optimizers = _optimizers(network)
         draw = np.random.default_rng(seed)
@@ -196,8 +196,8 @@ def _initial(config: VisionConfig, seed: int) -> FSQAutoencoder:
 def _optimizers(network: FSQAutoencoder) -> list[torch.optim.Optimizer]:
     # Muon is for maps between hidden spaces; the maps to the code and to pixels, and everything
     # that is not a matrix, go to AdamW
-    outer = {network.encoder_out[1].weight, network.decoder_out[1].weight}
-    inner = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and m.weight not in outer]
+    outer = (network.encoder_out, network.decoder_out)
+    inner = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and not any(m is o for o in outer)]
     rest = [p for p in network.parameters() if not any(p is q for q in inner)]
     return [
         torch.optim.Muon([{"params": inner, "peak": MUON_RATE}], lr=MUON_RATE, momentum=0.95, weight_decay=0.0),
