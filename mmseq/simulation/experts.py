@@ -41,10 +41,9 @@ TASKS: dict[str, TaskLanguage] = {
     ),
     "button-press": TaskLanguage(
         instructions=(
-            "press the button on the wall box",
-            "push the side button in",
+            "push the button in from the front",
             "push the red button forward",
-            "press the button from the front",
+            "press the button on the side of the box",
             "push the button into the yellow box",
         ),
         plan="line up in front of the button, then push it forward",
@@ -213,7 +212,7 @@ TASKS: dict[str, TaskLanguage] = {
 }
 
 
-DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "door-open", "plate-slide", "dial-turn")
+DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "handle-press-side", "button-press-topdown", "door-open")
 VIDEO_TASKS = tuple(task for task, language in TASKS.items() if language.video_only)
 
 
