@@ -1,6 +1,30 @@
 """Scripted experts of Meta-World, and what people would call the tasks.
 
-python -m mmseq.simulation.experts            measures every task of `TASKS` and prints a table
+    python -m mmseq.simulation.experts            measures every task of `TASKS` and prints this table
+
+40 layouts per task, actions held for 50 ms. "64 bins": the expert through 64 values per axis. "blind": its actions
+on one layout replayed on another, 20 pairs; where this is high, a policy hardly needs the image. "steps": median.
+
+    task                          expert  64 bins   blind  steps
+    button-press-topdown            100%     100%     55%     16
+    button-press                    100%     100%     55%     15
+    coffee-button                   100%     100%     50%      9
+    door-open                       100%     100%     30%     20
+    drawer-open                     100%     100%     80%     22
+    drawer-close                    100%     100%     80%     20
+    window-open                     100%     100%     20%     24
+    window-close                    100%     100%     40%     23
+    faucet-open                     100%     100%     75%     16
+    faucet-close                    100%     100%     20%     25
+    handle-press                    100%     100%     35%     10
+    handle-press-side               100%     100%     30%     15
+    dial-turn                       100%     100%      5%     18
+    plate-slide                     100%     100%     35%     12
+    plate-slide-back                100%     100%     60%     17
+    door-close                      100%     100%     60%     16
+    door-lock                       100%     100%     10%     21
+    door-unlock                     100%     100%     25%     12
+    button-press-topdown-wall       100%     100%     55%     14
 """
 
 from __future__ import annotations
