@@ -81,7 +81,6 @@ TASKS: dict[str, TaskLanguage] = {
             "push the button of the coffee machine",
         ),
         plan="line up with the button of the coffee machine, then push it in",
-        video_only=True,
     ),
     "door-open": TaskLanguage(
         instructions=(
@@ -232,11 +231,22 @@ TASKS: dict[str, TaskLanguage] = {
             "press the red button on the other side of the wall",
         ),
         plan="move over the wall and above the button, then press it down",
+        video_only=True,
     ),
 }
 
 
-DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "handle-press-side", "button-press-topdown", "door-open")
+# Short, solved by the expert through 64 bins, and the image matters: at this spread 15 % of blind replays succeed,
+# against 39 % at Meta-World's own.
+DEMO_TASKS = (
+    "window-open",
+    "faucet-close",
+    "handle-press",
+    "handle-press-side",
+    "button-press-topdown",
+    "coffee-button",
+)
+DEMO_SPREAD = 1.5
 VIDEO_TASKS = tuple(task for task, language in TASKS.items() if language.video_only)
 
 
@@ -295,13 +305,15 @@ def replay(env: MetaWorldEnv, seed: int, actions: list[np.ndarray]) -> bool:
     return any(env.step(action) for action in actions)
 
 
-def measure(task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000) -> dict[str, float]:
+def measure(
+    task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000, spread: float = 1.0
+) -> dict[str, float]:
     """How well a task suits the robot suite; all shares are in [0, 1].
 
     clean, quantised: the expert's success with its own actions and with 64 bins. blind: success of the actions of
     one seed replayed in another, so high when the image is not needed. steps: median length at 20 Hz.
     """
-    env = MetaWorldEnv(task)
+    env = MetaWorldEnv(task, spread=spread)
     clean, quantised, recorded = [], [], []
     for seed in range(first_seed, first_seed + episodes):
         actions = run_expert(env, seed)
