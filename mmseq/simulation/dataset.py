@@ -50,7 +50,9 @@ def write_lerobot(episodes: Iterable[RecordedEpisode], path: str | Path, *, repo
             raise DataError("there are no episodes to write")
         dataset.finalize()
     embodiment(lightweight).save(path / "meta" / "embodiment.json")
-    seeds = [{"task": e.task, "seed": e.seed, "steps": len(e), "success": e.success} for e in lightweight]
+    seeds = [
+        {"task": e.task, "seed": e.seed, "spread": e.spread, "steps": len(e), "success": e.success} for e in lightweight
+    ]
     (path / "meta" / "mmseq.json").write_text(json.dumps({"tasks": tasks, "episodes": seeds}, indent=2) + "\n")
     return path
 
