@@ -44,13 +44,15 @@ def write_lerobot(episodes: Iterable[RecordedEpisode], path: str | Path, *, repo
             for image, state, action in zip(episode.images, episode.proprio, episode.action, strict=True):
                 dataset.add_frame({camera: image, "observation.state": state, "action": action, "task": text})
             dataset.save_episode()
-            tasks[text] = {"task": episode.task, "texts": list(episode.texts), "plan": episode.plan}
+            tasks[text] = {"task": episode.task, "paraphrases": list(episode.texts), "plan": episode.plan}
             lightweight.append(replace(episode, images=episode.images[:1].copy()))
         if dataset is None:
             raise DataError("there are no episodes to write")
         dataset.finalize()
     embodiment(lightweight).save(path / "meta" / "embodiment.json")
-    seeds = [{"task": e.task, "seed": e.seed, "steps": len(e), "success": e.success} for e in lightweight]
+    seeds = [
+        {"task": e.task, "seed": e.seed, "spread": e.spread, "steps": len(e), "success": e.success} for e in lightweight
+    ]
     (path / "meta" / "mmseq.json").write_text(json.dumps({"tasks": tasks, "episodes": seeds}, indent=2) + "\n")
     return path
 

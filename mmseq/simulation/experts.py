@@ -1,6 +1,30 @@
 """Scripted experts of Meta-World, and what people would call the tasks.
 
-python -m mmseq.simulation.experts            measures every task of `TASKS` and prints a table
+    python -m mmseq.simulation.experts            measures every task of `TASKS` and prints this table
+
+40 layouts per task, actions held for 50 ms. "64 bins": the expert through 64 values per axis. "blind": its actions
+on one layout replayed on another, 20 pairs; where this is high, a policy hardly needs the image. "steps": median.
+
+    task                          expert  64 bins   blind  steps
+    button-press-topdown            100%     100%     55%     16
+    button-press                    100%     100%     55%     15
+    coffee-button                   100%     100%     50%      9
+    door-open                       100%     100%     30%     20
+    drawer-open                     100%     100%     80%     22
+    drawer-close                    100%     100%     80%     20
+    window-open                     100%     100%     20%     24
+    window-close                    100%     100%     40%     23
+    faucet-open                     100%     100%     75%     16
+    faucet-close                    100%     100%     20%     25
+    handle-press                    100%     100%     35%     10
+    handle-press-side               100%     100%     30%     15
+    dial-turn                       100%     100%      5%     18
+    plate-slide                     100%     100%     35%     12
+    plate-slide-back                100%     100%     60%     17
+    door-close                      100%     100%     60%     16
+    door-lock                       100%     100%     10%     21
+    door-unlock                     100%     100%     25%     12
+    button-press-topdown-wall       100%     100%     55%     14
 """
 
 from __future__ import annotations
@@ -41,10 +65,9 @@ TASKS: dict[str, TaskLanguage] = {
     ),
     "button-press": TaskLanguage(
         instructions=(
-            "press the button on the wall box",
-            "push the side button in",
+            "push the button in from the front",
             "push the red button forward",
-            "press the button from the front",
+            "press the button on the side of the box",
             "push the button into the yellow box",
         ),
         plan="line up in front of the button, then push it forward",
@@ -58,7 +81,6 @@ TASKS: dict[str, TaskLanguage] = {
             "push the button of the coffee machine",
         ),
         plan="line up with the button of the coffee machine, then push it in",
-        video_only=True,
     ),
     "door-open": TaskLanguage(
         instructions=(
@@ -209,11 +231,22 @@ TASKS: dict[str, TaskLanguage] = {
             "press the red button on the other side of the wall",
         ),
         plan="move over the wall and above the button, then press it down",
+        video_only=True,
     ),
 }
 
 
-DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "door-open", "plate-slide", "dial-turn")
+# Short, solved by the expert through 64 bins, and the image matters: at this spread 15 % of blind replays succeed,
+# against 39 % at Meta-World's own.
+DEMO_TASKS = (
+    "window-open",
+    "faucet-close",
+    "handle-press",
+    "handle-press-side",
+    "button-press-topdown",
+    "coffee-button",
+)
+DEMO_SPREAD = 1.5
 VIDEO_TASKS = tuple(task for task, language in TASKS.items() if language.video_only)
 
 
@@ -272,13 +305,15 @@ def replay(env: MetaWorldEnv, seed: int, actions: list[np.ndarray]) -> bool:
     return any(env.step(action) for action in actions)
 
 
-def measure(task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000) -> dict[str, float]:
+def measure(
+    task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000, spread: float = 1.0
+) -> dict[str, float]:
     """How well a task suits the robot suite; all shares are in [0, 1].
 
     clean, quantised: the expert's success with its own actions and with 64 bins. blind: success of the actions of
     one seed replayed in another, so high when the image is not needed. steps: median length at 20 Hz.
     """
-    env = MetaWorldEnv(task)
+    env = MetaWorldEnv(task, spread=spread)
     clean, quantised, recorded = [], [], []
     for seed in range(first_seed, first_seed + episodes):
         actions = run_expert(env, seed)

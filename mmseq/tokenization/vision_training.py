@@ -1,8 +1,9 @@
 """Trains and measures a vision tokenizer: frames in, `VisionTokenizer` out.
 
 Every matrix inside the network is trained with Muon, the rest with AdamW. Sources (robot, human
-video, ...) share each batch by weight, whatever their sizes. Pixels that differ from their
-source's mean image count more, because a static background is learned from any frame.
+video, ...) share each batch by weight, whatever their sizes. A pixel counts more the further it is
+from its usual range at its place: a static background is learned from any frame, while a small
+object is a few pixels in a few frames, and the policy needs it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ WARM_UP_STEPS = 30
 FLOOR = 0.02  # of the learning rate, at the end
 MUON_RATE = 0.04
 ADAMW_RATE = 4e-3
-FOREGROUND_FULL = 0.25  # deviation from the mean image, of [-1, 1], from which on a pixel has the full extra weight
-FOREGROUND_SEEN = (
-    20  # of 255: from this difference to the source's median image on, evaluation counts a pixel as foreground
-)
+DEVIATIONS = 6.0  # standard deviations from the mean of its place from which on a pixel's extra weight grows no further
+DEVIATION_FLOOR = 0.05  # of [-1, 1], added to the standard deviation: noise on a static place is no foreground
+FOREGROUND_SEEN = 20  # of 255: evaluation counts a pixel this far from its source's median image as foreground
 SURVEY_FRAMES = 512  # per source, to estimate a mean or median image
 
-Frames = UInt8[np.ndarray, "N H W 3"]
+Frames = np.ndarray  # uint8 (N, H, W, 3), checked by `fit_frames`
 Progress = Callable[[int, int, float], None]
 
 
@@ -40,26 +40,30 @@ def train_vision(
     config: VisionConfig | None = None,
     steps: int = 400,
     batch_images: int = 32,
-    max_seconds: float | None = None,
+    max_seconds: float | int | None = None,
     seed: int = 0,
     threads: int | None = None,
-    weights: Sequence[float] | None = None,
-    foreground: float = 1.0,
+    weights: Sequence[float | int] | None = None,
+    foreground: float | int = 4.0,
     device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> VisionTokenizer:
     """A tokenizer trained on uint8 RGB frames (N, H, W, 3), from one source or several.
 
     weights: the share of each source in a batch (default: equal). foreground: extra weight of a
-    pixel that moves. max_seconds: stops there, with the steps so far (a finished learning-rate
-    schedule is worth more than a cut one: prefer fewer steps); without it the same seed gives the
-    same weights on the same machine and threads. on_progress(step, total, psnr): psnr in dB of the
-    step's batch; total is the number of steps, and the last call has step < total when time ran out.
-    Raises: DataError without frames, EpisodeError for frames that are not uint8 RGB, ConfigError.
+    pixel per standard deviation from its mean (0: all pixels alike). max_seconds: stops there, with
+    the steps so far; a finished learning-rate schedule is worth more than a cut one, so prefer fewer
+    steps. Without it the same seed gives the same weights on the same machine with the same threads.
+    on_progress(step, total, psnr): psnr in dB of the step's batch; total is the number of steps, and
+    the last call has step < total when time ran out.
+    Raises: DataError without frames, EpisodeError for frames that are not uint8 RGB, ConfigError,
+    DependencyError when torch is older than 2.9.
     """
     config = config or VisionConfig()
     sources = _sources(frames, config.size)
     shares = _shares(weights, list(sources))
+    if not (math.isfinite(foreground) and foreground >= 0):
+        raise ConfigError(f"foreground={foreground}", fix="give a number of at least 0")
     if steps < 1 or batch_images < 1:
         raise ConfigError(f"steps={steps}, batch_images={batch_images}", fix="give at least 1 of each")
     if not hasattr(torch.optim, "Muon"):
@@ -68,7 +72,7 @@ def train_vision(
         network = _initial(config, seed).to(device)
         stacks = [_Source(f, device, foreground) for f in sources.values()]
         with torch.no_grad():
-            mean = sum(share * s.mean for share, s in zip(shares, stacks, strict=True))
+            mean = torch.stack([float(share) * s.mean for share, s in zip(shares, stacks, strict=True)]).sum(0)
             network.background.copy_(network.patches(mean[None])[0])
         optimizers = _optimizers(network)
         draw = np.random.default_rng(seed)
@@ -136,17 +140,18 @@ def evaluate_vision(tokenizer: VisionTokenizer, sources: Mapping[str, Frames]) -
 class _Source:
     """Frames of one source, with what its foreground is judged by."""
 
-    def __init__(self, frames: UInt8[np.ndarray, "N size size 3"], device: str, foreground: float):
+    def __init__(self, frames: UInt8[np.ndarray, "N size size 3"], device: str, foreground: float | int):
         self.frames, self.device, self.foreground = frames, device, foreground
         survey = to_signed(torch.from_numpy(_survey(frames)).to(device))
         self.mean = survey.mean(0)
+        self.deviation = (survey - self.mean).square().mean((0, -1)).sqrt()[..., None] + DEVIATION_FLOOR
         self.scale = 1.0
         self.scale = 1 / float(self.weight(survey).mean())
 
     def weight(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N size size 3"]:
         """The weight of each pixel, one on average."""
-        off = (x - self.mean).abs().mean(-1, keepdim=True) / FOREGROUND_FULL
-        return ((1 + self.foreground * off.clamp(max=1)) * self.scale).expand_as(x)
+        off = (x - self.mean).square().mean(-1, keepdim=True).sqrt() / self.deviation
+        return ((1 + self.foreground * off.clamp(max=DEVIATIONS)) * self.scale).expand_as(x)
 
     def draw(self, n: int, rng: np.random.Generator) -> Float[Tensor, "N size size 3"]:
         return to_signed(torch.from_numpy(self.frames[rng.integers(len(self.frames), size=n)]).to(self.device))
@@ -170,7 +175,7 @@ def _sources(frames: Frames | Sequence[Frames] | Mapping[str, Frames], size: int
     return fitted
 
 
-def _shares(weights: Sequence[float] | None, names: list[str]) -> np.ndarray:
+def _shares(weights: Sequence[float | int] | None, names: list[str]) -> np.ndarray:
     shares = np.ones(len(names)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(names),) or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
         raise ConfigError(f"weights={weights} for the sources {names}", fix="give one number of at least 0 per source")
@@ -191,8 +196,8 @@ def _initial(config: VisionConfig, seed: int) -> FSQAutoencoder:
 def _optimizers(network: FSQAutoencoder) -> list[torch.optim.Optimizer]:
     # Muon is for maps between hidden spaces; the maps to the code and to pixels, and everything
     # that is not a matrix, go to AdamW
-    outer = {network.encoder_out[1].weight, network.decoder_out[1].weight}
-    inner = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and m.weight not in outer]
+    outer = (network.encoder_out, network.decoder_out)
+    inner = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and not any(m is o for o in outer)]
     rest = [p for p in network.parameters() if not any(p is q for q in inner)]
     return [
         torch.optim.Muon([{"params": inner, "peak": MUON_RATE}], lr=MUON_RATE, momentum=0.95, weight_decay=0.0),

@@ -172,7 +172,7 @@ def test_frames_that_are_refused(trained):
         (scenes(1)[0], "Add a leading axis"),
         (scenes(2)[..., :1], "channels last"),
         (scenes(2)[:, :0], "shape"),
-        ([[0]], "list, not uint8"),
+        (scenes(2).astype(np.int64), "int64, not uint8"),
     ]:
         with pytest.raises(EpisodeError, match=match):
             trained.encode(frames)
@@ -264,5 +264,7 @@ def test_training_settings_that_are_refused():
         train_vision([scenes(4), scenes(4)], config=TINY, weights=(0, 0))
     with pytest.raises(ConfigError, match="steps"):
         train_vision(scenes(4), config=TINY, steps=0)
+    with pytest.raises(ConfigError, match="foreground"):
+        train_vision(scenes(4), config=TINY, foreground=-1)
     with pytest.raises(EpisodeError, match="uint8"):
         train_vision(scenes(4).astype(float), config=TINY)
