@@ -90,7 +90,9 @@ def plot(
             dots = "".join(f"M{at_x(a):.1f} {at_y(b):.1f}h0" for a, b in zip(x, y))
             out.append(f'<path class="dots big" d="{dots}"/>')
     if x_label:
-        out.append(f'<text class="label mid" x="{(left + width - right) / 2}" y="{height - 4}">{escape(x_label)}</text>')
+        out.append(
+            f'<text class="label mid" x="{(left + width - right) / 2}" y="{height - 4}">{escape(x_label)}</text>'
+        )
     if y_label:
         y = (height - bottom) / 2
         out.append(f'<text class="label mid" transform="translate(10 {y}) rotate(-90)">{escape(y_label)}</text>')
@@ -158,7 +160,9 @@ def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:
                 before = next((s for s, _, _ in reversed(out) if s is not None), None)
                 if segment.predicted and (before is None or not before.predicted):
                     out.append((None, "→", 22))
-                out.append((segment, str(segment), max(STREAM_WIDTH.get(segment.stream, 66), 8.2 * len(str(segment)) + 16)))
+                out.append(
+                    (segment, str(segment), max(STREAM_WIDTH.get(segment.stream, 66), 8.2 * len(str(segment)) + 16))
+                )
         if isinstance(part, Group) and part.count > repeats:
             out.append((None, f"… × {part.count}", 56))
     return out

@@ -164,7 +164,9 @@ class _Run:
             share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
             cases = draw(task, episodes, max(FEWEST, int(self.samples * min(1.0, share))), rng)
         if not cases:
-            only = "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
+            only = (
+                "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
+            )
             self.media["skipped"][name + SUFFIX[kind]] = only
             return None
         predictions = predict_cases(self.model, task, cases)
@@ -300,7 +302,13 @@ class _Run:
     # ------------------------------------------------------------------ vectors
 
     def _vectors(
-        self, name: str, kind: str, task: Task, stream: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]
+        self,
+        name: str,
+        kind: str,
+        task: Task,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
     ) -> None:
         errors, per_mean, per_median, measured, shown = [], [], [], [], []
         for members in groups(cases):
@@ -356,7 +364,13 @@ class _Run:
     # ------------------------------------------------------------------ text
 
     def _texts(
-        self, name: str, kind: str, stream: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]], measure: str
+        self,
+        name: str,
+        kind: str,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
+        measure: str,
     ) -> None:
         phrasings = self._phrasings.setdefault(stream, Phrasings(self.everything, stream))
         said = [" ".join(p[stream]) if isinstance(p[stream], list) else p[stream] for p in predictions]

@@ -150,7 +150,11 @@ def _world(media: Mapping[str, Any]) -> Image.Image | None:
     image, pen = _row(side + 24, "world model", arrow, "the picture after the robot has acted")
     x = LEFT + 24
     for example in examples[:2]:
-        for label, frame in (("now", example["given"]), ("real", example["real"][-1]), ("model", example["predicted"][-1])):
+        for label, frame in (
+            ("now", example["given"]),
+            ("real", example["real"][-1]),
+            ("model", example["predicted"][-1]),
+        ):
             image.paste(_big(frame, side), (x, 22))
             pen.text((x, 2), label, fill=ACCENT if label == "model" else MUTED, font=_font(14))
             x += side + 6
@@ -166,7 +170,9 @@ def _policy(rollouts: Sequence[Mapping[str, Any]]) -> Image.Image | None:
     frames = best["frames"] if isinstance(best.get("frames"), np.ndarray) else best["video"]
     wins = sum(bool(r.get("success")) for r in rollouts)
     note = f"{best['task']}: success" if best.get("success") else str(best["task"])
-    image, _ = _row(136, "policy", "text, image, proprio -> action", f"{note}; {wins} of {len(rollouts)} rollouts succeed")
+    image, _ = _row(
+        136, "policy", "text, image, proprio -> action", f"{note}; {wins} of {len(rollouts)} rollouts succeed"
+    )
     at = np.linspace(0, len(frames) - 1, 8).round().astype(int)
     for i, step in enumerate(at):
         image.paste(_big(frames[step], 112), (LEFT + 24 + i * 119, 12))

@@ -223,11 +223,13 @@ def _headline_row(result: Result, interval: Any, gain: Any, db_range: tuple[floa
         low, high = 0.0, 1.15 * max(result.value, result.baseline_value, 1e-12)
     share = result.unit == "share"
     show = lambda v: f"{100 * v:.1f}" if share else (f"{v:.2f}" if result.unit in ("dB", "correlation") else number(v))
-    unit = {"share": "%", "correlation": "", "of the axis range": "of range", "unitless": ""}.get(result.unit, result.unit)
+    unit = {"share": "%", "correlation": "", "of the axis range": "of range", "unitless": ""}.get(
+        result.unit, result.unit
+    )
     extra = "_over_" in result.name or "_of_ceiling" in result.name
     sense = "more is better" if result.better == "higher" else "less is better"
     return (
-        f'<tr{" class=more" if extra else ""}><td>{escape(measure_words(_split(result.name)[1]))}'
+        f"<tr{' class=more' if extra else ''}><td>{escape(measure_words(_split(result.name)[1]))}"
         f"<small><code>{escape(result.name)}</code>, {sense}</small></td>"
         f'<td class="n"><b>{show(result.value)}</b><span class="unit">{escape(unit)}</span></td>'
         f"<td>{track(result.value, result.baseline_value, low, high, verdict, interval)}</td>"
@@ -290,8 +292,10 @@ def _videos(rollouts: Sequence[Mapping[str, Any]], policy: str) -> str:
         shown[r["task"]] = shown.get(r["task"], 0) + 1
         ranks.append(shown[r["task"]])
     for rank, r in sorted(zip(ranks, with_video), key=lambda pair: pair[0]):
-        uri, kind = ("", "") if rank > VIDEOS_PER_TASK or size > VIDEO_BYTES else moving_picture(
-            _video_of(r), float(r.get("rate_hz", 20))
+        uri, kind = (
+            ("", "")
+            if rank > VIDEOS_PER_TASK or size > VIDEO_BYTES
+            else moving_picture(_video_of(r), float(r.get("rate_hz", 20)))
         )
         if not uri or size + len(uri) > VIDEO_BYTES:
             left_out += 1
@@ -404,7 +408,9 @@ def _vectors(media: Mapping[str, Any]) -> Section | None:
                 parts.append(f'<h3>{escape(name)}</h3><p class="muted">{escape(task_sentence(_base(key)))}</p>')
                 parts.append(_scatter(robot) + _table(head, rows))
             else:
-                parts.append(f"<details><summary>{escape(name)}: error per axis</summary>{_table(head, rows)}</details>")
+                parts.append(
+                    f"<details><summary>{escape(name)}: error per axis</summary>{_table(head, rows)}</details>"
+                )
     intro = (
         "<p>Predicted against true commands, each axis in its own unit. On the dashed line they agree. The tables give "
         "the mean absolute error and that of always sending the mean command.</p>"
@@ -516,16 +522,25 @@ def _tokenizers(media: Mapping[str, Any]) -> Section | None:
                 f"{book['used']:,} occur here (perplexity {book['perplexity']:.0f})."
             )
         parts.append(
-            "<p>Held-out pictures turned into tokens and back. Nothing the model draws can be better than this." + size + "</p>"
+            "<p>Held-out pictures turned into tokens and back. Nothing the model draws can be better than this."
+            + size
+            + "</p>"
         )
     for kind, shown in pictures.items():
         both = np.stack([shown["real"], shown["decoded"]])
-        strips = "".join(f"<span>{label}</span>{_image(strip(row), label)}" for label, row in zip(("real", "decoded"), both))
+        strips = "".join(
+            f"<span>{label}</span>{_image(strip(row), label)}" for label, row in zip(("real", "decoded"), both)
+        )
         mean = float(np.mean(shown["psnr"]))
         parts.append(f'<h3>{kind.capitalize()} pictures, {mean:.1f} dB</h3><div class="strips">{strips}</div>')
     for robot, detail in media.get("action_tokenizer", {}).items():
         rows = [
-            [escape(axis), f">{number(float(detail['error'][i]))}", f">{number(float(detail['baseline_error'][i]))}", escape(unit)]
+            [
+                escape(axis),
+                f">{number(float(detail['error'][i]))}",
+                f">{number(float(detail['baseline_error'][i]))}",
+                escape(unit),
+            ]
             for i, (axis, unit) in enumerate(zip(detail["axes"], detail["units"]))
         ]
         parts.append(f"<h3>Commands of {escape(robot)}, {detail['bins']} bins per axis</h3>")
@@ -550,7 +565,9 @@ def _training(curves: Mapping[str, Any]) -> Section | None:
         figure = plot(lines, x_label="step", y_label="bits/token", title=f"learning curve of {task}")
         plots.append(f'<div class="plotted"><h4>{escape(task_title(task))} <span>{last}</span></h4>{figure}</div>')
     any_held = any(curves["validation"].values())
-    key = '<span><i class="l soft"></i>training</span>' + ('<span><i class="l"></i>held-out episodes</span>' if any_held else "")
+    key = '<span><i class="l soft"></i>training</span>' + (
+        '<span><i class="l"></i>held-out episodes</span>' if any_held else ""
+    )
     html = (
         "<p>How surprised the model is by what it has to predict, in bits per token, task by task. All tasks are learned at "
         "the same time by the same weights.</p>"
@@ -633,5 +650,3 @@ def _method(
             "the same samples. The shuffled-actions baseline is the same model given the commands of another sample.</p>"
         )
     return ("method", "How to repeat this", "".join(parts)) if parts else None
-
-
