@@ -28,9 +28,8 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-    text = f"{value:.{digits}g}"
-    return f"{value:.1e}" if "e" in text or abs(value) < 1e-3 else text
+        return f"{value:,.0f}"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -90,7 +89,9 @@ def plot(
             dots = "".join(f"M{at_x(a):.1f} {at_y(b):.1f}h0" for a, b in zip(x, y))
             out.append(f'<path class="dots big" d="{dots}"/>')
     if x_label:
-        out.append(f'<text class="label mid" x="{(left + width - right) / 2}" y="{height - 4}">{escape(x_label)}</text>')
+        out.append(
+            f'<text class="label mid" x="{(left + width - right) / 2}" y="{height - 4}">{escape(x_label)}</text>'
+        )
     if y_label:
         y = (height - bottom) / 2
         out.append(f'<text class="label mid" transform="translate(10 {y}) rotate(-90)">{escape(y_label)}</text>')
@@ -103,13 +104,22 @@ def _tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def track(value: float, baseline: float | None, low: float, high: float, verdict: str, interval=None) -> str:
-    """A bar from the left to the value, a tick at the baseline and a thin line over the interval."""
+def track(
+    value: float,
+    baseline: float | None,
+    low: float,
+    high: float,
+    verdict: str,
+    interval: tuple[float, float] | None = None,
+    others: Sequence[float] = (),
+) -> str:
+    """A bar from the left to the value, a tick at the baseline, faint ones at others, a thin line over the interval."""
     share = lambda v: 100 * float(np.clip((v - low) / (high - low) if high > low else 0, 0, 1))
     parts = [f'<i class="{verdict}" style="width:{share(value):.1f}%"></i>']
     if interval:
         a, b = share(interval[0]), share(interval[1])
         parts.append(f'<s style="left:{a:.1f}%;width:{b - a:.1f}%"></s>')
+    parts += [f'<b class="soft" style="left:{share(other):.1f}%"></b>' for other in others]
     if baseline is not None:
         parts.append(f'<b style="left:{share(baseline):.1f}%"></b>')
     return f'<div class="track">{"".join(parts)}</div>'
@@ -145,7 +155,8 @@ def tasks_picture(arrows: Mapping[str, str]) -> str:
         f'<rect class="model" x="{left}" y="8" width="{width - left - 12}" height="40" rx="9"/>'
         f'<text class="model mid" x="{(left + width - 12) / 2}" y="33">one transformer, one set of weights</text>'
     )
-    return f'<svg class="tasks" viewBox="0 0 {width} {y}" role="img" aria-label="tasks as token sequences">{top}{"".join(body)}</svg>'
+    label = 'role="img" aria-label="tasks as token sequences"'
+    return f'<svg class="tasks" viewBox="0 0 {width} {y}" {label}>{top}{"".join(body)}</svg>'
 
 
 def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:
@@ -158,7 +169,9 @@ def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:
                 before = next((s for s, _, _ in reversed(out) if s is not None), None)
                 if segment.predicted and (before is None or not before.predicted):
                     out.append((None, "→", 22))
-                out.append((segment, str(segment), max(STREAM_WIDTH.get(segment.stream, 66), 8.2 * len(str(segment)) + 16)))
+                out.append(
+                    (segment, str(segment), max(STREAM_WIDTH.get(segment.stream, 66), 8.2 * len(str(segment)) + 16))
+                )
         if isinstance(part, Group) and part.count > repeats:
             out.append((None, f"… × {part.count}", 56))
     return out

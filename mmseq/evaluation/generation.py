@@ -81,8 +81,8 @@ def evaluate_generation(
 
     The second value holds `frames`, `actions`, `texts`, `curves` (each task name -> what was predicted),
     `reconstructions`, `codebook`, `action_tokenizer`, `intervals` (result name -> 95 % interval), `gains` (result
-    name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason), `excluded`
-    (episode id -> reason), `arrows`, `seconds`.
+    name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason),
+    `excluded` (episode id -> reason), `arrows`, `seconds`.
     """
     run = _Run(model, episodes, videos, arrows, train_episodes, samples, seed)
     parts = [(name, Task.parse(arrow)) for name, arrow in arrows.items()]
@@ -162,9 +162,11 @@ class _Run:
         else:
             able = next(t for t in episodes if not task.missing(t.streams))
             share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
-            cases = draw(task, episodes, max(FEWEST, int(self.samples * min(1.0, share))), rng)
+            cases = draw(task, episodes, max(min(FEWEST, self.samples), int(self.samples * min(1.0, share))), rng)
         if not cases:
-            only = "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
+            only = (
+                "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
+            )
             self.media["skipped"][name + SUFFIX[kind]] = only
             return None
         predictions = predict_cases(self.model, task, cases)
@@ -300,7 +302,13 @@ class _Run:
     # ------------------------------------------------------------------ vectors
 
     def _vectors(
-        self, name: str, kind: str, task: Task, stream: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]
+        self,
+        name: str,
+        kind: str,
+        task: Task,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
     ) -> None:
         errors, per_mean, per_median, measured, shown = [], [], [], [], []
         for members in groups(cases):
@@ -314,7 +322,6 @@ class _Run:
             per_mean.append(action_error(true, np.broadcast_to(mean, true.shape), axes))
             per_median.append(action_error(true, np.broadcast_to(median, true.shape), axes))
             measured += some
-            axis_error = lambda other: np.abs(true - other).reshape(-1, true.shape[-1]).mean(0)
             shown.append(
                 {
                     "embodiment": robot.name,
@@ -322,8 +329,8 @@ class _Run:
                     "units": list(axes.units),
                     "true": true.reshape(-1, true.shape[-1]),
                     "predicted": predicted.reshape(-1, true.shape[-1]),
-                    "error": axis_error(predicted),
-                    "baseline_error": axis_error(mean),
+                    "error": _axis_error(true, predicted),
+                    "baseline_error": _axis_error(true, mean),
                     "correlation": _correlations(true, predicted),
                 }
             )
@@ -356,7 +363,13 @@ class _Run:
     # ------------------------------------------------------------------ text
 
     def _texts(
-        self, name: str, kind: str, stream: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]], measure: str
+        self,
+        name: str,
+        kind: str,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
+        measure: str,
     ) -> None:
         phrasings = self._phrasings.setdefault(stream, Phrasings(self.everything, stream))
         said = [" ".join(p[stream]) if isinstance(p[stream], list) else p[stream] for p in predictions]
@@ -453,6 +466,10 @@ class _Run:
         share = float(true.mean())
         baselines = {"": ("constant", max(share, 1 - share))}
         self._add(name, "accuracy", kind, yes == true, baselines, unit="share", better="higher", cases=cases)
+
+
+def _axis_error(true: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(true - other).reshape(-1, true.shape[-1]).mean(0)
 
 
 def _correlations(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:

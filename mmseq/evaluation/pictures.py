@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,11 @@ def _row(height: int, title: str, arrow: str, note: str = "") -> tuple[Image.Ima
     return image, pen
 
 
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+def _wrap(text: str, width: int, lines: int = 4) -> str:
+    """Text in lines of at most `width` characters; what does not fit into `lines` lines is cut."""
+    printable = "".join(c if c.isprintable() and ord(c) < 0x2100 else "·" for c in text)
+    wrapped = textwrap.wrap(printable, width, max_lines=lines, placeholder=" …")
+    return "\n".join(wrapped)
 
 
 def _big(frame: np.ndarray, side: int) -> Image.Image:
@@ -150,7 +149,11 @@ def _world(media: Mapping[str, Any]) -> Image.Image | None:
     image, pen = _row(side + 24, "world model", arrow, "the picture after the robot has acted")
     x = LEFT + 24
     for example in examples[:2]:
-        for label, frame in (("now", example["given"]), ("real", example["real"][-1]), ("model", example["predicted"][-1])):
+        for label, frame in (
+            ("now", example["given"]),
+            ("real", example["real"][-1]),
+            ("model", example["predicted"][-1]),
+        ):
             image.paste(_big(frame, side), (x, 22))
             pen.text((x, 2), label, fill=ACCENT if label == "model" else MUTED, font=_font(14))
             x += side + 6
@@ -166,7 +169,9 @@ def _policy(rollouts: Sequence[Mapping[str, Any]]) -> Image.Image | None:
     frames = best["frames"] if isinstance(best.get("frames"), np.ndarray) else best["video"]
     wins = sum(bool(r.get("success")) for r in rollouts)
     note = f"{best['task']}: success" if best.get("success") else str(best["task"])
-    image, _ = _row(136, "policy", "text, image, proprio -> action", f"{note}; {wins} of {len(rollouts)} rollouts succeed")
+    image, _ = _row(
+        136, "policy", "text, image, proprio -> action", f"{note}; {wins} of {len(rollouts)} rollouts succeed"
+    )
     at = np.linspace(0, len(frames) - 1, 8).round().astype(int)
     for i, step in enumerate(at):
         image.paste(_big(frames[step], 112), (LEFT + 24 + i * 119, 12))
@@ -197,9 +202,9 @@ def _caption(media: Mapping[str, Any]) -> Image.Image | None:
         x = LEFT + 24 + i * 320
         image.paste(_big(example["image"], 96), (x, 8))
         colour = RIGHT if example["right"] else WRONG
-        pen.multiline_text((x + 106, 8), _wrap(example["predicted"], 22), fill=colour, font=_font(16), spacing=4)
+        pen.multiline_text((x + 106, 8), _wrap(example["predicted"], 22, 2), fill=colour, font=_font(16), spacing=4)
         truth = "right" if example["right"] else "real: " + example["truth"]
-        pen.multiline_text((x + 106, 66), _wrap(truth, 28), fill=MUTED, font=_font(13), spacing=3)
+        pen.multiline_text((x + 106, 58), _wrap(truth, 28, 2), fill=MUTED, font=_font(13), spacing=3)
     return image
 
 
@@ -211,12 +216,9 @@ def _value(media: Mapping[str, Any]) -> Image.Image | None:
     for i, curve in enumerate(curves[:3]):
         x, y, width, height = LEFT + 24 + i * 320, 10, 290, 90
         pen.rectangle([x, y, x + width, y + height], outline=LINE)
-        end = max(float(curve["seconds"][-1]), 1e-6)
-        place = lambda values: [
-            (x + float(s) / end * width, y + height - float(np.clip(v, 0, 1)) * height)
-            for s, v in zip(curve["seconds"], values)
-        ]
-        pen.line(place(curve["true"]), fill="#b3bac5", width=2)
-        pen.line(place(curve["predicted"]), fill=ACCENT, width=3)
-        pen.text((x, y + height + 3), _wrap(curve["text"], 40).split("\n")[0], fill=MUTED, font=_font(13))
+        across = x + np.asarray(curve["seconds"]) / max(float(curve["seconds"][-1]), 1e-6) * width
+        for name, colour, thick in (("true", "#b3bac5", 2), ("predicted", ACCENT, 3)):
+            down = y + height - np.clip(curve[name], 0, 1) * height
+            pen.line(list(zip(across.tolist(), down.tolist())), fill=colour, width=thick)
+        pen.text((x, y + height + 3), _wrap(curve["text"], 40, 1), fill=MUTED, font=_font(13))
     return image

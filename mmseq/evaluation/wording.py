@@ -4,8 +4,14 @@ from __future__ import annotations
 
 TASKS: dict[str, tuple[str, str]] = {
     "policy": ("Policy", "Told what to do and shown the scene, it says how to move."),
-    "forward_dynamics": ("World model", "Shown the scene and the commands, it draws what the camera will see afterwards."),
-    "inverse_dynamics": ("Inverse dynamics", "Shown a picture before and one after, it says which commands lie between."),
+    "forward_dynamics": (
+        "World model",
+        "Shown the scene and the commands, it draws what the camera will see afterwards.",
+    ),
+    "inverse_dynamics": (
+        "Inverse dynamics",
+        "Shown a picture before and one after, it says which commands lie between.",
+    ),
     "video_prediction": ("Video prediction", "Told the task and shown one frame, it draws the frames that follow."),
     "subgoal": ("Subgoal", "Told the task and shown the scene, it draws where things should be a moment later."),
     "goal_policy": ("Goal policy", "Shown the scene and a picture of the goal, it says how to move."),
@@ -24,8 +30,8 @@ TASKS: dict[str, tuple[str, str]] = {
 }
 
 MEASURES: dict[str, str] = {
-    "psnr": "likeness of the predicted picture",
-    "psnr_robot": "likeness on robot pictures",
+    "psnr": "likeness of the picture",
+    "psnr_robot": "likeness of the picture, robot",
     "action_error": "error of the commands",
     "proprio_error": "error of the robot's state",
     "accuracy": "right answers",
