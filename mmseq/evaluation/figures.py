@@ -54,18 +54,23 @@ def plot(
     y_range: tuple[float, float] | None = None,
     points: Sequence[tuple[float, float]] = (),
     diagonal: bool = False,
+    least_height: float = 0.0,
     title: str = "",
 ) -> str:
-    """Lines (CSS class, x, y) and points over labelled axes."""
+    """Lines (CSS class, x, y) and points over labelled axes.
+
+    least_height: the smallest span of the y axis, so that noise does not fill the figure.
+    """
     xs = [float(v) for _, x, _ in lines for v in x] + [p[0] for p in points] or [0.0, 1.0]
     ys = [float(v) for _, _, y in lines for v in y] + [p[1] for p in points] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
     y0, y1 = y_range or (min(ys), max(ys))
     pad = 0.06 * (y1 - y0) or 0.5
     if y_range is None:
-        y0, y1 = y0 - pad, y1 + pad
+        more = max(0.0, least_height - (y1 - y0)) / 2
+        y0, y1 = y0 - pad - more, y1 + pad + more
     x1 = x1 if x1 > x0 else x0 + 1
-    left, right, top, bottom = 40, 8, 8, 34 if x_label else 20
+    left, right, top, bottom = 40, 14, 8, 34 if x_label else 20
     at_x = lambda v: left + (float(v) - x0) / (x1 - x0) * (width - left - right)
     at_y = lambda v: height - bottom - (float(v) - y0) / (y1 - y0) * (height - top - bottom)
     out = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title or y_label)}">']
@@ -99,6 +104,7 @@ def plot(
 
 
 def _tick(value: float) -> str:
+    value = 0.0 if abs(value) < 1e-12 else value  # no minus zero
     if abs(value) >= 10000:
         return f"{value / 1000:g}k"
     return f"{value:.4g}"

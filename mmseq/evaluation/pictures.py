@@ -78,6 +78,7 @@ def strip(frames: Sequence[np.ndarray] | np.ndarray, gap: int = 2) -> np.ndarray
 
 INK, MUTED, LINE, ACCENT, RIGHT, WRONG = "#1c2330", "#667085", "#d5dae1", "#2f6fdb", "#1f8a55", "#c2412d"
 WIDTH, LEFT = 1200, 210
+PICTURE_BYTES = 300_000
 
 
 def write_picture(path: str | Path, media: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -99,10 +100,10 @@ def write_picture(path: str | Path, media: Mapping[str, Any], rollouts: Sequence
         top += row.height + 18
         if number < len(rows) - 1:
             ImageDraw.Draw(sheet).line([(24, top - 9), (WIDTH - 24, top - 9)], fill=LINE)
-    for colours in (256, 128, 64, 32):
+    for colours in (None, 256, 128, 64, 32):  # as true as the size allows
         out = io.BytesIO()
-        sheet.quantize(colours, dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
-        if out.tell() <= 300_000:
+        (sheet if colours is None else sheet.quantize(colours)).save(out, "PNG", optimize=True)
+        if out.tell() <= PICTURE_BYTES:
             break
     Path(path).write_bytes(out.getvalue())
 

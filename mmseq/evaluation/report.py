@@ -128,8 +128,8 @@ def _overview(media: Mapping[str, Any]) -> Section | None:
         "such rows. What is <b>given</b> (filled) and what is <b>predicted</b> (outlined) makes the task: the same "
         "weights move a robot, imagine what it will see, and say what happens in a video.</p>"
         f'<figure style="margin:0"><div class="scroll">{picture}</div><div class="key">{key}</div>'
-        "<figcaption>The tasks of this model. <code>action[16]</code> is a chunk of 16 commands, "
-        "<code>image@+16</code> the camera picture 16 control steps later.</figcaption></figure>"
+        "<figcaption>The tasks of this model. A number in brackets is a length in control steps or frames, "
+        "<code>@+</code> says how many steps later.</figcaption></figure>"
     )
     return "tasks", "One model, many tasks", html
 
@@ -145,7 +145,7 @@ def _training(curves: Mapping[str, Any]) -> Section | None:
         if held:
             lines.append(("marked", [x for x, _ in held], [y for _, y in held]))
         last = f"{held[-1][1]:.2f} held out" if held else f"{train[-1][1]:.2f}"
-        figure = plot(lines, x_label="step", y_label="bits/token", title=f"learning curve of {task}")
+        figure = plot(lines, x_label="step", y_label="bits/token", least_height=0.5, title=f"learning curve of {task}")
         plots.append(f'<div class="plotted"><h4>{escape(task_title(task))} <span>{last}</span></h4>{figure}</div>')
     any_held = any(curves["validation"].values())
     key = '<span><i class="l soft"></i>training</span>' + (

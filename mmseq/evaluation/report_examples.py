@@ -154,8 +154,8 @@ def texts(media: Mapping[str, Any]) -> Section | None:
         sentence = task_sentence(task_of(key)) if "." not in key else ""
         cards = "".join(_said(e) for e in examples[:9])
         parts.append(
-            f'<h3>{escape(key_title(key))}</h3><p class="muted">{escape(sentence)} Of the {len(examples)} samples '
-            f'drawn first, {right} are right.</p><div class="grid3">{cards}</div>'
+            f'<h3>{escape(key_title(key))}</h3><p class="muted">{escape(sentence)} Right in {right} of the '
+            f'{len(examples)} samples drawn first.</p><div class="grid3">{cards}</div>'
         )
     return "texts", "What it says", "".join(parts)
 

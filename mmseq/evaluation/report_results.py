@@ -41,9 +41,7 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> Section | N
             f"<span>{escape(task_sentence(task))}</span></td></tr>"
         )
         kept += [_headline_row(row, intervals, gains, db_range) for row in measures]
-    head = (
-        '<tr><th>what</th><th class="n">model</th><th></th><th class="n">baseline</th><th class="n">samples</th></tr>'
-    )
+    head = '<tr><th>what</th><th class="n">model</th><th></th><th class="base">baseline</th><th class="n">samples</th></tr>'
     listed = lambda body: (
         f'<div class="scroll"><table class="results">{head}{"".join(body)}</table></div>' if body else ""
     )
@@ -103,7 +101,7 @@ def _headline_row(
     )
     sense = "more is better" if result.better == "higher" else "less is better"
     baselines = "".join(
-        f'<div title="{escape(r.name)}"{" class=more" if i else ""}>{_shown(r.baseline_value, r.unit)}'
+        f'<div title="{escape(r.name)}"{" class=more" if i else ""}><span class="n">{_shown(r.baseline_value, r.unit)}</span>'
         f"<small>{escape(baseline_words(r.baseline_name))}{_compared(r, gains.get(r.name)) if i else ''}</small></div>"
         for i, r in enumerate(row)
     )
@@ -114,7 +112,7 @@ def _headline_row(
         f"<tr><td>{escape(measure_words(split_name(result.name)[1]))}"
         f"<small><code>{escape(result.name)}</code>, {sense}</small></td>"
         f'<td class="n"><b>{_shown(result.value, result.unit)}</b><span class="unit">{escape(unit)}</span></td>'
-        f'<td>{bar}</td><td class="n base">{baselines}</td><td class="n">{result.n:,}</td></tr>'
+        f'<td>{bar}</td><td class="base">{baselines}</td><td class="n">{result.n:,}</td></tr>'
     )
 
 
