@@ -144,7 +144,9 @@ class _Run:
         reasons = {kind: why_not(task, episodes) for kind, episodes in self.held.items()}
         if all(reasons.values()):
             kinds = [kind for kind in reasons if self.held[kind]] or list(reasons)
-            self.media["skipped"][name] = "; ".join(dict.fromkeys(str(reasons[kind]) for kind in kinds))
+            different = len({reasons[kind] for kind in kinds}) > 1
+            said = [f"{kind}: {reasons[kind]}" if different else str(reasons[kind]) for kind in kinds]
+            self.media["skipped"][name] = "; ".join(dict.fromkeys(said))
             return
         for kind, reason in reasons.items():
             if reason is None:

@@ -41,7 +41,10 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> Section | N
             f"<span>{escape(task_sentence(task))}</span></td></tr>"
         )
         kept += [_headline_row(row, intervals, gains, db_range) for row in measures]
-    head = '<tr><th>what</th><th class="n">model</th><th></th><th class="base">baseline</th><th class="n">samples</th></tr>'
+    head = (
+        '<tr><th>what</th><th class="n">model</th><th></th>'
+        '<th class="base">baseline</th><th class="n">samples</th></tr>'
+    )
     listed = lambda body: (
         f'<div class="scroll"><table class="results">{head}{"".join(body)}</table></div>' if body else ""
     )
@@ -101,7 +104,8 @@ def _headline_row(
     )
     sense = "more is better" if result.better == "higher" else "less is better"
     baselines = "".join(
-        f'<div title="{escape(r.name)}"{" class=more" if i else ""}><span class="n">{_shown(r.baseline_value, r.unit)}</span>'
+        f'<div title="{escape(r.name)}"{" class=more" if i else ""}>'
+        f'<span class="n">{_shown(r.baseline_value, r.unit)}</span>'
         f"<small>{escape(baseline_words(r.baseline_name))}{_compared(r, gains.get(r.name)) if i else ''}</small></div>"
         for i, r in enumerate(row)
     )
