@@ -163,6 +163,7 @@ def _world(media: Mapping[str, Any]) -> Image.Image | None:
 
 
 def _policy(rollouts: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    rollouts = [r for r in rollouts if r.get("policy") == rollouts[0].get("policy")]
     shown = [r for r in rollouts if isinstance(r.get("frames"), np.ndarray) or isinstance(r.get("video"), np.ndarray)]
     if not shown:
         return None
