@@ -1,8 +1,8 @@
 """mmseq: one any-to-any sequence transformer for robots.
 
-    from mmseq import Episode, SequenceModel, Task
-    model = SequenceModel.from_pretrained("runs/demo/checkpoint")
-    model.predict("image, action[8] -> image@+8", episode, t=12)
+from mmseq import Episode, SequenceModel, Task
+model = SequenceModel.from_pretrained("runs/demo/checkpoint")
+model.predict("image, action[8] -> image@+8", episode, t=12)
 """
 
 from mmseq.embodiment import Embodiment

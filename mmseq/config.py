@@ -16,7 +16,7 @@ from mmseq.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
-def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read `path`, apply `overrides` such as `model.width=256`, and return the dataclass.
 
     Raises: ConfigError naming the key, the file and the closest known key.

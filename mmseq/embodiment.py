@@ -60,6 +60,9 @@ class Axes:
         for low, high, name in zip(self.low, self.high, self.names, strict=True):
             if high < low:
                 raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
+        for least, most, name in zip(self.minimum, self.maximum, self.names, strict=True):
+            if most < least:
+                raise EmbodimentError(f"axis {name!r}: the maximum {most} is below the minimum {least}")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -69,7 +69,12 @@ class Episode:
 
     @classmethod
     def from_arrays(
-        cls, id: str, rate_hz: float, arrays: dict[str, np.ndarray | Callable[[], np.ndarray]], length: int | None = None, **fields
+        cls,
+        id: str,
+        rate_hz: float,
+        arrays: dict[str, np.ndarray | Callable[[], np.ndarray]],
+        length: int | None = None,
+        **fields,
     ) -> Episode:
         """An episode whose streams share one clock of `rate_hz` steps per second.
 

@@ -1,12 +1,11 @@
 """Packing: several sequences in one row, no attention across them, nothing dropped or cropped.
 
-`pack` fills rows of a fixed number of tokens (best fit, longest first); `Batch` is what the model
+`pack` fills rows of a fixed number of tokens (exactly, where lengths allow it); `Batch` is what the model
 reads: the rows laid end to end as one flat line of tokens, and where each document begins.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,31 +20,50 @@ from mmseq.vocabulary import Vocabulary
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Best-fit decreasing: rows of indices whose lengths sum to at most `row_tokens`.
+    """Rows of indices whose lengths sum to at most `row_tokens`, each as full as it can be.
 
-    Every index appears in exactly one row. The order of rows, and of indices in a row, is a
-    function of `lengths` alone. Raises: ConfigError when a sequence is longer than a row.
+    A row takes the longest sequence that is left and the set of others that fills it best. Every
+    index appears in exactly one row. The order of rows, and of indices in a row, is a function of
+    `lengths` alone. Raises: ConfigError when a sequence is longer than a row.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and lengths[order[0]] > row_tokens:
+    waiting: dict[int, list[int]] = {}
+    for index in reversed(range(len(lengths))):
+        waiting.setdefault(int(lengths[index]), []).append(index)
+    if waiting and max(waiting) > row_tokens:
         raise ConfigError(
-            f"a sequence of {lengths[order[0]]} tokens does not fit into a row of {row_tokens}",
+            f"a sequence of {max(waiting)} tokens does not fit into a row of {row_tokens}",
             fix="raise data.row_tokens or shorten the task",
         )
+    order = sorted(waiting, reverse=True)
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order:
-        need = lengths[index]
-        at = bisect.bisect_left(free, (need, -1))
-        if at == len(free):
-            rows.append([index])
-            row, left = len(rows) - 1, row_tokens - need
-        else:
-            left, row = free.pop(at)
-            rows[row].append(index)
-            left -= need
-        bisect.insort(free, (left, row))
+    while order:
+        chosen = [order[0], *_fill({n: len(waiting[n]) - (n == order[0]) for n in order}, row_tokens - order[0])]
+        rows.append([waiting[n].pop() for n in chosen])
+        order = [n for n in order if waiting[n]]
     return rows
+
+
+def _fill(available: dict[int, int], room: int) -> list[int]:
+    """The lengths, of those available (length: how many), whose sum is the largest within `room`."""
+    # bit n of an integer says whether some subset sums to n; a length that is there c times enters as
+    # packets of 1, 2, 4, ... so that every number of it up to c can be taken
+    sums, mask = [1], (2 << room) - 1
+    packets: list[tuple[int, int]] = []
+    for length, count in available.items():
+        count = min(count, room // length)
+        size = 1
+        while count > 0 and not sums[-1] >> room & 1:
+            size = min(size, count)
+            packets.append((length, size))
+            sums.append((sums[-1] | sums[-1] << length * size) & mask)
+            count, size = count - size, size * 2
+    total = sums[-1].bit_length() - 1
+    chosen: list[int] = []
+    for before, (length, size) in zip(reversed(sums[:-1]), reversed(packets), strict=True):
+        if not before >> total & 1:
+            chosen += [length] * size
+            total -= length * size
+    return chosen
 
 
 @dataclass
@@ -85,7 +103,11 @@ class Batch:
 
 
 def collate(
-    sequences: Sequence[TokenSequence], vocabulary: Vocabulary, *, tasks: Sequence[int] | None = None, pad_to: int | None = None
+    sequences: Sequence[TokenSequence],
+    vocabulary: Vocabulary,
+    *,
+    tasks: Sequence[int] | None = None,
+    pad_to: int | None = None,
 ) -> Batch:
     """Lay sequences end to end. tasks: a task index per sequence, for the loss by task.
 

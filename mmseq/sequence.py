@@ -134,7 +134,13 @@ class SequenceBuilder:
         self.cameras = cameras or {}
 
     def build(
-        self, task: Task, tokens: TokenSource, now: int, variant: int = 0, *, placed: Sequence[PlacedSegment] | None = None
+        self,
+        task: Task,
+        tokens: TokenSource,
+        now: int,
+        variant: int = 0,
+        *,
+        placed: Sequence[PlacedSegment] | None = None,
     ) -> TokenSequence:
         """The whole sequence with its learning targets.
 
@@ -151,17 +157,31 @@ class SequenceBuilder:
         """`image` is every camera of the embodiment, in its order."""
         if segment.stream not in VISION_STREAMS:
             return (None,)
-        present = [s.removeprefix("image.") for s in tokens.streams if s.startswith("image.")]
+        known = self.views(tokens.embodiment, tokens.streams)
         if segment.segment.camera:
-            if segment.segment.camera not in present:
-                raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {present}")
+            if segment.segment.camera not in known:
+                raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {known}")
             return (segment.segment.camera,)
-        known = [c for c in self.cameras.get(tokens.embodiment, present) if c in present]
         if not known:
-            raise TaskError(f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}")
+            present = [s for s in tokens.streams if s.startswith("image.")]
+            raise TaskError(
+                f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}"
+            )
         return known
 
-    def codes(self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int) -> np.ndarray:
+    def numbered(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
+        """The cameras that headers number: those of the contract, else the episode's own."""
+        if embodiment in self.cameras:
+            return self.cameras[embodiment]
+        return [s.removeprefix("image.") for s in streams if s.startswith("image.")]
+
+    def views(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
+        """What `image` stands for: the cameras of the contract that the episode has."""
+        return [c for c in self.numbered(embodiment, streams) if f"image.{c}" in streams]
+
+    def codes(
+        self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int
+    ) -> np.ndarray:
         """The tokenizer codes that fill a segment: (n,), (frames, tokens) or (steps, axes)."""
         stream = segment.stream
         if stream in TEXT_STREAMS:
@@ -172,11 +192,13 @@ class SequenceBuilder:
                 return self._demo(tokens, camera, segment)
             if segment.segment.offset == END:
                 return tokens.vision(camera, len(tokens) - 1, len(tokens))
-        assert segment.start is not None and segment.stop is not None
+        assert segment.start is not None
+        assert segment.stop is not None
         start, stop = now + segment.start, now + segment.stop
         if start < 0 or stop > len(tokens):
             raise TaskError(
-                f"{segment.segment} at step {now} needs steps {start} to {stop - 1} of an episode of {len(tokens)} steps"
+                f"{segment.segment} at step {now} needs steps {start} to {stop - 1} "
+                f"of an episode of {len(tokens)} steps"
             )
         if stream in VISION_STREAMS:
             assert camera is not None
@@ -229,7 +251,7 @@ class Draft:
         vocabulary, tokens = self.builder.vocabulary, self.tokens
         ids = [vocabulary.header(segment.stream)]
         if camera is not None:
-            cameras = self.builder.cameras.get(tokens.embodiment, ())
+            cameras = self.builder.numbered(tokens.embodiment, tokens.streams)
             if len(cameras) > 1:
                 ids.append(vocabulary.camera(list(cameras).index(camera)))
         offset = segment.segment.offset
@@ -304,19 +326,28 @@ def merge_codes(codes: np.ndarray, layout: Layout) -> np.ndarray:
     return blocks.reshape(len(blocks), -1, m * m)
 
 
+def split_codes(patches: np.ndarray, layout: Layout) -> np.ndarray:
+    """The inverse of `merge_codes`: (frames, positions, merge * merge) -> (frames, tokens)."""
+    rows, columns = layout.grid
+    m = layout.merge
+    blocks = patches.reshape(-1, rows // m, columns // m, m, m).transpose(0, 1, 3, 2, 4)
+    return blocks.reshape(len(blocks), -1)
+
+
 def sequence_length(
     placed: Sequence[PlacedSegment],
     layout: Layout,
     *,
     rate_hz: float,
     cameras: int,
+    numbered: bool,
     axes: dict[str, int],
     text_lengths: dict[str, int],
 ) -> int:
     """The length `SequenceBuilder.build` will give, from metadata alone (packing needs no data).
 
-    cameras: how many `image` stands for. axes: axes of `action` and `proprio`. text_lengths: tokens
-    of each text stream, its end token included.
+    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: axes of
+    `action` and `proprio`. text_lengths: tokens of each text stream, its end token included.
     """
     total = 3  # <bos> <embodiment> ... <eos>
     for p in placed:
@@ -332,7 +363,7 @@ def sequence_length(
                 frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
             per_frame = layout.frame_tokens if segment.predicted else layout.merged_tokens
             views = 1 if segment.camera else cameras
-            total += views * (1 + (cameras > 1) + timed + frames * per_frame)
+            total += views * (1 + numbered + timed + frames * per_frame)
         elif segment.stream in VECTOR_STREAMS:
             total += 1 + timed + (p.stop - p.start) * axes[segment.stream]  # type: ignore[operator]
         else:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from mmseq.errors import TaskError, did_you_mean
 
@@ -64,7 +65,7 @@ class Duration:
         return max(1, round(self.value * rate_hz)) if self.seconds else int(self.value)
 
     def __str__(self) -> str:
-        return f"{self.value:g}s" if self.seconds else f"{int(self.value)}"
+        return f"{format(Decimal(repr(self.value)).normalize(), 'f')}s" if self.seconds else f"{int(self.value)}"
 
 
 END = "end"
@@ -201,9 +202,9 @@ class Task:
 
     def moments(self, length: int, rate_hz: float) -> range:
         """The steps t of an episode of `length` steps at which every segment lies inside it."""
-        placed = [p for p in self.place(rate_hz) if p.start is not None]
-        first = max((-p.start for p in placed), default=0)
-        last = length - max((p.stop for p in placed), default=1)
+        placed = [(p.start, p.stop) for p in self.place(rate_hz) if p.start is not None and p.stop is not None]
+        first = max((-start for start, _ in placed), default=0)
+        last = length - max((stop for _, stop in placed), default=1)
         return range(max(0, first), last + 1)
 
     def missing(self, streams: Collection[str], *, given_only: bool = False) -> list[str]:

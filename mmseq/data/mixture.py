@@ -22,7 +22,7 @@ from mmseq.config import load_config
 from mmseq.data.tokens import TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
-from mmseq.sequence import Layout, TokenSequence, sequence_length
+from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
 from mmseq.tasks import TEXT_STREAMS, Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -135,14 +135,22 @@ class Stream:
     """All moments of one task in one source, in an order that is permuted afresh each epoch."""
 
     def __init__(
-        self, index: int, task_index: int, task: Task, source: str, shards: TokenShards, episodes: Sequence[int], layout: Layout
+        self,
+        index: int,
+        task_index: int,
+        task: Task,
+        source: str,
+        shards: TokenShards,
+        episodes: Sequence[int],
+        builder: SequenceBuilder,
     ):
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
-        self._layout, self._notes = layout, shards.notes
+        self._builder, self._notes = builder, shards.notes
+        self._members = list(episodes)
         self._episodes, self._first, counts = [], [], []
         for e in episodes:
             note = self._notes[e]
-            if task.missing(note["streams"]):
+            if task.missing(self._visible(note)):
                 continue
             moments = task.moments(note["length"], note["rate_hz"])
             if len(moments):
@@ -176,6 +184,24 @@ class Stream:
         before = int(self._ends[slot - 1]) if slot else 0
         return self._finish(self._episodes[slot], self._first[slot] + place - before, 0)
 
+    def longest(self) -> list[Sample]:
+        """One sample of each episode and phrasing: they hold the longest sequence of the stream."""
+        out = []
+        for episode, first in zip(self._episodes, self._first):
+            counts = [len(v) for v in self._notes[episode]["text_tokens"].values()] or [1]
+            out += [self._finish(episode, first, variant) for variant in range(min(256, int(np.lcm.reduce(counts))))]
+        return out
+
+    def why_empty(self) -> str:
+        """What the episodes lack to fill the task."""
+        notes = [self._notes[e] for e in self._members]
+        if not notes:
+            return "no episodes in this split"
+        missing = [self.task.missing(self._visible(note)) for note in notes]
+        if all(missing):
+            return f"no {', '.join(min(missing, key=len))}"
+        return f"episodes of at most {max(note['length'] for note in notes)} steps"
+
     def _finish(self, episode: int, now: int, variant: int) -> Sample:
         note = self._notes[episode]
         counts = [len(v) for v in note["text_tokens"].values()] or [1]
@@ -190,10 +216,21 @@ class Stream:
         if rate not in self._placed:
             self._placed[rate] = self.task.place(rate)
         texts = {s: v[variant % len(v)] for s, v in note["text_tokens"].items() if s in TEXT_STREAMS}
-        cameras = sum(s.startswith("image.") for s in note["streams"])
+        robot, streams = note["embodiment"], note["streams"]
         return sequence_length(
-            self._placed[rate], self._layout, rate_hz=rate, cameras=cameras, axes=note["axes"], text_lengths=texts
+            self._placed[rate],
+            self._builder.layout,
+            rate_hz=rate,
+            cameras=len(self._builder.views(robot, streams)),
+            numbered=len(self._builder.numbered(robot, streams)) > 1,
+            axes=note["axes"],
+            text_lengths=texts,
         )
+
+    def _visible(self, note: dict[str, Any]) -> list[str]:
+        """The streams of an episode, without cameras that its contract does not name."""
+        views = self._builder.views(note["embodiment"], note["streams"])
+        return [s for s in note["streams"] if not s.startswith("image.")] + [f"image.{c}" for c in views]
 
 
 def _mix64(x: int) -> int:
@@ -227,7 +264,14 @@ class Mixture:
     """A mix over token shards: its streams, its samples and its rows."""
 
     def __init__(
-        self, mix: MixConfig, tokens: str | Path, tokenizers: Tokenizers, *, row_tokens: int, seed: int, split: str = "train"
+        self,
+        mix: MixConfig,
+        tokens: str | Path,
+        tokenizers: Tokenizers,
+        *,
+        row_tokens: int,
+        seed: int,
+        split: str = "train",
     ):
         """tokens: the folder that `mmseq data tokenize` wrote, one folder per source.
 
@@ -254,15 +298,19 @@ class Mixture:
         self.streams: list[Stream] = []
         weights: list[float] = []
         for task_index, (config, task) in enumerate(zip(mix.tasks, self.tasks)):
-            found = []
+            found, reasons = [], []
             for name in config.sources or mix.sources:
                 # numbered by place in the mix, so that an empty stream shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
-                stream = Stream(index, task_index, task, name, self.shards[name], members[name], tokenizers.layout)
-                if len(stream) and mix.sources[name].weight > 0:
+                stream = Stream(index, task_index, task, name, self.shards[name], members[name], self.builder)
+                if not len(stream):
+                    reasons.append(f"{name}: {stream.why_empty()}")
+                elif mix.sources[name].weight <= 0:
+                    reasons.append(f"{name}: its weight is 0")
+                else:
                     found.append((stream, mix.sources[name].weight))
             if not found and config.weight > 0 and split == "train":
-                raise ConfigError(self._why_empty(config, task, members))
+                raise ConfigError(f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})")
             share = [w * (len(s) if mix.weighting == "frames" else 1) for s, w in found]
             for (stream, _), part in zip(found, share):
                 self.streams.append(stream)
@@ -271,18 +319,6 @@ class Mixture:
         if self.streams and total <= 0:
             raise ConfigError(f"mix {mix.name!r}: all weights are zero")
         self.weights = [w / total for w in weights]
-
-    def _why_empty(self, config: TaskConfig, task: Task, members: dict[str, list[int]]) -> str:
-        reasons = []
-        for name in config.sources or self.mix.sources:
-            notes = [self.shards[name].notes[i] for i in members[name]]
-            if not notes:
-                reasons.append(f"{name}: no episodes in the training split")
-                continue
-            missing = task.missing(notes[0]["streams"])
-            longest = max(n["length"] for n in notes)
-            reasons.append(f"{name}: no {', '.join(missing)}" if missing else f"{name}: episodes of at most {longest} steps")
-        return f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})"
 
     def block(self, number: int) -> list[list[Sample]]:
         """The rows of one block."""

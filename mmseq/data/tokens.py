@@ -29,18 +29,17 @@ def write_token_shards(
     tokenizers: Tokenizers,
     *,
     name: str,
+    source: dict[str, Any] | None = None,
     total: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokenize every stream of every episode into shards; returns their manifest."""
-    fingerprints = tokenizers.fingerprints()
-    manifest = {
-        "kind": "tokens",
-        "name": name,
-        "tokenizers": {k: v for k, v in fingerprints.items() if not k.startswith("embodiment/")},
-        "embodiments": {e.name: e.fingerprint for e in tokenizers.embodiments.values()},
-    }
+    """Tokenize every stream of every episode into shards; returns their manifest.
+
+    source: what identifies the data that was read; kept in the manifest. total: of episodes, for
+    on_progress(done, total).
+    """
+    manifest = {"kind": "tokens", "name": name, "source": source, **token_fingerprints(tokenizers)}
     with ShardWriter(directory, manifest, overwrite=overwrite) as writer:
         for index, episode in enumerate(episodes):
             if episode.embodiment is not None:
@@ -50,6 +49,15 @@ def write_token_shards(
             if on_progress is not None:
                 on_progress(index + 1, total)
         return writer.close()
+
+
+def token_fingerprints(tokenizers: Tokenizers) -> dict[str, dict[str, str]]:
+    """`tokenizers` and `embodiments` of a manifest of token shards."""
+    fingerprints = tokenizers.fingerprints()
+    return {
+        "tokenizers": {k: v for k, v in fingerprints.items() if not k.startswith("embodiment/")},
+        "embodiments": {e.name: e.fingerprint for e in tokenizers.embodiments.values()},
+    }
 
 
 def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,7 +72,9 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
     axes = {}
     for stream in streams:
         if stream.startswith(IMAGE_PREFIX):
-            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(np.uint16)
+            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(
+                np.uint16
+            )
         elif stream in VECTOR_STREAMS:
             codes = source.vector(stream, 0, len(episode))
             axes[stream] = int(codes.shape[1])

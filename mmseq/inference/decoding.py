@@ -83,12 +83,15 @@ class Decoder:
 
         Raises: TaskError when a request cannot fill the given side.
         """
+        if not requests:
+            return []
+        kinds = {(r.tokens.rate_hz, r.tokens.embodiment, tuple(self._cameras(r.tokens))) for r in requests}
+        if len(kinds) > 1:
+            raise TaskError(f"requests of different rates, embodiments or cameras cannot share a batch: {kinds}")
         rows = [_Row(Draft(self.builder, r.tokens)) for r in requests]
         generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         cache = self._cache(task, requests)
         placed = task.place(requests[0].tokens.rate_hz)
-        if any(r.tokens.rate_hz != requests[0].tokens.rate_hz for r in requests):
-            raise TaskError("requests with different rates cannot share a batch")
         for segment in placed:
             for camera in self.builder.expand(segment, requests[0].tokens):
                 for row in rows:
@@ -100,6 +103,9 @@ class Decoder:
                         codes = self.builder.codes(segment, camera, request.tokens, request.now, request.variant)
                         row.draft.content(segment, camera, codes, request.now)
         return [row.out for row in rows]
+
+    def _cameras(self, tokens: TokenSource) -> Sequence[str]:
+        return self.builder.views(tokens.embodiment, tokens.streams)
 
     def _cache(self, task: Task, requests: Sequence[Request]) -> Cache:
         layout = self.builder.layout
@@ -117,7 +123,8 @@ class Decoder:
                 per_frame = layout.frame_tokens if p.predicted else layout.merged_tokens
                 total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
             elif p.stream in VECTOR_STREAMS:
-                assert p.start is not None and p.stop is not None
+                assert p.start is not None
+                assert p.stop is not None
                 total += (p.stop - p.start) * self._axes(p.stream, tokens)
             else:
                 total += 1
@@ -158,7 +165,8 @@ class Decoder:
         done = [False] * len(rows)
         for i in range(forced, count):
             logits = self._logits(hidden, range_name)
-            codes = self._choose(logits, generators)
+            free = [b for b in range(len(rows)) if not done[b] and i >= len(prefixes[b])]
+            codes = self._choose(logits, generators, free)
             if stream in SCALAR_STREAMS:
                 share = logits.softmax(-1)
                 mean = (share * torch.arange(share.shape[-1], device=share.device)).sum(-1)
@@ -166,7 +174,7 @@ class Decoder:
             for b, row in enumerate(rows):
                 if done[b]:
                     continue
-                code = int(prefixes[b][i]) if i < len(prefixes[b]) else int(codes[b])
+                code = int(prefixes[b][i]) if i < len(prefixes[b]) else codes[b]
                 if end is not None and i == count - 1:
                     code = end
                 chosen[b].append(code)
@@ -195,7 +203,7 @@ class Decoder:
 
     @staticmethod
     def _prefix(segment: PlacedSegment, request: Request, shape: tuple[int, ...]) -> np.ndarray:
-        if request.prefix is None or segment.stream != "action":
+        if request.prefix is None or segment.stream != "action" or segment.segment.repeat:
             return np.zeros(0, dtype=np.int64)
         prefix = np.asarray(request.prefix)
         if prefix.ndim != 2 or prefix.shape[1] != shape[1] or len(prefix) >= shape[0]:
@@ -247,8 +255,12 @@ class Decoder:
         ids = self.builder.vocabulary.ranges[range_name]
         return (hidden_BD @ self.model.transformer.output_weight[ids.start : ids.stop].t()).float()
 
-    def _choose(self, logits_BC: Tensor, generators: list[torch.Generator]) -> Tensor:
-        if self.temperature == 0:
-            return logits_BC.argmax(-1).cpu()
-        share = (logits_BC / self.temperature).softmax(-1).cpu()
-        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(share, generators)])
+    def _choose(self, logits_BC: Tensor, generators: list[torch.Generator], free: Sequence[int]) -> list[int]:
+        """One code per request. free: the requests whose code is not settled; only they draw, so that
+        what a request samples does not depend on its company."""
+        codes = logits_BC.argmax(-1).tolist()
+        if self.temperature > 0 and free:
+            share = (logits_BC / self.temperature).softmax(-1).cpu()
+            for b in free:
+                codes[b] = int(torch.multinomial(share[b], 1, generator=generators[b]))
+        return codes

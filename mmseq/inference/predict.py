@@ -1,6 +1,6 @@
 """Predict: any arrow on any episode, in physical units.
 
-    model.predict("image, action[8] -> image@+8", episode, t=12)["image"]
+model.predict("image, action[8] -> image@+8", episode, t=12)["image"]
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: Episo
         elif stream in VISION_STREAMS:
             value = tokenizers.vision.decode(d.codes)
         elif stream in VECTOR_STREAMS:
-            value = getattr(tokenizers, stream).decode(d.codes, getattr(tokenizers.embodiment(tokens.embodiment), stream))
+            value = getattr(tokenizers, stream).decode(
+                d.codes, getattr(tokenizers.embodiment(tokens.embodiment), stream)
+            )
         elif stream in SCALAR_STREAMS:
             mean = d.expectation if d.expectation is not None else float(d.codes[0])
             value = tokenizers.progress.decode(mean) if stream == "progress" else float(mean)

@@ -106,7 +106,9 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
             return "flash", "flash-attn imports"
         return "flex", "flash-attn is not installed; FlexAttention is part of torch"
     if requested not in BACKENDS:
-        raise ConfigError(f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}")
+        raise ConfigError(
+            f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}"
+        )
     if requested == "flash" and (kind == "cpu" or _flash_attention() is None):
         raise DependencyError(
             "the flash attention backend needs a GPU and the flash-attn package",
@@ -153,7 +155,7 @@ def attend(
         return out[0].transpose(0, 1)
     inner = _matmul_attention if backend == "document" else _sdpa_attention
     parts = []
-    T, H, K = q_THK.shape
+    _T, H, K = q_THK.shape
     for block in documents.blocks:
         N, L = block.gather.shape
         index = block.gather.flatten()
@@ -176,9 +178,14 @@ def _sdpa_attention(q_NHLK: Tensor, k_NGLK: Tensor, v_NGLK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_NHLK, k_NGLK, v_NGLK, is_causal=True, enable_gqa=grouped)
 
 
-@functools.lru_cache(maxsize=256)
 def _causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((length, length), float("-inf"), dtype=dtype, device=device).triu(1)
+    # a slice of one triangle: as many triangles as there are lengths would fill the memory
+    return _triangle(1 << max(6, (length - 1).bit_length()), dtype, device)[:length, :length]
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 def repeat_heads(x_NGLK: Tensor, heads: int) -> Tensor:

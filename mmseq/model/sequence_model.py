@@ -1,6 +1,6 @@
 """SequenceModel: the transformer with its tokenizers. One directory holds it all.
 
-    config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
+config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ class SequenceModel(nn.Module):
             "vocabulary": self.vocabulary.to_dict(),
             "ranges": {r.name: [r.start, r.size] for r in self.vocabulary.ranges.values()},
             "range_names": list(RANGES),
+            "tokenizers": self.tokenizers.fingerprints(),
             "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
         }
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -168,13 +169,19 @@ class SequenceModel(nn.Module):
         try:
             config = json.loads((directory / CONFIG_FILE).read_text())
             if config.get("model_type") != "mmseq":
-                raise CheckpointError(f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'")
+                raise CheckpointError(
+                    f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'"
+                )
             model_config = ModelConfig(**config["model"])
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
+            fingerprints = dict(config["tokenizers"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: {error}") from error
         tokenizers = Tokenizers.load(directory / TOKENIZERS_FOLDER)
         vocabulary.require_same_ranges(tokenizers.vocabulary, mine=f"{directory}", theirs="its tokenizers")
+        tokenizers.require_fingerprints(
+            fingerprints, what=str(directory / CONFIG_FILE), fix="put back the tokenizers it was trained with"
+        )
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
         try:

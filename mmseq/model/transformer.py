@@ -96,7 +96,9 @@ class Cache:
     values: list[Tensor]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, *, dtype: torch.dtype, device: torch.device | str) -> Cache:
+    def empty(
+        cls, config: ModelConfig, batch: int, length: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Cache:
         make = lambda: torch.zeros(batch, config.kv_heads, length, config.head_size, dtype=dtype, device=device)
         return cls([make() for _ in range(config.layers)], [make() for _ in range(config.layers)])
 
@@ -124,7 +126,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x_TD, cos, sin)
         return self.out(attend(q, k, v, documents, backend).flatten(-2))
 
-    def extend(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def extend(
+        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor
+    ) -> Tensor:
         q_BSHK, k_BSGK, v_BSGK = self.project(x_BSD, cos, sin)
         rows = torch.arange(len(at), device=at.device)[:, None]
         keys[rows, :, at] = k_BSGK
@@ -161,7 +165,9 @@ class Layer(nn.Module):
         x = x + self.attention(self.attention_norm(x), cos, sin, documents, backend)
         return x + self.mlp(self.mlp_norm(x))
 
-    def extend(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    def extend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor
+    ) -> Tensor:
         x = x + self.attention.extend(self.attention_norm(x), cos, sin, keys, values, at, mask)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -1,10 +1,45 @@
 """Scripted experts of Meta-World, and what people would call the tasks.
 
-python -m mmseq.simulation.experts            measures every task of `TASKS` and prints a table
+    python -m mmseq.simulation.experts            measures every task of `TASKS` and prints this table
+
+40 layouts per task, actions held for 50 ms. "64 bins": the expert through 64 values per axis. "blind": its actions
+on one layout replayed on another, 20 pairs; where this is high, a policy hardly needs the image. "steps": median.
+
+    task                          expert  64 bins   blind  steps
+    button-press-topdown            100%     100%     55%     16
+    button-press                    100%     100%     55%     15
+    coffee-button                   100%     100%     50%      9
+    door-open                       100%     100%     30%     20
+    drawer-open                     100%     100%     80%     22
+    drawer-close                    100%     100%     80%     20
+    window-open                     100%     100%     20%     24
+    window-close                    100%     100%     40%     23
+    faucet-open                     100%     100%     75%     16
+    faucet-close                    100%     100%     20%     25
+    handle-press                    100%     100%     35%     10
+    handle-press-side               100%     100%     30%     15
+    dial-turn                       100%     100%      5%     18
+    plate-slide                     100%     100%     35%     12
+    plate-slide-back                100%     100%     60%     17
+    door-close                      100%     100%     60%     16
+    door-lock                       100%     100%     10%     21
+    door-unlock                     100%     100%     25%     12
+    button-press-topdown-wall       100%     100%     55%     14
+
+The same for `DEMO_TASKS` with `--spread 1.5`, their layouts in the demo:
+
+    task                          expert  64 bins   blind  steps
+    window-open                     100%     100%      5%     24
+    faucet-close                    100%     100%      5%     23
+    handle-press                    100%     100%     15%     13
+    handle-press-side               100%     100%     15%     15
+    button-press-topdown            100%     100%     15%     16
+    coffee-button                   100%     100%     30%     10
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +76,9 @@ TASKS: dict[str, TaskLanguage] = {
     ),
     "button-press": TaskLanguage(
         instructions=(
-            "press the button on the wall box",
-            "push the side button in",
+            "push the button in from the front",
             "push the red button forward",
-            "press the button from the front",
+            "press the button on the side of the box",
             "push the button into the yellow box",
         ),
         plan="line up in front of the button, then push it forward",
@@ -85,6 +119,7 @@ TASKS: dict[str, TaskLanguage] = {
             "slide the drawer in",
         ),
         plan="move in front of the drawer, then push it shut",
+        video_only=True,
     ),
     "window-open": TaskLanguage(
         instructions=(
@@ -103,6 +138,7 @@ TASKS: dict[str, TaskLanguage] = {
             "close the sliding window by its handle",
         ),
         plan="move above the window handle, lower the hand beside it, then slide it left",
+        video_only=True,
     ),
     "faucet-open": TaskLanguage(
         instructions=(
@@ -112,6 +148,7 @@ TASKS: dict[str, TaskLanguage] = {
             "let the water run",
         ),
         plan="move above the faucet handle, lower the hand beside it, then push it to the right",
+        video_only=True,
     ),
     "faucet-close": TaskLanguage(
         instructions=(
@@ -166,15 +203,7 @@ TASKS: dict[str, TaskLanguage] = {
             "drag the plate towards the robot",
         ),
         plan="move over the plate, lower the hand into it, then drag it back",
-    ),
-    "sweep-into": TaskLanguage(
-        instructions=(
-            "sweep the cube into the hole",
-            "push the block into the hole",
-            "move the brown cube into the square hole",
-            "drop the block into the hole in the table",
-        ),
-        plan="move above the cube, grasp it, then push it into the hole",
+        video_only=True,
     ),
     "door-close": TaskLanguage(
         instructions=(
@@ -184,6 +213,7 @@ TASKS: dict[str, TaskLanguage] = {
             "swing the door closed",
         ),
         plan="move behind the open door, then push it shut",
+        video_only=True,
     ),
     "door-lock": TaskLanguage(
         instructions=(
@@ -202,6 +232,7 @@ TASKS: dict[str, TaskLanguage] = {
             "rotate the bolt to unlock the door",
         ),
         plan="move to the left of the lock, then push it to the right",
+        video_only=True,
     ),
     "button-press-topdown-wall": TaskLanguage(
         instructions=(
@@ -211,11 +242,23 @@ TASKS: dict[str, TaskLanguage] = {
             "press the red button on the other side of the wall",
         ),
         plan="move over the wall and above the button, then press it down",
+        video_only=True,
     ),
 }
 
 
-DEMO_TASKS = ("window-open", "faucet-close", "handle-press", "door-open", "plate-slide", "dial-turn")
+# Short, solved by the expert through 64 bins, and the image matters: at this spread 15 % of blind replays succeed,
+# against 35 % at Meta-World's own.
+DEMO_TASKS = (
+    "window-open",
+    "faucet-close",
+    "handle-press",
+    "handle-press-side",
+    "button-press-topdown",
+    "coffee-button",
+)
+DEMO_SPREAD = 1.5
+VIDEO_TASKS = tuple(task for task, language in TASKS.items() if language.video_only)
 
 
 def task_language(task: str) -> TaskLanguage:
@@ -273,13 +316,15 @@ def replay(env: MetaWorldEnv, seed: int, actions: list[np.ndarray]) -> bool:
     return any(env.step(action) for action in actions)
 
 
-def measure(task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000) -> dict[str, float]:
+def measure(
+    task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int = 5000, spread: float = 1.0
+) -> dict[str, float]:
     """How well a task suits the robot suite; all shares are in [0, 1].
 
     clean, quantised: the expert's success with its own actions and with 64 bins. blind: success of the actions of
     one seed replayed in another, so high when the image is not needed. steps: median length at 20 Hz.
     """
-    env = MetaWorldEnv(task)
+    env = MetaWorldEnv(task, spread=spread)
     clean, quantised, recorded = [], [], []
     for seed in range(first_seed, first_seed + episodes):
         actions = run_expert(env, seed)
@@ -298,9 +343,13 @@ def measure(task: str, *, episodes: int = 40, pairs: int = 20, first_seed: int =
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the scripted experts.")
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help="default: all")
+    parser.add_argument("--spread", type=float, default=1.0, help="of the layouts, relative to Meta-World's")
+    arguments = parser.parse_args()
     print(f"{'task':28s} {'expert':>7s} {'64 bins':>8s} {'blind':>7s} {'steps':>6s}")
-    for task in TASKS:
-        row = measure(task)
+    for task in arguments.tasks:
+        row = measure(task, spread=arguments.spread)
         print(
             f"{task:28s} {row['clean']:7.0%} {row['quantised']:8.0%} {row['blind']:7.0%} {row['steps']:6.0f}",
             flush=True,

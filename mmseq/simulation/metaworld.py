@@ -10,7 +10,10 @@ position is in the image and nowhere else, and the goal marker that Meta-World d
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
+import importlib
 import os
 import sys
 import warnings
@@ -62,6 +65,8 @@ class MetaWorldEnv:
     task: a Meta-World name, with or without `-v3`. seed: of the layout. camera: a name in `VIEWS` or a `View`.
     size: height and width of the images in pixels. rate_hz: an action is held for 80 / rate_hz simulation steps.
     body: "robot", or "human" to draw an arm and a hand in the robot's place, in the same physics.
+    spread: how far objects are placed from the middle of Meta-World's range, in x and y, relative to it; above 1 the
+    image matters more, and it is no longer the standard benchmark.
 
     Raises: DependencyError without Meta-World or an OpenGL library; ConfigError for an unknown task, camera or rate.
     """
@@ -75,6 +80,7 @@ class MetaWorldEnv:
         size: int = 64,
         rate_hz: float = 20,
         body: str = "robot",
+        spread: float = 1.0,
     ):
         if body not in ("robot", "human"):
             raise ConfigError(f"body is {body!r}", fix="use 'robot' or 'human'")
@@ -83,9 +89,10 @@ class MetaWorldEnv:
         hold = SIMULATION_HZ / rate_hz if rate_hz > 0 else 0
         if hold < 1 or hold != int(hold):
             raise ConfigError(f"rate_hz is {rate_hz}", fix=f"use a divisor of {SIMULATION_HZ}: 80, 40, 20, 10, ...")
-        self.task, self.size, self.rate_hz, self.body = task.removesuffix("-v3"), size, rate_hz, body
+        self.task, self.size, self.rate_hz = task.removesuffix("-v3"), size, rate_hz
+        self.body, self.spread = body, spread
         self._hold = int(hold)
-        self._env = _make(self.task)
+        self._env = _make(self.task, spread)
         self._renderer = None  # made when the first image is asked for
         self.camera = camera if isinstance(camera, str) else "custom"
         self._camera = _make_camera(VIEWS[camera] if isinstance(camera, str) else camera)
@@ -120,17 +127,21 @@ class MetaWorldEnv:
         """The scene now, uint8 (size, size, 3) RGB, the first row at the top."""
         if self._renderer is None:
             self._renderer = _make_renderer(self._env, self.size * _SUPERSAMPLING, self.body)
-            # closed at exit at the latest: later, the OpenGL libraries are gone and say so on stderr
-            self._finalizer = weakref.finalize(self, self._renderer.close)
+            _close_all_at_exit()
+            _open.add(self)
         self._renderer.update_scene(self._env.data, camera=self._camera, scene_option=self._options)
         if self.body == "human":
             from mmseq.simulation.human import draw_arm
 
-            draw_arm(self._renderer.scene, hand_m=self._env.data.body("hand").xpos, opening=float(self._state[3]))
-        pixels = self._renderer.render().astype(np.uint16)
+            draw_arm(
+                self._renderer.scene,
+                hand_m=self._env.data.body("hand").xpos,
+                fingertips_m=self._env.tcp_center,
+                opening=float(self._state[3]),
+            )
         n = _SUPERSAMPLING
-        total = sum(pixels[row::n, column::n] for row in range(n) for column in range(n))
-        return ((total + n * n // 2) // (n * n)).astype(np.uint8)
+        blocks = self._renderer.render().reshape(self.size, n, self.size, n, 3)
+        return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + n * n // 2) // (n * n)).astype(np.uint8)
 
     def step(self, action: Sequence[float] | np.ndarray) -> bool:
         """Hold `action` (4,), each in [-1, 1], for one control step. Returns whether the task succeeded in it.
@@ -151,8 +162,9 @@ class MetaWorldEnv:
 
     def close(self) -> None:
         if self._renderer is not None:
-            self._finalizer()
+            self._renderer.close()
             self._renderer = None
+            _open.discard(self)
 
     def __enter__(self) -> MetaWorldEnv:
         return self
@@ -161,8 +173,19 @@ class MetaWorldEnv:
         self.close()
 
 
-def _make(task: str):
+_open: weakref.WeakSet[MetaWorldEnv] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_all_at_exit() -> None:
+    """Registered after MuJoCo's own hook, hence run before it takes OpenGL away."""
+    atexit.register(lambda: [env.close() for env in list(_open)])
+
+
+def _make(task: str, spread: float):
     """Meta-World's environment of `task`, ready to be seeded, with the goal in its (privileged) state."""
+    if not 0 <= spread <= 3:
+        raise ConfigError(f"spread is {spread}", fix="use a number from 0 to 3; 1 is Meta-World's own")
     choose_gl()
     gymnasium = require("gymnasium", "sim")
     require("metaworld", "sim")
@@ -178,6 +201,10 @@ def _make(task: str):
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)
         env.observation_space = env.sawyer_observation_space
+    box = env._random_reset_space  # x, y, z of the object, in some tasks followed by those of the goal
+    middle, half = (box.low + box.high) / 2, (box.high - box.low) / 2
+    half = half * np.where(np.arange(len(half)) % 3 == 2, 1.0, spread)
+    env._random_reset_space = gymnasium.spaces.Box(middle - half, middle + half, dtype=np.float64)
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     env._set_task_called = True
@@ -192,6 +219,7 @@ def _make_renderer(env, size: int, body: str):
     # the 4096 shadow map and multisampling make a software frame ten times slower
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
+    model.vis.global_.offwidth = model.vis.global_.offheight = size
     robot = model.body_rootid[model.body("hand").id]
     for geom in range(model.ngeom):
         link = model.geom_bodyid[geom]
@@ -226,11 +254,11 @@ def _make_options():
 
 
 def choose_gl() -> None:
-    """Set MUJOCO_GL to what this machine has, EGL before OSMesa, unless it is set or a window system is usual.
+    """Set MUJOCO_GL, unless it is set, to what this machine has: EGL before OSMesa. Only Linux has the choice.
 
-    MuJoCo reads the variable when it is first imported. Raises: DependencyError when there is neither.
+    Raises: DependencyError when there is neither.
     """
-    if os.environ.get("MUJOCO_GL") or sys.platform != "linux" or "mujoco" in sys.modules:
+    if os.environ.get("MUJOCO_GL") or sys.platform != "linux":
         return
     if _egl_works():
         os.environ["MUJOCO_GL"] = "egl"
@@ -241,6 +269,10 @@ def choose_gl() -> None:
             "rendering without a display needs EGL or OSMesa, and this machine has neither",
             fix="install one: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6",
         )
+    if "mujoco" in sys.modules:
+        # imported before the variable was set, it has taken the library that needs a display
+        chosen = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}")
+        sys.modules["mujoco.gl_context"].GLContext = chosen.GLContext  # type: ignore[attr-defined]
 
 
 def _library(name: str) -> ctypes.CDLL | None:

@@ -38,7 +38,7 @@ class RecordedEpisode:
 
     texts: the instruction this episode was given, then its other phrasings. images: uint8 (steps, size, size, 3).
     proprio: float32 (steps, 4), x y z in metres and the gripper's opening. action: float32 (steps, 4) in [-1, 1].
-    seed: of the layout, for `MetaWorldEnv`.
+    seed, spread: of the layout, for `MetaWorldEnv`.
     """
 
     task: str
@@ -49,6 +49,7 @@ class RecordedEpisode:
     action: np.ndarray
     success: bool
     seed: int
+    spread: float = 1.0
     camera: str = "front"
     rate_hz: float = 20.0
 
@@ -65,7 +66,7 @@ class RecordedEpisode:
             embodiment=ROBOT,
             success=self.success,
             source="metaworld",
-            metadata={"task": self.task, "seed": self.seed},
+            metadata={"task": self.task, "seed": self.seed, "spread": self.spread},
         )
 
 
@@ -75,6 +76,7 @@ def record_episodes(
     *,
     seed: int = 0,
     noise: float = 0.7,
+    spread: float = 1.0,
     workers: int = 2,
     camera: str = "front",
     body: str = "robot",
@@ -85,6 +87,7 @@ def record_episodes(
     """Yield `episodes_per_task` successful episodes of each task, task by task.
 
     noise: length of the burst offset added to dx, dy, dz, in action units; 0 records the undisturbed expert.
+    spread: of the objects, as in `MetaWorldEnv`.
     workers: processes, which are spawned, so that a script needs the usual `if __name__ == "__main__"`; with 0 or 1
     everything runs in this one. on_progress: called with (episodes done, episodes in all).
 
@@ -92,9 +95,10 @@ def record_episodes(
     """
     for task in tasks:
         task_language(task)
-    settings = {"seed": seed, "noise": noise, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz}
+    settings = {"seed": seed, "noise": noise}
+    scene = {"spread": spread, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz}
     jobs = [
-        (task, range(first, min(first + 5, episodes_per_task)), settings)
+        (task, range(first, min(first + 5, episodes_per_task)), scene, settings)
         for task in tasks
         for first in range(0, episodes_per_task, 5)
     ]
@@ -127,16 +131,15 @@ def _start_worker() -> None:
 _environments: dict[tuple, MetaWorldEnv] = {}  # building one takes half a second, so a process keeps its last
 
 
-def _record_job(job: tuple[str, range, dict]) -> list[RecordedEpisode]:
-    task, numbers, settings = job
-    shape = {name: settings[name] for name in ("camera", "body", "size", "rate_hz")}
-    key = (task, *shape.values())
+def _record_job(job: tuple[str, range, dict, dict]) -> list[RecordedEpisode]:
+    task, numbers, scene, settings = job
+    key = (task, *scene.values())
     if key not in _environments:
         for env in _environments.values():
             env.close()
         _environments.clear()
-        _environments[key] = MetaWorldEnv(task, **shape)
-    return [_record(_environments[key], n, seed=settings["seed"], noise=settings["noise"]) for n in numbers]
+        _environments[key] = MetaWorldEnv(task, **scene)
+    return [_record(_environments[key], number, **settings) for number in numbers]
 
 
 def _record(env: MetaWorldEnv, number: int, *, seed: int, noise: float) -> RecordedEpisode:
@@ -185,6 +188,7 @@ def _attempt(env: MetaWorldEnv, rng: np.random.Generator, noise: float) -> Recor
         action=np.stack(actions).astype(np.float32),
         success=True,
         seed=layout_seed,
+        spread=env.spread,
         camera=env.camera,
         rate_hz=env.rate_hz,
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
@@ -76,7 +80,9 @@ def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, 
     import torch
 
     torch.manual_seed(seed)
-    config = VisionConfig(size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1)
+    config = VisionConfig(
+        size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1
+    )
     return Tokenizers(
         text=TextTokenizer.train(TEXTS, vocab_size=300),
         vision=VisionTokenizer(config, FSQAutoencoder(config)),
@@ -91,3 +97,43 @@ def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, 
 def model(bundle: Tokenizers | None = None, *, seed: int = 0, **changes) -> SequenceModel:
     config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp": 64, **changes})
     return SequenceModel.new(config, bundle or tokenizers(), seed=seed).eval()
+
+
+def write_episodes(directory: str | Path, episodes: Iterable[Episode], robots: tuple[Embodiment, ...] = ()) -> Path:
+    """Episode shards, as `mmseq data import` writes them."""
+    from mmseq.data.shards import ShardWriter
+    from mmseq.data.video import encode_video
+
+    directory = Path(directory)
+    manifest = {
+        "kind": "episodes",
+        "name": directory.name,
+        "source": "tiny",
+        "embodiments": {r.name: r.fingerprint for r in robots},
+        "tokenizers": {},
+    }
+    with ShardWriter(directory, manifest) as writer:
+        for robot in robots:
+            writer.add_file(f"embodiments/{robot.name}.json", json.dumps(robot.to_dict()).encode())
+        for i, e in enumerate(episodes):
+            head = {
+                "id": e.id,
+                "rate_hz": e.rate_hz,
+                "length": len(e),
+                "texts": e.texts,
+                "plans": e.plans,
+                "embodiment": e.embodiment,
+                "success": e.success,
+                "source": e.source,
+                "metadata": e.metadata,
+            }
+            members: dict = {"json": head}
+            for name in e.streams:
+                if name.startswith("image."):
+                    members[f"{name}.mp4"] = encode_video(iter(e[name]), e.rate_hz)[0]
+                else:
+                    members[f"{name}.npy"] = e[name]
+            note = {key: head[key] for key in ("id", "length", "rate_hz", "embodiment", "success")}
+            note |= {"streams": list(e.streams), "texts": len(e.texts), "plans": len(e.plans)}
+            writer.add(f"{i:08d}", members, metadata=note)
+    return directory

@@ -74,13 +74,16 @@ class Tokenizers:
             **{f"embodiment/{e.name}": e.fingerprint for e in self.embodiments.values()},
         }
 
-    def require_fingerprints(self, theirs: dict[str, str], *, what: str) -> None:
+    def require_fingerprints(
+        self, theirs: dict[str, str], *, what: str, fix: str = "tokenize again with `mmseq data tokenize`"
+    ) -> None:
         """Raises: FingerprintError naming each tokenizer or embodiment that differs."""
         mine = self.fingerprints()
         wrong = [f"{k}: {v} there, {mine.get(k, 'absent')} here" for k, v in sorted(theirs.items()) if mine.get(k) != v]
         if wrong:
             raise FingerprintError(
-                f"{what} was made with other tokenizers ({'; '.join(wrong)})", fix="tokenize again with `mmseq data tokenize`"
+                f"{what} was made with other tokenizers ({'; '.join(wrong)})",
+                fix=fix,
             )
 
     def save(self, directory: str | Path) -> None:
@@ -174,7 +177,9 @@ class EpisodeTokens:
     def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
         axes = self._axes(stream)
         if axes is None:
-            raise TaskError(f"episode {self.episode.id!r} of embodiment {self.episode.embodiment!r} has no {stream!r} here")
+            raise TaskError(
+                f"episode {self.episode.id!r} of embodiment {self.episode.embodiment!r} has no {stream!r} here"
+            )
         where = f"episode {self.episode.id!r}"
         values = axes.check(self.episode[stream][start:stop], what=stream, where=where)
         return getattr(self.tokenizers, stream).encode(values, axes)

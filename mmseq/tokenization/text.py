@@ -57,7 +57,7 @@ class TextTokenizer:
         """A SentencePiece unigram model with byte fallback, at most `vocab_size` pieces."""
         import sentencepiece
 
-        lines = sorted(set(t.strip() for t in texts if t.strip()))
+        lines = sorted({t.strip() for t in texts if t.strip()})
         if not lines:
             raise ConfigError("a text tokenizer needs text", fix="give the mix captions or instructions")
         model = io.BytesIO()

@@ -49,9 +49,9 @@ class VisionConfig:
 
     size: int = 64
     patch: int = 8
-    margin: int = 4
+    margin: int = 2
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 256
+    width: int = 192
     hidden: int = 512
     encoder_depth: int = 1
     decoder_depth: int = 3
@@ -90,12 +90,12 @@ class VisionConfig:
         return math.prod(self.levels)
 
 
-def fit_frames(frames: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N size size 3"]:
-    """Frames cropped to their central square and resized to `size` (bilinear, antialiased).
+def fit_frames(frames: np.ndarray, size: int) -> UInt8[np.ndarray, "N size size 3"]:
+    """Frames (N, H, W, 3) cropped to their central square and resized to `size` (bilinear, antialiased).
 
     Raises: EpisodeError when they are not uint8 RGB.
     """
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+    if getattr(frames, "dtype", None) != np.uint8:
         found = getattr(frames, "dtype", type(frames).__name__)
         raise EpisodeError(f"frames are {found}, not uint8", fix="give RGB values of 0 to 255 as a uint8 numpy array")
     if frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:3]:
@@ -148,15 +148,17 @@ class FSQAutoencoder(nn.Module):
         self.encoder_in = nn.Linear(seen * seen * 3, c.width)
         self.encoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.encoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.encoder_depth)))
-        self.encoder_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, numbers))
+        self.encoder_norm = nn.LayerNorm(c.width)
+        self.encoder_out = nn.Linear(c.width, numbers)
         self.decoder_in = nn.Linear(numbers * around * around, c.width)
         self.decoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.decoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.decoder_depth)))
-        self.decoder_out = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.patch**2 * 3))
+        self.decoder_norm = nn.LayerNorm(c.width)
+        self.decoder_out = nn.Linear(c.width, c.patch**2 * 3)
         self.background = nn.Parameter(torch.zeros(c.side**2, c.patch**2 * 3))
-        nn.init.normal_(self.encoder_out[1].weight, std=1 / math.sqrt(c.width))
-        nn.init.zeros_(self.decoder_out[1].weight)
-        nn.init.zeros_(self.decoder_out[1].bias)
+        nn.init.normal_(self.encoder_out.weight, std=1 / math.sqrt(c.width))
+        nn.init.zeros_(self.decoder_out.weight)
+        nn.init.zeros_(self.decoder_out.bias)
         # constants of the code, not weights
         steps = torch.tensor(c.levels, dtype=torch.float32) - 1
         self.register_buffer("steps", steps, persistent=False)
@@ -180,7 +182,7 @@ class FSQAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T C"]:
         """Codes before rounding, each number within [-1, 1]."""
         x_NTD = self.encoder_in(self.patches(x, self.config.margin)) + self.encoder_place
-        return torch.tanh(self.encoder_out(self.encoder(x_NTD)).float())
+        return torch.tanh(self.encoder_out(self.encoder_norm(self.encoder(x_NTD))).float())
 
     def quantize(self, z_NTC: Float[Tensor, "N T C"]) -> Float[Tensor, "N T C"]:
         """The nearest code; gradients pass straight through."""
@@ -209,7 +211,7 @@ class FSQAutoencoder(nn.Module):
         grid = F.pad(z_NTC.reshape(len(z_NTC), c.side, c.side, -1), (0, 0) + (reach,) * 4)
         near = grid.unfold(1, around, 1).unfold(2, around, 1).reshape(len(z_NTC), c.side**2, -1)
         x_NTD = self.decoder_in(near) + self.decoder_place
-        return (self.decoder_out(self.decoder(x_NTD)) + self.background).float()
+        return (self.decoder_out(self.decoder_norm(self.decoder(x_NTD))) + self.background).float()
 
     def forward(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T P"]:
         return self.decode(self.quantize(self.encode(x)))
@@ -241,8 +243,8 @@ class VisionTokenizer:
     def codebook_size(self) -> int:
         return self.config.codebook_size
 
-    def encode(self, frames: UInt8[np.ndarray, "N H W 3"]) -> Int32[np.ndarray, "N T"]:
-        """RGB frames of any size (see `fit_frames`) to codes, row by row of the grid.
+    def encode(self, frames: np.ndarray) -> Int32[np.ndarray, "N T"]:
+        """uint8 RGB frames (N, H, W, 3) of any size (see `fit_frames`) to codes, row by row of the grid.
 
         Raises: EpisodeError when frames are not uint8 (N, H, W, 3).
         """
@@ -253,8 +255,8 @@ class VisionTokenizer:
                 codes[part] = self._network.to_index(self._network.encode(self._load(frames[part]))).cpu().numpy()
         return codes
 
-    def decode(self, codes: Integer[np.ndarray, "N T"]) -> UInt8[np.ndarray, "N size size 3"]:
-        """Codes to RGB frames.
+    def decode(self, codes: np.ndarray) -> UInt8[np.ndarray, "N size size 3"]:
+        """Codes (N, T) of any integer type to RGB frames.
 
         Raises: DataError when codes are not whole numbers of shape (N, tokens_per_frame) within the codebook.
         """
@@ -285,7 +287,7 @@ class VisionTokenizer:
                 frames[part] = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
         return frames
 
-    def reconstruct(self, frames: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N size size 3"]:
+    def reconstruct(self, frames: np.ndarray) -> UInt8[np.ndarray, "N size size 3"]:
         """What is left of frames after the tokenizer: its ceiling for every generated image."""
         return self.decode(self.encode(frames))
 

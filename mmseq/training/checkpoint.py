@@ -1,7 +1,7 @@
 """Training state on disk: written beside its name and renamed when complete; the newest complete one wins.
 
-    checkpoints/step_00000500/deepspeed/...   what DeepSpeed needs to go on (ranks write their shards)
-    checkpoints/step_00000500/state.json      step, data state, total steps; written last
+checkpoints/step_00000500/deepspeed/...   what DeepSpeed needs to go on (ranks write their shards)
+checkpoints/step_00000500/state.json      step, data state, total steps; written last
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def load(engine, checkpoint: Path, identity: dict) -> RunState:
     wrong = [f"{k}: {stored.get(k)} there, {v} here" for k, v in identity.items() if stored.get(k) != v]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint} belongs to another run ({'; '.join(wrong)})", fix="use another out= folder, or the old settings"
+            f"{checkpoint} belongs to another run ({'; '.join(wrong)})",
+            fix="use another out= folder, or the old settings",
         )
     path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:

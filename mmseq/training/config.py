@@ -29,9 +29,14 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine to `final_share` of the peak learning rate."""
+    """Linear warm-up, then a cosine to `final_share` of the peak learning rates.
 
+    kind: `adamw`, or `muon` for the matrices inside the layers (with AdamW for the rest).
+    """
+
+    kind: str = "adamw"
     learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -43,8 +48,8 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
-    """zero_stage 0 to 3. dtype: bf16 (fp32 master weights) or fp32. settings: a DeepSpeed JSON that
-    is merged over what the recipe gives, for everything else."""
+    """zero_stage 0 to 3. dtype: fp32, or bf16 with fp32 master weights (autocast at stage 0, DeepSpeed's
+    bf16 optimizer above). settings: a DeepSpeed JSON that is merged over what the recipe gives."""
 
     zero_stage: int = 1
     dtype: str = "bf16"
@@ -56,7 +61,8 @@ class TrainConfig:
     """A training run. out: its folder.
 
     max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
-    no limit. range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
+    no limit. stop_after: save and end after this step, to go on later with the same settings; 0 is never.
+    range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
     """
 
     name: str = "run"
@@ -64,6 +70,7 @@ class TrainConfig:
     seed: int = 0
     steps: int = 1000
     max_minutes: float = 0.0
+    stop_after: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -99,14 +106,21 @@ class TrainConfig:
             raise ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {self.deepspeed.zero_stage}")
         if self.deepspeed.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {self.deepspeed.dtype!r}")
+        if self.optimizer.kind not in ("adamw", "muon"):
+            raise ConfigError(f"optimizer.kind must be adamw or muon, got {self.optimizer.kind!r}")
+        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage:
+            raise ConfigError(
+                f"optimizer.kind=muon needs whole matrices, ZeRO {self.deepspeed.zero_stage} splits them",
+                fix="set deepspeed.zero_stage=0 or optimizer.kind=adamw",
+            )
         if not (math.isfinite(self.optimizer.learning_rate) and self.optimizer.learning_rate > 0):
             raise ConfigError(f"optimizer.learning_rate must be positive, got {self.optimizer.learning_rate}")
 
-    def learning_rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 .. steps - 1: a pure function, so nothing of it is saved."""
+    def rate_share(self, step: int, steps: int) -> float:
+        """The share of the peak rate at step 0 .. steps - 1: a pure function, so nothing of it is saved."""
         o = self.optimizer
         warmup = min(o.warmup_steps, max(1, steps // 10))
         if step < warmup:
-            return o.learning_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         share = (step - warmup) / max(1, steps - warmup)
-        return o.learning_rate * (o.final_share + (1 - o.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+        return o.final_share + (1 - o.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

@@ -26,7 +26,9 @@ class StepData:
     slot_tokens: int
 
 
-def build_step(mixture: Mixture, rows: list[list[Sample]], state: DataState, *, rank: int, world: int, rows_per_pass: int) -> StepData:
+def build_step(
+    mixture: Mixture, rows: list[list[Sample]], state: DataState, *, rank: int, world: int, rows_per_pass: int
+) -> StepData:
     mine = rows[rank::world]
     passes = []
     for i in range(0, len(mine), rows_per_pass):

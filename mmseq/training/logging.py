@@ -49,7 +49,8 @@ class RunLog:
             left = record["seconds"] / record["step"] * (self.total - record["step"])
             worst = ", ".join(f"{t} {b:.2f}" for t, b in line["bits_per_token"].items())
             self.say(
-                f"step {record['step']}/{self.total}  loss {line['loss']:.3f}  {line['tokens_per_s'] / 1e3:.1f}k tokens/s  "
+                f"step {record['step']}/{self.total}  loss {line['loss']:.3f}  "
+                f"{line['tokens_per_s'] / 1e3:.1f}k tokens/s  "
                 f"fill {line['fill']:.1%}  {left / 60:.1f} min left  bits/token: {worst}"
             )
 

@@ -35,6 +35,7 @@ from mmseq.training import checkpoint as checkpoints
 from mmseq.training.config import TrainConfig
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog
+from mmseq.training.optimizer import build_optimizer
 
 SPEED_STEPS = 12  # steps measured before max_minutes decides the length of the run
 
@@ -101,13 +102,14 @@ def train(config: TrainConfig) -> Path:
     validation = _validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
-    while state.step < state.steps:
+    last = min(state.steps, config.stop_after or state.steps)
+    while state.step < last:
         waited = time.perf_counter()
         step_data = next(data)
         began = time.perf_counter()
-        rate = config.learning_rate(state.step, state.steps)
+        share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * share
         record = _step(engine, config, step_data.passes, len(mixture.task_names), world, device)
         if not math.isfinite(record["loss"]):
             named = "; ".join(mixture.provenance(s) for s in step_data.samples[:5])
@@ -120,9 +122,10 @@ def train(config: TrainConfig) -> Path:
         if config.max_minutes and len(timed) == SPEED_STEPS and not found:
             state.steps = _fit_to_time(config, timed, state, world)
             log.total = state.steps
+            last = min(state.steps, config.stop_after or state.steps)
         record |= {
             "step": state.step,
-            "learning_rate": rate,
+            "learning_rate": config.optimizer.learning_rate * share,
             "fill": step_data.used_tokens / step_data.slot_tokens,
             "tokens_per_s": step_data.slot_tokens * world / timed[-1],
             "data_wait_s": began - waited,
@@ -131,7 +134,7 @@ def train(config: TrainConfig) -> Path:
         log.step(record, every=config.log_every)
         if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
             log.validation(state.step, _validate(engine, validation, mixture.task_names))
-        if state.step % config.save_every == 0 or state.step == state.steps:
+        if state.step % config.save_every == 0 or state.step == last:
             checkpoints.save(
                 engine,
                 state,
@@ -142,7 +145,10 @@ def train(config: TrainConfig) -> Path:
                 identity=identity,
             )
     data.close()  # type: ignore[attr-defined]
-    _export(engine, model, config, mix, out / "checkpoint", rank)
+    if state.step < state.steps:
+        log.say(f"stopped after step {state.step} of {state.steps}; run the same command again to go on")
+    else:
+        _export(engine, model, config, mix, out / "checkpoint", rank)
     barrier()
     log.close()
     return out / "checkpoint"
@@ -174,26 +180,17 @@ def _start_deepspeed(world: int) -> Any:
 
 
 def _engine(deepspeed: Any, config: TrainConfig, model: SequenceModel, world: int) -> Any:
-    o = config.optimizer
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=o.learning_rate,
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-        fused=not torch.cuda.is_available() or None,
-    )
+    optimizer = build_optimizer(config.optimizer, model)
     rows = config.data.rows_per_step // world
     passes = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": passes,
         "train_batch_size": passes * world,
-        "gradient_clipping": o.gradient_clip,
+        "gradient_clipping": config.optimizer.gradient_clip,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.deepspeed.dtype == "bf16"},
+        "bf16": {"enabled": config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage > 0},
         "steps_per_print": 1 << 40,
     }
     if config.deepspeed.settings:
@@ -217,10 +214,14 @@ def _step(
     total = torch.tensor([float(local)], device=device, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     scale = world * len(passes) / float(total)  # DeepSpeed averages over ranks and passes
+    mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
     sums = torch.zeros(2, tasks + 1, device=device, dtype=torch.float64)
     for batch in passes:
         loss = torch.zeros((), device=device)
-        for name, (nll, objective, task) in engine(batch.to(device)).items():
+        with autocast:
+            groups = engine(batch.to(device))
+        for name, (nll, objective, task) in groups.items():
             loss = loss + weight_of(name) * objective.sum()
             detached = nll.detach().double()
             sums[0].index_add_(0, task, detached)

@@ -1,0 +1,471 @@
+"""The `mmseq` command. Each command imports what it needs when it runs, so that `mmseq --help` is quick.
+
+An error that a user can act on is one line on stderr and exit code 2; `--debug` shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mmseq import __version__
+from mmseq.errors import ConfigError, DataError, MMSeqError, did_you_mean
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Usage(Exception):
+    """A command line that cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with whole option names only, and with a suggestion for a name that is unknown."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        self.set_defaults(parser=self)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = "command" if isinstance(action, argparse._SubParsersAction) else str(action.metavar or action.dest)
+            raise _Usage(f"unknown {what} {value!r}: {did_you_mean(str(value), map(str, action.choices))}")
+
+    def error(self, message: str) -> NoReturn:
+        raise _Usage(f"{message}; see `{self.prog} --help`")
+
+    def options(self) -> list[str]:
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mmseq",
+        description="One transformer for robot episodes, video, images and text: trains it, and runs any arrow.",
+    )
+    parser.add_argument("--version", action="version", version=f"mmseq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(group: Any, name: str, run: Any, help: str, description: str = "") -> _Parser:
+        command = group.add_parser(name, help=help, description=f"{help}\n\n{description}".strip())
+        command.set_defaults(run=run)
+        return command
+
+    def group(name: str, help: str) -> Any:
+        outer = commands.add_parser(name, help=help, description=help)
+        return outer.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+
+    c = add(commands, "demo", _demo, "the whole loop on a laptop: data, tokenizers, training, serving, an HTML report")
+    c.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--minutes", type=float, default=10.0, help="about how long it may take (default: 10)")
+    c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: six in which the image matters")
+    c.add_argument("--data", metavar="LEROBOT_V3", help="your own dataset in place of the simulator")
+    c.add_argument("--episodes", type=int, default=20, help="closed-loop episodes per task (default: 20)")
+
+    add(commands, "doctor", _doctor, "what this machine has and what will be used")
+
+    data = group("data", "import, tokenize and check data")
+    c = add(data, "import", _data_import, "a LeRobot v3 dataset, HDF5 files or videos become episode shards")
+    c.add_argument("src", metavar="SRC")
+    c.add_argument("out", metavar="OUT")
+    c.add_argument("--format", choices=("lerobot", "video", "hdf5"), help="default: what is found at SRC")
+    c.add_argument("--rate-hz", type=float, help="steps per second; default: the source's")
+    c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
+    c.add_argument("--name", help="of the dataset; default: the name of SRC")
+    c.add_argument("--embodiment", metavar="FILE", help="the contract to hold the data to (JSON)")
+    c.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+    c = add(data, "tokenize", _data_tokenize, "the sources of a mix become token shards; resumable")
+    c.add_argument("mix", metavar="MIX")
+    c.add_argument("out", metavar="OUT")
+    c.add_argument("--tokenizers", required=True, metavar="DIR")
+    c.add_argument("--root", metavar="DIR", help="where the paths of the sources begin; default: the mix's folder")
+    c.add_argument("--overwrite", action="store_true", help="replace shards of other data or tokenizers")
+
+    c = add(data, "lint", _data_lint, "every problem of a mix before it costs GPU hours, and its shares")
+    c.add_argument("mix", metavar="MIX")
+    c.add_argument("--tokens", required=True, metavar="DIR", help="what `mmseq data tokenize` wrote")
+    c.add_argument("--tokenizers", required=True, metavar="DIR")
+    c.add_argument("--root", metavar="DIR", help="where the paths of the sources begin; default: the mix's folder")
+    c.add_argument("--row-tokens", type=int, default=2048, help="length of a packed row (default: 2048)")
+
+    c = add(data, "preview", _data_preview, "look at sequences: segments, roles, texts, frames")
+    c.add_argument("mix", metavar="MIX")
+    c.add_argument("--tokens", required=True, metavar="DIR", help="what `mmseq data tokenize` wrote")
+    c.add_argument("--tokenizers", required=True, metavar="DIR")
+    c.add_argument("-n", type=int, default=3, dest="count", help="how many sequences (default: 3)")
+    c.add_argument("--row-tokens", type=int, default=2048, help="length of a packed row (default: 2048)")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--out", metavar="DIR", help="write the frames there as PNG")
+
+    tokenizer = group("tokenizer", "train and measure tokenizers")
+    c = add(tokenizer, "train", _tokenizer_train, "text, vision and bins from a recipe")
+    _recipe(c)
+    c = add(tokenizer, "eval", _tokenizer_eval, "measure tokenizers on a dataset")
+    c.add_argument("tokenizers", metavar="DIR")
+    c.add_argument("--data", required=True, metavar="SRC", help="episode shards, LeRobot v3, HDF5 or videos")
+    c.add_argument("--out", metavar="FILE", help="write the report there as JSON")
+
+    c = add(
+        commands,
+        "train",
+        _train,
+        "train a model; the same command resumes",
+        "also: torchrun --nproc-per-node 2 -m mmseq train RECIPE",
+    )
+    _recipe(c)
+
+    c = add(
+        commands,
+        "predict",
+        _predict,
+        "fill the right side of an arrow at one moment of an episode",
+        'mmseq predict runs/demo/checkpoint "image, action[16] -> image@+16" --episode shards/robot:3 --t 10 --out out',
+    )
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("arrow", metavar="ARROW", help="an arrow, or the name of a built-in one such as policy")
+    c.add_argument(
+        "--episode", required=True, metavar="SRC:N", help="shards, a dataset, a video file or a folder of them"
+    )
+    c.add_argument("--t", type=int, default=0, help="the step that is now (default: 0)")
+    c.add_argument("--text", help="in place of the episode's own")
+    c.add_argument("--question")
+    c.add_argument("--rate-hz", type=float, help="resample the episode; default: its own rate")
+    c.add_argument("--embodiment", metavar="NAME", help="treat the episode as this robot's")
+    c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--device", help="default: cuda where there is one")
+    c.add_argument("--out", metavar="DIR", help="write JSON, PNG and MP4 there")
+
+    c = add(commands, "serve", _serve, "serve a checkpoint to robots, on openpi's websocket protocol and HTTP")
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; a public address needs a token")
+    c.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    c.add_argument("--token-file", metavar="FILE", help="clients must send its content as `Authorization: Api-Key`")
+    c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
+    c.add_argument("--device", default="cpu")
+
+    c = add(commands, "eval", _eval, "drive the simulator through the server")
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: the demo's")
+    c.add_argument("--episodes", type=int, default=20, help="unseen layouts per task (default: 20)")
+    c.add_argument("--seed", type=int, default=100_000, help="of the first layout")
+    c.add_argument("--execute", type=int, default=2, help="control steps of each chunk before the next request")
+    c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
+    c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
+    c.add_argument("--device", default="cpu")
+    c.add_argument("--json", metavar="FILE", help="write the results there")
+
+    c = add(commands, "inspect", _inspect, "what a checkpoint is, or the size of a recipe's model")
+    c.add_argument("path", metavar="CHECKPOINT|RECIPE")
+    c.add_argument("overrides", nargs="*", metavar="key=value", help="for a recipe")
+    c.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = _parse(argv)
+        return args.run(args) or 0
+    except (_Usage, MMSeqError) as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = f" (rank {rank})" if rank != "0" else ""
+        message = " ".join(str(error).split("\n"))
+        print(f"mmseq: error{where}: {message}", file=sys.stderr, flush=True)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("mmseq: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `mmseq ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args, rest = build_parser().parse_known_args(argv)
+    unknown = [a for a in rest if a.startswith("-")]
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        raise _Usage(f"unknown option {name!r} of `{args.parser.prog}`: {did_you_mean(name, args.parser.options())}")
+    if rest and hasattr(args, "overrides"):  # argparse stops at the first option between positionals
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        raise _Usage(f"unexpected {rest[0]!r}; see `{args.parser.prog} --help`")
+    return args
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from mmseq.demo import DemoConfig, run_demo
+
+    run_demo(
+        DemoConfig(
+            out=args.out,
+            seed=args.seed,
+            minutes=args.minutes,
+            tasks=[t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else [],
+            data=args.data,
+            episodes=args.episodes,
+        )
+    )
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from mmseq.serving.model_policy import serve_checkpoint
+
+    token = None
+    if args.token_file:
+        try:
+            token = Path(args.token_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--token-file {args.token_file}: {error.strerror}") from error
+        if not token:
+            raise ConfigError(f"--token-file {args.token_file} is empty")
+    serve_checkpoint(
+        args.checkpoint,
+        host=args.host,
+        port=args.port,
+        token=token,
+        device=args.device,
+        arrow=args.policy,
+        on_ready=lambda server: print(f"serving {args.checkpoint} at {server.url}", flush=True),
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from mmseq.evaluation.closed_loop import (
+        CONTROLLERS,
+        ClosedLoopConfig,
+        evaluate_checkpoint,
+        print_summary,
+        success_results,
+    )
+    from mmseq.evaluation.results import write_results
+    from mmseq.progress import progress
+    from mmseq.simulation.experts import DEMO_SPREAD, DEMO_TASKS
+
+    config = ClosedLoopConfig(
+        tasks=[t.strip() for t in args.tasks.split(",")] if args.tasks else list(DEMO_TASKS),
+        episodes=args.episodes,
+        seed=args.seed,
+        execute=args.execute,
+        spread=DEMO_SPREAD if args.spread is None else args.spread,
+        keep=0,
+        controllers=CONTROLLERS if args.baselines else ("policy", "random"),
+    )
+    with progress("driving the simulator", "episodes") as update:
+        rollouts = evaluate_checkpoint(args.checkpoint, config, device=args.device, on_progress=update)
+    print_summary(rollouts)
+    if args.json:
+        write_results(args.json, success_results(rollouts, args.seed))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from mmseq.doctor import print_report
+
+    print_report()
+
+
+def _data_import(args: argparse.Namespace) -> None:
+    from mmseq.data.importing import import_episodes
+    from mmseq.embodiment import Embodiment
+    from mmseq.progress import progress
+
+    with progress(f"importing {args.src}", "episodes") as update:
+        manifest = import_episodes(
+            args.src,
+            args.out,
+            format=args.format,
+            rate_hz=args.rate_hz,
+            embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
+            size=args.size,
+            name=args.name,
+            overwrite=args.overwrite,
+            on_progress=update,
+        )
+    robots = ", ".join(manifest["embodiments"]) or "no embodiment"
+    print(f"{args.out}: {manifest['samples']} episodes of {robots}")
+
+
+def _data_tokenize(args: argparse.Namespace) -> None:
+    from mmseq.data.tokenize import tokenize_mix
+    from mmseq.progress import progress
+
+    with progress(f"tokenizing {args.mix}", "episodes") as update:
+        done = tokenize_mix(
+            args.mix,
+            args.out,
+            args.tokenizers,
+            args.root,
+            args.overwrite,
+            on_progress=lambda source, n, total: update(n, total, note=source),
+        )
+    for source, what in done.items():
+        text = "already complete, left as it is" if what == "kept" else "written"
+        print(f"{Path(args.out) / source}: {text}")
+
+
+def _data_lint(args: argparse.Namespace) -> int:
+    from mmseq.data.lint import lint_mix
+
+    lint = lint_mix(args.mix, args.tokens, args.tokenizers, row_tokens=args.row_tokens, root=args.root)
+    for note in lint.notes:
+        print(f"note: {note}")
+    for problem in lint.problems:
+        print(f"mmseq: error: {problem}", file=sys.stderr)
+    if lint.problems:
+        return EXIT_ERROR
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "task", "source", "samples", "tokens", "tokens/sample", "moments", "episodes", box=None, pad_edge=False
+    )
+    for row in lint.shares:
+        shares = [f"{row['samples']:.1%}", f"{row['tokens']:.1%}", f"{row['tokens_per_sample']:.0f}"]
+        table.add_row(row["task"], row["source"], *shares, f"{row['moments']:,}", f"{row['episodes']:,}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    return 0
+
+
+def _data_preview(args: argparse.Namespace) -> None:
+    from mmseq.data.mixture import Mixture, load_mix
+    from mmseq.data.preview import choose_samples, describe, save_frames
+    from mmseq.tokenization.bundle import Tokenizers
+
+    if args.count < 1:
+        raise ConfigError(f"-n {args.count} shows nothing", fix="give at least 1")
+    tokenizers = Tokenizers.load(args.tokenizers)
+    mixture = Mixture(load_mix(args.mix), args.tokens, tokenizers, row_tokens=args.row_tokens, seed=args.seed)
+    for i, sample in enumerate(choose_samples(mixture, args.count)):
+        sequence = mixture.build(sample)
+        print(describe(mixture, sample, sequence), end="\n\n")
+        if args.out:
+            name = "".join(x if x.isalnum() else "_" for x in mixture.task_names[sample.task])
+            for path in save_frames(mixture, sequence, args.out, f"{i:02d}_{name}"):
+                print(path)
+
+
+def _tokenizer_train(args: argparse.Namespace) -> None:
+    from mmseq.config import load_config
+    from mmseq.progress import progress
+    from mmseq.tokenization.recipe import TokenizerConfig
+    from mmseq.training.tokenizers import train_tokenizers
+
+    config = load_config(TokenizerConfig, args.recipe, args.overrides)
+    with progress("tokenizers", "steps") as update:
+        report = train_tokenizers(config, on_progress=lambda stage, n, total: update(n, total, note=stage))
+    _print_report(report)
+    print(f"\n{config.out}: tokenizers and report.json")
+
+
+def _tokenizer_eval(args: argparse.Namespace) -> None:
+    from mmseq.data.sources import open_source
+    from mmseq.tokenization.bundle import Tokenizers
+    from mmseq.training.tokenizers import evaluate_tokenizers
+
+    tokenizers = Tokenizers.load(args.tokenizers)
+    source = open_source(args.data, embodiments=tokenizers.embodiments)
+    report = evaluate_tokenizers(tokenizers, {Path(args.data).name: source})
+    _print_report(report)
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from mmseq.inspection import flat
+
+    for name, value in flat(report):
+        print(f"{name}: {value}")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mmseq.config import load_config
+    from mmseq.training.config import TrainConfig
+    from mmseq.training.train import leave, train
+
+    try:
+        print(train(load_config(TrainConfig, args.recipe, args.overrides)))
+    except MMSeqError as error:
+        if "--debug" in sys.argv:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"mmseq: error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
+        # other ranks may wait in a collective for this one: the launcher ends them when this process is gone
+        leave(EXIT_ERROR)
+        return EXIT_ERROR
+    leave(0)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> None:
+    import torch
+
+    from mmseq.data.sources import open_source
+    from mmseq.inference.output import to_json, write_prediction
+    from mmseq.model.sequence_model import SequenceModel
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = SequenceModel.from_pretrained(args.checkpoint, device=device)
+    assert model.tokenizers is not None
+    path, index = _episode_address(args.episode)
+    source = open_source(path, rate_hz=args.rate_hz, embodiments=model.tokenizers.embodiments)
+    if index >= len(source):
+        raise DataError(f"{path} has {len(source)} episodes, numbered from 0: there is no {index}")
+    episode = source[index]
+    if args.embodiment:
+        episode.embodiment = model.tokenizers.embodiment(args.embodiment).name
+    prediction = model.predict(
+        args.arrow,
+        episode,
+        args.t,
+        text=args.text,
+        question=args.question,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    record = write_prediction(prediction, episode, model.tokenizers, args.out)
+    print(to_json(record))
+
+
+def _episode_address(text: str) -> tuple[Path, int]:
+    """`SRC:N`, or `SRC` alone for its first episode."""
+    path, colon, number = text.rpartition(":")
+    if colon and number.isdigit():
+        return Path(path), int(number)
+    if colon and not Path(text).exists():
+        raise ConfigError(f"--episode {text!r}: {number!r} is not a number", fix="write SRC:N, such as shards/robot:3")
+    return Path(text), 0
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from mmseq import inspection
+
+    if Path(args.path).suffix in (".yaml", ".yml"):
+        found, show = inspection.inspect_recipe(args.path, args.overrides), inspection.print_recipe
+    else:
+        if args.overrides:
+            raise ConfigError(f"{args.overrides[0]!r}: a checkpoint has no settings to replace")
+        found, show = inspection.inspect_checkpoint(args.path), inspection.print_checkpoint
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)

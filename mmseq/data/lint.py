@@ -1,0 +1,144 @@
+"""Lint: every problem of a mix at once, before it costs GPU hours, and the shares it will give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmseq.config import load_config
+from mmseq.data.mixture import MixConfig, Mixture, Stream, held_out, task_name
+from mmseq.data.tokens import TokenShards
+from mmseq.errors import DataError, MMSeqError, did_you_mean
+from mmseq.tasks import Task
+from mmseq.tokenization.bundle import Tokenizers
+
+
+@dataclass
+class Lint:
+    """problems: what must be corrected. notes: what is worth knowing. shares: as `Mixture.shares`."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    shares: list[dict[str, Any]] = field(default_factory=list)
+
+
+def lint_mix(
+    mix_path: str | Path,
+    tokens: str | Path,
+    tokenizers: Tokenizers | str | Path,
+    *,
+    row_tokens: int = 2048,
+    root: str | Path | None = None,
+) -> Lint:
+    """Look for everything that can go wrong with a mix. Raises: MMSeqError only when the mix or the
+    tokenizers cannot be read at all."""
+    mix = load_config(MixConfig, mix_path)
+    if not isinstance(tokenizers, Tokenizers):
+        tokenizers = Tokenizers.load(tokenizers)
+    lint = Lint()
+    _check_settings(mix, lint)
+    root = Path(root) if root is not None else Path(mix_path).parent
+    shards = _open_shards(mix, Path(tokens), tokenizers, root, lint)
+    members = {
+        name: [i for i, note in enumerate(s.notes) if not held_out(f"{name}/{note['id']}", mix.holdout)]
+        for name, s in shards.items()
+    }
+    for name, s in shards.items():
+        if not members[name]:
+            lint.problems.append(f"source {name}: all {len(s)} episodes are held out; lower holdout or add data")
+        elif mix.holdout > 0 and len(members[name]) == len(s):
+            lint.notes.append(f"source {name}: none of its {len(s)} episodes is held out, so nothing measures it")
+    if mix.holdout > 0 and shards and all(len(members[name]) == len(s) for name, s in shards.items()):
+        lint.problems.append(
+            f"the held-out split is empty: no source has an episode in it; raise holdout={mix.holdout:g}"
+        )
+    for index, config in enumerate(mix.tasks):
+        _check_task(index, config, mix, shards, members, tokenizers, row_tokens, lint)
+    if not lint.problems:
+        lint.shares = Mixture(mix, tokens, tokenizers, row_tokens=row_tokens, seed=0).shares()
+    return lint
+
+
+def _check_settings(mix: MixConfig, lint: Lint) -> None:
+    """What `MixConfig.check` says, but all of it."""
+    if not mix.sources:
+        lint.problems.append("the mix has no sources")
+    if not mix.tasks:
+        lint.problems.append("the mix has no tasks")
+    for name, source in mix.sources.items():
+        if source.weight < 0:
+            lint.problems.append(f"source {name}: weight {source.weight:g} is negative")
+    names = []
+    for task in mix.tasks:
+        if task.weight < 0:
+            lint.problems.append(f"task {task.task!r}: weight {task.weight:g} is negative")
+        for source in task.sources or []:
+            if source not in mix.sources:
+                lint.problems.append(
+                    f"task {task.task!r}: unknown source {source!r}: {did_you_mean(source, mix.sources)}"
+                )
+        try:
+            names.append(task_name(task))
+        except MMSeqError as error:
+            lint.problems.append(str(error))
+    lint.problems += [
+        f"two tasks are named {n!r}: give one of them a name" for n in sorted(set(names)) if names.count(n) > 1
+    ]
+    if not lint.problems:
+        try:
+            mix.check()
+        except MMSeqError as error:
+            lint.problems.append(str(error))
+
+
+def _open_shards(
+    mix: MixConfig, tokens: Path, tokenizers: Tokenizers, root: Path, lint: Lint
+) -> dict[str, TokenShards]:
+    shards = {}
+    for name, source in mix.sources.items():
+        if not (root / source.path).exists():
+            lint.problems.append(f"source {name}: {root / source.path} does not exist; correct its path or --root")
+        try:
+            if not (tokens / name).is_dir():
+                raise DataError(f"no token shards at {tokens / name}", fix="run `mmseq data tokenize` on the mix")
+            shards[name] = TokenShards(tokens / name, tokenizers)
+        except MMSeqError as error:
+            lint.problems.append(f"source {name}: {error}")
+    return shards
+
+
+def _check_task(
+    index: int,
+    config: Any,
+    mix: MixConfig,
+    shards: dict[str, TokenShards],
+    members: dict[str, list[int]],
+    tokenizers: Tokenizers,
+    row_tokens: int,
+    lint: Lint,
+) -> None:
+    try:
+        task = Task.parse(config.task)
+    except MMSeqError:
+        return  # said already
+    wanted = [name for name in config.sources or mix.sources if name in mix.sources]
+    opened = [name for name in wanted if name in shards]
+    moments = 0
+    for name in opened:
+        stream = Stream(index, index, task, name, shards[name], members[name], tokenizers.builder())
+        moments += len(stream)
+        longest = max((s.length for s in stream.longest()), default=0)
+        if longest > row_tokens:
+            lint.problems.append(
+                f"task {config.task!r} in {name} makes sequences of {longest} tokens, a row holds {row_tokens}; "
+                "shorten the task or raise data.row_tokens"
+            )
+        if not len(stream) and config.sources:
+            lint.notes.append(f"task {config.task!r} finds nothing in {name}: {stream.why_empty()}")
+    if config.weight > 0 and len(opened) == len(wanted) and not moments:
+        reasons = "; ".join(
+            f"{n}: {Stream(index, index, task, n, shards[n], members[n], tokenizers.builder()).why_empty()}"
+            for n in opened
+        )
+        lint.problems.append(f"no episode can fill the task {config.task!r} ({reasons})")

@@ -1,0 +1,66 @@
+"""Sources: any place that holds episodes, opened by what lies there, and named by what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
+from mmseq.embodiment import Embodiment
+from mmseq.errors import DataError
+
+
+def holds_shards(path: str | Path) -> bool:
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.parquet").is_file()
+
+
+def open_source(
+    path: str | Path, *, rate_hz: float | None = None, embodiments: Mapping[str, Embodiment] | None = None
+) -> EpisodeSource:
+    """Episode shards, a LeRobot v3 dataset, HDF5 files or videos.
+
+    embodiments: contracts to hold the data to, by name. A dataset is read by the contract of its
+    robot's name; shards must have been written with the same one.
+    Raises: DataError, EmbodimentError, or FingerprintError that names the fields that differ.
+    """
+    embodiments = embodiments or {}
+    if holds_shards(path):
+        reader = EpisodeShardReader(path)
+        for name, robot in reader.embodiments.items():
+            if name in embodiments:
+                embodiments[name].require_same(robot, mine="the tokenizers", theirs=str(path))
+        rates = {float(note["rate_hz"]) for note in reader.metadata}
+        if rate_hz is not None and rates != {float(rate_hz)}:
+            raise DataError(
+                f"{path} holds episodes at {', '.join(f'{r:g}' for r in sorted(rates))} Hz, asked for {rate_hz:g}",
+                fix="import it again with --rate-hz, or leave rate_hz out",
+            )
+        return reader
+    source = open_episodes(path, rate_hz=rate_hz)
+    robot = source.embodiment()
+    if robot is not None and robot.name in embodiments and robot.fingerprint != embodiments[robot.name].fingerprint:
+        source = open_episodes(path, rate_hz=rate_hz, embodiment=embodiments[robot.name])
+    return source
+
+
+def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
+    """Every contract that a source's episodes refer to."""
+    if isinstance(source, EpisodeShardReader):
+        return list(source.embodiments.values())
+    robot = source.embodiment()
+    return [robot] if robot is not None else []
+
+
+def source_identity(path: str | Path, rate_hz: float | None = None) -> dict[str, Any]:
+    """What changes when the data does: the manifest of shards, else the files with their sizes and times."""
+    path = Path(path)
+    if holds_shards(path):
+        data = (path / "manifest.json").read_bytes()
+    else:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        seen = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        data = json.dumps(seen).encode()
+    return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,102 @@
+"""Tokenize: the episodes of every source of a mix become token shards, one folder per source.
+
+    mmseq data tokenize data_mixes/demo.yaml tokens --tokenizers runs/tokenizers
+
+A source that is already there, made from the same data with the same tokenizers, is left as it is,
+so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmseq.data.importing import EpisodeSource
+from mmseq.data.mixture import SourceConfig, load_mix
+from mmseq.data.sources import open_source, source_identity
+from mmseq.data.tokens import TokenShards, token_fingerprints, write_token_shards
+from mmseq.episode import Episode
+from mmseq.errors import DataError, MMSeqError
+from mmseq.tokenization.bundle import Tokenizers
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def tokenize_mix(
+    mix_path: str | Path,
+    out: str | Path,
+    tokenizers: Tokenizers | str | Path,
+    root: str | Path | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write `out/<source>/` for each source of the mix; returns what became of each: `written` or `kept`.
+
+    root: where the paths of the sources begin; default: the folder of the mix. overwrite: replace
+    shards that were made from other data or with other tokenizers, instead of refusing.
+    on_progress(source, episodes done, episodes in all).
+    """
+    mix = load_mix(mix_path)
+    root = Path(root) if root is not None else Path(mix_path).parent
+    if not isinstance(tokenizers, Tokenizers):
+        tokenizers = Tokenizers.load(tokenizers)
+    missing = [f"{name}: {root / s.path}" for name, s in mix.sources.items() if not (root / s.path).exists()]
+    if missing:
+        raise DataError(f"sources of {mix_path} do not exist ({'; '.join(missing)})", fix="correct the paths or --root")
+    return {
+        name: _tokenize_source(name, source, root, Path(out) / name, tokenizers, overwrite, on_progress)
+        for name, source in mix.sources.items()
+    }
+
+
+def _tokenize_source(
+    name: str,
+    config: SourceConfig,
+    root: Path,
+    directory: Path,
+    tokenizers: Tokenizers,
+    overwrite: bool,
+    on_progress: Progress | None,
+) -> str:
+    path = root / config.path
+    identity = source_identity(path, config.rate_hz)
+    if directory.is_dir() and any(directory.iterdir()):
+        why = _outdated(directory, identity, tokenizers)
+        if why is None:
+            return "kept"
+        if not overwrite:
+            raise DataError(f"{directory} {why}", fix="pass --overwrite to replace it, or choose another folder")
+    reader = open_source(path, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments)
+    write_token_shards(
+        _episodes(reader),
+        directory,
+        tokenizers,
+        name=name,
+        source=identity,
+        total=len(reader),
+        overwrite=overwrite,
+        on_progress=(lambda done, total: on_progress(name, done, total)) if on_progress else None,
+    )
+    return "written"
+
+
+def _episodes(reader: EpisodeSource) -> Iterator[Episode]:
+    return (reader[i] for i in range(len(reader)))
+
+
+def _outdated(directory: Path, identity: dict[str, Any], tokenizers: Tokenizers) -> str | None:
+    """Why shards that are there cannot be kept; None when they can."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        stored = {key: manifest.get(key) for key in ("tokenizers", "embodiments")}
+        if stored != token_fingerprints(tokenizers):
+            return "was made with other tokenizers or embodiments"
+        theirs = manifest.get("source") or {}
+        if any(theirs.get(key) != identity[key] for key in ("sha256", "rate_hz")):
+            return f"was made from other data than {identity['path']} holds now"
+        TokenShards(directory, tokenizers)
+    except (OSError, ValueError, AttributeError, MMSeqError) as error:
+        return f"is not complete ({error})"
+    return None

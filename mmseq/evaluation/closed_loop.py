@@ -1,0 +1,268 @@
+"""Closed loop: a policy drives the simulator through the server, with the client that robots use.
+
+    mmseq eval runs/demo/checkpoint --tasks window-open --episodes 20
+
+The server runs in this process; each worker is a simulator in a process of its own that connects to
+it over loopback. Baselines run beside it: the same policy with blanked images, random actions, and
+the scripted expert through the action bins (the ceiling).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.errors import ConfigError, require
+from mmseq.evaluation.results import Result, wilson
+
+CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
+
+
+@dataclass(kw_only=True)
+class ClosedLoopConfig:
+    """What is driven and how.
+
+    execute: control steps of each chunk before the next request. spread: of the layouts (see
+    `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
+    whose frames are returned. controllers: among `CONTROLLERS`.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    episodes: int = 20
+    seed: int = 100_000
+    execute: int = 2
+    max_steps: int = 90
+    spread: float = 1.0
+    keep: int = 1
+    workers: int = 2
+    controllers: tuple[str, ...] = ("policy",)
+
+
+@dataclass
+class Rollout:
+    """One episode. frames: uint8 (steps, H, W, 3), kept for some. seconds: of waiting for the server."""
+
+    controller: str
+    task: str
+    seed: int
+    success: bool
+    steps: int
+    requests: int = 0
+    seconds: float = 0.0
+    frames: np.ndarray | None = None
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    config: ClosedLoopConfig,
+    *,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Rollout]:
+    """Run every controller on every task; rollouts in the order (controller, task, seed).
+
+    Raises: ConfigError for an unknown task or controller, before anything starts.
+    """
+    from mmseq.serving import Server, ServerConfig
+    from mmseq.serving.model_policy import ModelPolicy
+    from mmseq.simulation.experts import task_language
+
+    for task in config.tasks:
+        task_language(task)
+    unknown = set(config.controllers) - set(CONTROLLERS)
+    if unknown or not config.tasks or config.episodes < 1:
+        raise ConfigError(
+            f"nothing to evaluate: tasks {config.tasks}, episodes {config.episodes}, unknown controllers {sorted(unknown)}",
+            fix=f"name tasks, episodes of at least 1, and controllers among {', '.join(CONTROLLERS)}",
+        )
+    require("mmseq_client", "serve")
+    policy = ModelPolicy.from_pretrained(checkpoint, device=device)
+    config.execute = min(config.execute, policy.horizon)
+    bins = policy.tokenizers.action.bins
+    with Server(policy, ServerConfig(port=0)) as seeing:
+        blind = ModelPolicy(policy.model, arrow=str(policy.arrow), name=policy.name, blank_images=True)
+        blind.tasks = policy.tasks
+        with Server(blind, ServerConfig(port=0)) as blanked:
+            ports = {"policy": seeing.port, "blanked_images": blanked.port}
+            jobs = [
+                (controller, task, start, min(start + 5, config.episodes), asdict(config), ports.get(controller), bins)
+                for controller in config.controllers
+                for task in config.tasks
+                for start in range(0, config.episodes, 5)
+            ]
+            return list(_run(jobs, config, on_progress))
+
+
+def _run(
+    jobs: list[tuple], config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
+) -> Iterable[Rollout]:
+    total = len(config.controllers) * len(config.tasks) * config.episodes
+    done = 0
+    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+    with ProcessPoolExecutor(min(config.workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
+        for rollouts in pool.map(_drive, jobs):
+            for rollout in rollouts:
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+                yield rollout
+
+
+def _start_worker() -> None:
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+_environments: dict[tuple, Any] = {}
+
+
+def _drive(job: tuple) -> list[Rollout]:
+    """A few episodes of one task under one controller, in a worker process."""
+    from mmseq.simulation.metaworld import MetaWorldEnv
+
+    controller, task, start, stop, settings, port, bins = job
+    key = (task, settings["spread"])
+    if key not in _environments:
+        for env in _environments.values():
+            env.close()
+        _environments.clear()
+        _environments[key] = MetaWorldEnv(task, spread=settings["spread"])
+    env = _environments[key]
+    client = None
+    if port is not None:
+        from mmseq_client import Client
+
+        client = Client("127.0.0.1", port)
+    try:
+        out = []
+        for index in range(start, stop):
+            seed = settings["seed"] + index
+            keep = index < settings["keep"] and controller == "policy"
+            out.append(_episode(env, controller, seed, client, settings, bins, keep))
+        return out
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, bins: int, keep: bool) -> Rollout:
+    import time
+
+    from mmseq.simulation.experts import Expert, quantise, task_language
+
+    env.reset(seed)
+    instruction = task_language(env.task).instructions[0]
+    rollout = Rollout(controller, env.task, seed, False, 0)
+    frames: list[np.ndarray] = []
+    rng = np.random.default_rng(seed)
+    expert = Expert(env.task) if controller == "expert_tokens" else None
+    if client is not None:
+        from mmseq_client import ChunkPlayer
+
+        player = ChunkPlayer(client, execute=settings["execute"])
+        camera = client.metadata["image_keys"][0]
+    while not rollout.success and rollout.steps < settings["max_steps"]:
+        if expert is not None:
+            action = quantise(expert.action(env), bins)
+        elif client is None:
+            action = rng.uniform(-1, 1, 4).astype(np.float32)
+        else:
+            observation: dict[str, Any] = {"prompt": instruction}
+            if player._until_request == 0 or keep:  # a picture only when it is sent or kept
+                seen = env.observe()
+                observation |= {camera: seen["image"], "observation.state": seen["proprio"]}
+                if keep:
+                    frames.append(seen["image"])
+            began = time.perf_counter()
+            action = player.step(observation)
+            rollout.seconds += time.perf_counter() - began
+            rollout.requests = player.requests
+        rollout.success = bool(env.step(action))
+        rollout.steps += 1
+    if keep:
+        frames.append(env.observe()["image"])
+        rollout.frames = np.stack(frames)
+    return rollout
+
+
+def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
+    """Success overall and per task, with the blanked policy, random actions and the expert beside it."""
+
+    def rate(controller: str, task: str | None = None) -> float | None:
+        chosen = [r.success for r in rollouts if r.controller == controller and task in (None, r.task)]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    out: list[Result] = []
+    tasks = sorted({r.task for r in rollouts})
+    count = lambda controller, task=None: sum(r.controller == controller and task in (None, r.task) for r in rollouts)
+
+    def add(name: str, controller: str, baselines: tuple[str, ...], task: str | None = None) -> None:
+        value = rate(controller, task)
+        baseline = next((b for b in baselines if rate(b, task) is not None), None)
+        if value is not None and baseline is not None:
+            out.append(
+                Result(
+                    name=name,
+                    value=value,
+                    unit="share",
+                    better="higher",
+                    baseline_name=baseline,
+                    baseline_value=rate(baseline, task),  # type: ignore[arg-type]
+                    n=count(controller, task),
+                    seed=seed,
+                )
+            )
+
+    add("policy.success", "policy", ("blanked_images", "random"))
+    add("policy.success_over_random", "policy", ("random",))
+    add("expert_tokens.success", "expert_tokens", ("random",))
+    for task in tasks:
+        add(f"policy.success.{task}", "policy", ("blanked_images", "random"), task)
+        add(f"expert_tokens.success.{task}", "expert_tokens", ("random",), task)
+    return out
+
+
+def summarise(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Rows for a table: per controller and task, successes, episodes and the Wilson interval."""
+    rows = []
+    for controller in CONTROLLERS:
+        for task in [*sorted({r.task for r in rollouts}), None]:
+            chosen = [r for r in rollouts if r.controller == controller and task in (None, r.task)]
+            if chosen:
+                wins = sum(r.success for r in chosen)
+                low, high = wilson(wins, len(chosen))
+                rows.append(
+                    {
+                        "controller": controller,
+                        "task": task or "all",
+                        "successes": wins,
+                        "episodes": len(chosen),
+                        "low": low,
+                        "high": high,
+                    }
+                )
+    return rows
+
+
+def print_summary(rollouts: Sequence[Rollout]) -> None:
+    """A table to the console: success per controller and task with 95 % Wilson intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("controller", "task", "success", "95 % interval")
+    for row in summarise(rollouts):
+        share = row["successes"] / row["episodes"]
+        table.add_row(
+            row["controller"],
+            row["task"],
+            f"{share:.0%} of {row['episodes']}",
+            f"{row['low']:.0%} to {row['high']:.0%}",
+        )
+    Console().print(table)

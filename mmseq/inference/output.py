@@ -1,0 +1,177 @@
+"""Output: a prediction as files. JSON for numbers and text, PNG for images, MP4 for video.
+
+Where the episode knows what really happened, a strip shows it above the prediction, and the JSON
+says how far off the prediction is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmseq.embodiment import Axes
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.inference.predict import Prediction
+from mmseq.tasks import END, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.vision import fit_frames
+
+STRIP_SCALE = 2  # small frames are enlarged so that a person can see them
+STRIP_GAP = 4
+
+
+def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[str, Any]:
+    """What the episode has for the predicted side, under the names that `predict` uses.
+
+    Frames come in the size of the vision tokenizer. What the episode lacks is left out.
+    """
+    tokens = EpisodeTokens(episode, tokenizers)
+    builder = tokenizers.builder()
+    found: dict[str, list[Any]] = {}
+    lacking: set[str] = set()
+    predicted = [p for p in task.place(episode.rate_hz) if p.predicted]
+    views = builder.views(tokens.embodiment, tokens.streams)
+    cameras_of = lambda p: [p.segment.camera] if p.segment.camera else list(views)
+    several = len({c for p in predicted if p.stream in VISION_STREAMS for c in cameras_of(p)}) > 1
+    for p in predicted:
+        for camera in cameras_of(p) if p.stream in VISION_STREAMS else [None]:
+            key = f"{p.stream}.{camera}" if camera and (several or p.segment.camera) else p.stream
+            start, stop = (p.start, p.stop) if p.start is not None else (None, None)
+            if p.segment.offset == END:
+                start, stop = len(episode) - 1 - t, len(episode) - t
+            inside = start is None or stop is None or (t + start >= 0 and t + stop <= len(episode))
+            stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
+            if stream not in tokens.streams or not inside:
+                lacking.add(key)
+                continue
+            if p.stream in TEXT_STREAMS:
+                value: Any = {"text": episode.texts, "plan": episode.plans}.get(p.stream) or [
+                    str(episode.metadata.get(p.stream))
+                ]
+                found.setdefault(key, []).append(value[0])
+                continue
+            assert start is not None
+            assert stop is not None
+            window = slice(t + start, t + stop)
+            if p.stream in VISION_STREAMS:
+                value = fit_frames(episode[stream][window], tokenizers.vision.config.size)
+            elif p.stream in VECTOR_STREAMS:
+                value = episode[stream][window]
+            elif p.stream == "progress":
+                value = (t + stop - 1) / max(1, len(episode) - 1)
+            else:
+                value = float(tokens.scalar(p.stream, t + stop - 1))
+            found.setdefault(key, []).append(value)
+    out: dict[str, Any] = {}
+    for key, values in found.items():
+        if key in lacking:
+            continue
+        if isinstance(values[0], np.ndarray):
+            joined = np.concatenate(values)
+            out[key] = joined[0] if key.startswith("image") and len(joined) == 1 else joined
+        else:
+            out[key] = values[0] if len(values) == 1 else values
+    return out
+
+
+def write_prediction(
+    prediction: Prediction,
+    episode: Episode,
+    tokenizers: Tokenizers,
+    out: str | Path | None = None,
+    name: str = "prediction",
+) -> dict[str, Any]:
+    """What was predicted and, where it is known, what is true, as a dictionary that fits into JSON.
+
+    out: a folder; the dictionary is written there as `<name>.json`, pictures as `<name>_<stream>.png`
+    (with `_real_above_predicted.png` beside it where the truth exists) and video as MP4.
+    """
+    real = truth(prediction.task, episode, prediction.t, tokenizers)
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "task": str(prediction.task),
+        "episode": episode.id,
+        "t": prediction.t,
+        "rate_hz": episode.rate_hz,
+        "embodiment": episode.embodiment,
+        "streams": {},
+    }
+    for key, value in prediction.streams.items():
+        stream = key.partition(".")[0]
+        if stream in VISION_STREAMS:
+            record["streams"][key] = _write_vision(value, real.get(key), folder, f"{name}_{key}", episode.rate_hz)
+        elif stream in VECTOR_STREAMS:
+            axes = getattr(tokenizers.embodiment(episode.embodiment), stream)
+            record["streams"][key] = _vectors(value, real.get(key), axes)
+        else:
+            entry: dict[str, Any] = {"value": value}
+            if key in real:
+                entry["real"] = real[key]
+            record["streams"][key] = entry
+    if folder is not None:
+        (folder / f"{name}.json").write_text(to_json(record) + "\n")
+    return record
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """Indented JSON with one line for each list of plain values, such as the action of one step."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    join = lambda match: "[" + ", ".join(part.strip() for part in match[1].split(",\n")) + "]"
+    return re.sub(r"\[\n([^\[\]{}\"]*)\]", join, text)
+
+
+def _vectors(value: np.ndarray, real: np.ndarray | None, axes: Axes) -> dict[str, Any]:
+    rounded = lambda a: [[float(f"{x:.6g}") for x in row] for row in np.asarray(a, dtype=np.float64)]
+    entry: dict[str, Any] = {"axes": list(axes.names), "units": list(axes.units), "value": rounded(value)}
+    if real is not None:
+        entry["real"] = rounded(real)
+        errors = np.abs(value - real).mean(0)
+        entry["mean_absolute_error"] = {n: float(f"{e:.6g}") for n, e in zip(axes.names, errors)}
+    return entry
+
+
+def _write_vision(
+    value: np.ndarray, real: np.ndarray | None, folder: Path | None, name: str, rate_hz: float
+) -> dict[str, Any]:
+    frames = value[None] if value.ndim == 3 else value
+    entry: dict[str, Any] = {"shape": list(value.shape)}
+    truth_frames = None if real is None else (real[None] if real.ndim == 3 else real)
+    if truth_frames is not None:
+        entry["psnr_db"] = psnr(frames, truth_frames)
+    if folder is None:
+        return entry
+    files = [f"{name}.png"]
+    Image.fromarray(strip(frames)).save(folder / files[0])
+    if value.ndim == 4:
+        from mmseq.data.video import encode_video  # data lies above inference, so it is reached for on demand
+
+        files.append(f"{name}.mp4")
+        (folder / files[-1]).write_bytes(encode_video(iter(frames), rate_hz)[0])
+    if truth_frames is not None:
+        files.append(f"{name}_real_above_predicted.png")
+        Image.fromarray(strip(truth_frames, frames)).save(folder / files[-1])
+    return entry | {"files": files}
+
+
+def strip(*rows: np.ndarray) -> np.ndarray:
+    """Rows of frames (N, H, W, 3) as one picture, enlarged, a white gap between rows."""
+    lines: list[np.ndarray] = []
+    for frames in rows:
+        line = np.concatenate(list(frames), axis=1).repeat(STRIP_SCALE, 0).repeat(STRIP_SCALE, 1)
+        if lines:
+            lines.append(np.full((STRIP_GAP, line.shape[1], 3), 255, np.uint8))
+        lines.append(line)
+    return np.concatenate(lines)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB between uint8 arrays of one shape, at most 100."""
+    mse = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return min(100.0, 10 * float(np.log10(255**2 / max(mse, 1e-12))))

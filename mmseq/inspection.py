@@ -1,0 +1,157 @@
+"""Inspect: what a checkpoint is, or how large the model of a recipe will be.
+
+mmseq inspect runs/demo/checkpoint
+mmseq inspect train/7b.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmseq.errors import CheckpointError, ConfigError
+
+STATE_BYTES = 16  # per parameter in training: bf16 weight and gradient, fp32 master weight and Adam's two moments
+
+
+def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
+    """What a checkpoint directory says about itself. Raises: CheckpointError."""
+    import torch
+
+    from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
+
+    directory = Path(directory)
+    model = SequenceModel.from_pretrained(directory, dtype=torch.bfloat16)
+    assert model.tokenizers is not None
+    out: dict[str, Any] = {
+        "checkpoint": str(directory),
+        "model": {**model.config.to_dict(), **_sizes(model)},
+        "dtype_on_disk": json.loads((directory / CONFIG_FILE).read_text()).get("dtype"),
+        "ranges": {r.name: {"first": r.start, "size": r.size} for r in model.vocabulary.ranges.values()},
+        "vocabulary": len(model.vocabulary),
+        "fingerprints": model.tokenizers.fingerprints(),
+        "embodiments": [e.to_dict() for e in model.tokenizers.embodiments.values()],
+        "mix": None,
+        "measured": None,
+    }
+    if (directory / "mix.yaml").is_file():
+        from mmseq.data.mixture import load_mix, task_name
+
+        mix = load_mix(directory / "mix.yaml")
+        out["mix"] = {
+            "name": mix.name,
+            "sources": list(mix.sources),
+            "tasks": {task_name(t): t.task for t in mix.tasks},
+        }
+    for path in (directory / "results.json", directory.parent / "results.json"):
+        if path.is_file():
+            try:
+                out["measured"] = json.loads(path.read_text())
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path} is not valid JSON: {error}", fix="measure again, or remove it"
+                ) from error
+            break
+    return out
+
+
+def inspect_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The size of a recipe's model, without allocating it.
+
+    The vocabulary comes from the recipe's tokenizers where they exist, else from `model.vocabulary`.
+    Raises: ConfigError when neither says it.
+    """
+    import torch
+
+    from mmseq.config import load_config
+    from mmseq.model.transformer import Transformer
+    from mmseq.tokenization.bundle import FILE, Tokenizers
+    from mmseq.training.config import TrainConfig
+
+    config = load_config(TrainConfig, path, overrides or [])
+    if (Path(config.data.tokenizers) / FILE).is_file():
+        tokenizers = Tokenizers.load(config.data.tokenizers)
+        config.model.vocabulary, config.model.merge = len(tokenizers.vocabulary), tokenizers.layout.merge
+    elif not config.model.vocabulary:
+        raise ConfigError(
+            f"{path}: there are no tokenizers at {config.data.tokenizers}, so the vocabulary is unknown",
+            fix="train them, or pass model.vocabulary=65536",
+        )
+    with torch.device("meta"):
+        transformer = Transformer(config.model)
+    m = config.model
+    sizes = _sizes(transformer)
+    tokens = config.data.row_tokens * config.data.rows_per_step
+    attention = 6 * m.layers * m.heads * m.head_size * config.data.row_tokens  # an upper bound: rows of one document
+    return {
+        "recipe": str(path),
+        "model": {**m.to_dict(), **sizes},
+        "tokens_per_step": tokens,
+        "tokens": tokens * config.steps,
+        "gflops_per_token": (6 * sizes["parameters_without_embeddings"] + attention) / 1e9,
+        "training_state_gib": sizes["parameters"] * STATE_BYTES / 2**30,
+        "cache_bytes_per_token": 2 * 2 * m.layers * m.kv_heads * m.head_size,
+    }
+
+
+def _sizes(module: Any) -> dict[str, int]:
+    total = sum(p.numel() for p in module.parameters())
+    tables = sum(
+        p.numel() for n, p in module.named_parameters() if n.endswith(("embed.weight", "slots.weight", "head.weight"))
+    )
+    return {"parameters": total, "parameters_without_embeddings": total - tables}
+
+
+def print_checkpoint(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    say = lambda text: console.print(text, markup=False)
+    say(f"{found['checkpoint']}: {_model_line(found['model'])}, stored as {found['dtype_on_disk']}")
+    table = Table("range", "first id", "size", box=None, pad_edge=False)
+    for name, r in found["ranges"].items():
+        table.add_row(name, str(r["first"]), str(r["size"]))
+    say(f"\nvocabulary of {found['vocabulary']} ids")
+    console.print(table)
+    for robot in found["embodiments"]:
+        cameras = ", ".join(f"{c['name']} {c['width']}x{c['height']}" for c in robot["cameras"]) or "no cameras"
+        say(f"\nembodiment {robot['name']}: {robot['rate_hz']:g} Hz, {cameras}, {robot['action_form']} actions")
+        for stream in ("proprio", "action"):
+            if robot[stream]:
+                axes = zip(robot[stream]["names"], robot[stream]["units"], robot[stream]["low"], robot[stream]["high"])
+                say(f"  {stream}: " + ", ".join(f"{n} {low:g} to {high:g} {u}" for n, u, low, high in axes))
+    if found["mix"]:
+        say(f"\ntrained on the mix {found['mix']['name']!r} of {', '.join(found['mix']['sources'])}")
+        for name, task in found["mix"]["tasks"].items():
+            say(f"  {name}: {task}")
+    if found["measured"] is None:
+        say("\nnothing is measured yet: there is no results.json in or beside the checkpoint")
+    else:
+        say("\nmeasured")
+        for name, value in flat(found["measured"]):
+            say(f"  {name}: {value}")
+
+
+def print_recipe(found: dict[str, Any]) -> None:
+    print(f"{found['recipe']}: {_model_line(found['model'])}, vocabulary {found['model']['vocabulary']}")
+    print(f"{found['tokens_per_step']:,} tokens a step, {found['tokens']:,} in all")
+    print(f"at most {found['gflops_per_token']:.2f} GFLOP a token (rows of one document), forward and backward")
+    print(f"{found['training_state_gib']:.1f} GiB of weights, gradients, Adam, divided by the ranks with ZeRO-3")
+    print(f"{found['cache_bytes_per_token'] / 1024:.1f} KiB of key/value cache a token in bf16")
+
+
+def _model_line(m: dict[str, Any]) -> str:
+    return (
+        f"{m['parameters'] / 1e6:,.2f} M parameters "
+        f"({m['parameters_without_embeddings'] / 1e6:,.2f} M without embeddings), "
+        f"width {m['width']}, {m['layers']} layers, {m['heads']} heads, {m['kv_heads']} key/value heads"
+    )
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested numbers as (dotted name, text)."""
+    if isinstance(value, dict):
+        return [line for k, v in value.items() for line in flat(v, f"{prefix}.{k}" if prefix else str(k))]
+    return [(prefix, f"{value:.4g}" if isinstance(value, float) else value)]

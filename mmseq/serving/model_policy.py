@@ -1,0 +1,218 @@
+"""ModelPolicy: a checkpoint as the server sees it.
+
+    serve_checkpoint("runs/demo/checkpoint", port=8000)
+
+An observation holds what is known now: `observation.images.<camera>` uint8 (H, W, 3), or (n, H, W, 3)
+with the past frames that end now; `observation.state` float32 (axes,); `prompt`. For other arrows also
+`action` float32 (n, axes) from now on, `goal.images.<camera>` (what a given `image@+n` or `image@end`
+shows) and `question`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.embodiment import Axes
+from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
+from mmseq.inference.decoding import Decoder, Request
+from mmseq.inference.predict import to_streams
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.tasks import Task
+from mmseq.tokenization.bundle import Tokenizers
+
+_FUTURE = 1 << 20  # an observation has no end
+_IMAGES, _GOAL = "observation.images.", "goal.images."
+
+
+class ObservationTokens:
+    """The tokens of what is known now. Implements `TokenSource`; step `now` is the present."""
+
+    def __init__(self, observation: dict[str, Any], tokenizers: Tokenizers, embodiment: str | None):
+        self.tokenizers, self.embodiment = tokenizers, embodiment
+        self.rate_hz = (
+            tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
+        )
+        self._observation = observation
+        self._frames = {k.removeprefix(_IMAGES): _stack(v) for k, v in observation.items() if k.startswith(_IMAGES)}
+        self._goals = {k.removeprefix(_GOAL): _stack(v) for k, v in observation.items() if k.startswith(_GOAL)}
+        self.now = max((len(f) for f in self._frames.values()), default=1) - 1
+
+    def __len__(self) -> int:
+        return self.now + _FUTURE
+
+    @property
+    def streams(self) -> list[str]:
+        present = [f"image.{camera}" for camera in self._frames]
+        keys = {
+            "prompt": "text",
+            "question": "question",
+            "plan": "plan",
+            "observation.state": "proprio",
+            "action": "action",
+        }
+        return present + [stream for key, stream in keys.items() if self._observation.get(key) is not None]
+
+    def text(self, stream: str, variant: int) -> np.ndarray:
+        key = "prompt" if stream == "text" else stream
+        if not isinstance(self._observation.get(key), str):
+            raise TaskError(f"the observation has no {key!r}", fix=f"send {key} as a string")
+        return self.tokenizers.text.encode(self._observation[key])
+
+    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
+        if stop > self.now + 1:
+            if camera not in self._goals:
+                raise TaskError(
+                    f"this arrow is given a future image and the observation has no goal.images.{camera}",
+                    fix=f"send goal.images.{camera} as uint8 (H, W, 3)",
+                )
+            return self.tokenizers.vision.encode(self._goals[camera][:1])
+        frames = self._frames[camera]
+        first = start - (self.now + 1 - len(frames))
+        if first < 0:
+            raise TaskError(
+                f"this arrow needs {stop - start} frames of {camera!r}, the observation has {len(frames)}",
+                fix=f"send {_IMAGES}{camera} with shape (frames, H, W, 3)",
+            )
+        return self.tokenizers.vision.encode(frames[first : first + stop - start])
+
+    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
+        key = "observation.state" if stream == "proprio" else stream
+        values = np.atleast_2d(np.asarray(self._observation[key]))
+        axes: Axes | None = getattr(self.tokenizers.embodiment(self.embodiment), stream)
+        if axes is None:
+            raise TaskError(f"embodiment {self.embodiment!r} has no {stream}")
+        if len(values) < stop - start:
+            raise TaskError(f"this arrow needs {stop - start} steps of {key!r}, the observation has {len(values)}")
+        checked = axes.check(values[: stop - start], what=key, where="observation")
+        return getattr(self.tokenizers, stream).encode(checked, axes)
+
+    def scalar(self, stream: str, step: int) -> int:
+        raise TaskError(f"{stream} is predicted, it cannot be given in an observation")
+
+
+def _stack(image: Any) -> np.ndarray:
+    image = np.asarray(image)
+    return image[None] if image.ndim == 3 else image
+
+
+class ModelPolicy:
+    """Serves one checkpoint. Implements `mmseq.serving.Policy`.
+
+    arrow: the task that `infer` runs; default: the mix's task named `policy`, else the first of its
+    tasks that predicts actions from text, image and proprio. blank_images: replaces every frame by
+    mid-grey, for measuring what a policy does without seeing.
+    """
+
+    def __init__(
+        self, model: SequenceModel, *, arrow: str | None = None, name: str = "model", blank_images: bool = False
+    ):
+        tokenizers = model.tokenizers
+        assert tokenizers is not None
+        self.model, self.tokenizers, self.name, self.blank_images = model, tokenizers, name, blank_images
+        self.tasks: dict[str, str] = getattr(model, "mix_tasks", {}) or {}
+        chosen = (
+            arrow
+            or self.tasks.get("policy")
+            or next((a for a in self.tasks.values() if [s.stream for s in Task.parse(a).predicted] == ["action"]), None)
+        )
+        if chosen is None:
+            raise CheckpointError(f"{name} was trained on no task that predicts actions", fix="name one with arrow=")
+        self.arrow = Task.parse(self.tasks.get(chosen, chosen))
+        segments = [s for s in self.arrow.predicted if s.stream == "action"]
+        if not segments:
+            raise ConfigError(f"the arrow {self.arrow} predicts no action, so it is no policy")
+        self.robots = {n: e for n, e in tokenizers.embodiments.items() if e.action is not None}
+        if not self.robots:
+            raise CheckpointError(f"{name} knows no embodiment with actions")
+        rate = next(iter(self.robots.values())).rate_hz
+        self.horizon = segments[-1].length.steps(rate)  # type: ignore[union-attr]
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str = "cpu", **options: Any) -> ModelPolicy:
+        """Load a checkpoint directory, with the tasks of the mix it was trained on."""
+        from mmseq.data.mixture import load_mix, task_name
+
+        model = SequenceModel.from_pretrained(directory, device=device)
+        mix = Path(directory) / "mix.yaml"
+        if mix.is_file():
+            model.mix_tasks = {task_name(t): t.task for t in load_mix(mix).tasks}  # type: ignore[assignment]
+        return cls(model, name=str(Path(directory).name), **options)
+
+    def contract(self) -> dict[str, Any]:
+        given = {s.stream for s in self.arrow.given}
+        body = next(iter(self.robots.values()))
+        keys = [f"{_IMAGES}{c.name}" for c in body.cameras] if "image" in given else []
+        keys += ["observation.state"] if "proprio" in given else []
+        contract: dict[str, Any] = {
+            "name": self.name,
+            "embodiments": {n: e.to_dict() for n, e in self.robots.items()},
+            "tasks": self.tasks or {"policy": str(self.arrow)},
+            "policy": str(self.arrow),
+            "horizon": self.horizon,
+            "prefix": True,
+            "fingerprint": self.tokenizers.vocabulary.fingerprint,
+        }
+        if len(self.robots) == 1:
+            contract["required_keys"] = keys
+        return contract
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """The next chunk, float32 (horizon, axes). `action_prefix` is kept exactly as its bins."""
+        streams = self._run(self.arrow, observation)
+        return {"actions": np.asarray(streams["action"], dtype=np.float32)}
+
+    def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
+        """Every predicted stream of any arrow, by name."""
+        return self._run(Task.parse(self.tasks.get(arrow, arrow)), observation)
+
+    def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
+        name = observation.get("embodiment")
+        if name is None and len(self.robots) == 1:
+            name = next(iter(self.robots))
+        if name is not None and name not in self.robots:
+            raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
+        if self.blank_images:
+            observation = {k: np.full_like(v, 128) if k.startswith(_IMAGES) else v for k, v in observation.items()}
+        tokens = ObservationTokens(observation, self.tokenizers, name)
+        missing = task.missing(tokens.streams, given_only=True)
+        if missing:
+            raise TaskError(f"the observation cannot fill {task}: it has no {', '.join(missing)}")
+        prefix = observation.get("action_prefix")
+        if prefix is not None and len(prefix):
+            axes = self.robots[str(name)].action
+            assert axes is not None
+            checked = axes.check(np.asarray(prefix), what="action_prefix", where="observation")
+            prefix = self.tokenizers.action.encode(checked, axes)
+        else:
+            prefix = None
+        options = observation.get("options") or {}
+        decoder = Decoder(self.model, temperature=float(options.get("temperature", 0.0)))
+        request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))
+        decoded = decoder.decode(task, [request])[0]
+        return to_streams(decoded, self.tokenizers, tokens)
+
+
+def serve_checkpoint(
+    checkpoint: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    device: str = "cpu",
+    arrow: str | None = None,
+    blank_images: bool = False,
+    on_ready: Callable[..., None] | None = None,
+) -> None:
+    """Serve a checkpoint until SIGTERM or SIGINT.
+
+    Raises: ServeError when the port is in use, or the address is public and there is no token.
+    """
+    from mmseq.serving.server import ServerConfig, serve
+
+    config = ServerConfig(host=host, port=port, token=token)
+    policy = ModelPolicy.from_pretrained(checkpoint, device=device, arrow=arrow, blank_images=blank_images)
+    serve(policy, config, on_ready=on_ready)

@@ -1,0 +1,310 @@
+"""Checks an observation against the embodiment, before any model sees it.
+
+==============================  =======================  =============================================
+`observation.images.<camera>`   uint8 (H, W, 3)          RGB, the size of the contract's camera
+`observation.state`             float32 (proprio,)       in the order and units of the contract
+`prompt`                        text                     the instruction
+`embodiment`                    text, or its whole dict  which robot; may be left out if there is one
+`embodiment_fingerprint`        text                     refused unless it is the server's
+`action_prefix`                 float32 (n, action)      actions already committed, 0 <= n < horizon
+`options`                       map                      passed on to the policy
+==============================  =======================  =============================================
+
+openpi's spellings are understood as well: `/` for `.`, `state`, nested `images`, `observation/image`
+(the only or the first camera) and `observation/<camera>_image`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from mmseq.embodiment import Axes, Camera, Embodiment
+from mmseq.errors import EmbodimentError, did_you_mean
+from mmseq.serving.errors import RequestError
+from mmseq.serving.policy import Contract, image_keys
+
+IMAGES = "observation.images."
+STATE = "observation.state"
+OTHER_KEYS = ("prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservationRules:
+    """How strict the server is.
+
+    unknown_keys: `ignore` for clients that send more than the model reads. state_range: `clamp` limits a
+    state outside of the contract instead of refusing it, `ignore` passes it on. aliases: a client's own
+    key -> ours.
+    """
+
+    unknown_keys: Literal["refuse", "ignore"] = "refuse"
+    state_range: Literal["refuse", "clamp", "ignore"] = "refuse"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def canonical_keys(
+    observation: Mapping[str, Any], embodiment: Embodiment, aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """The observation under our keys; openpi's spellings and `aliases` renamed.
+
+    Raises: RequestError when two keys mean the same thing.
+    """
+    cameras = [camera.name for camera in embodiment.cameras]
+    flat: dict[str, Any] = {}
+
+    def put(key: str, value: Any) -> None:
+        ours = aliases.get(key) or _canonical_key(key, cameras)
+        if ours in ("observation", "images", "observation.images") and isinstance(value, Mapping):
+            prefix = "observation." if ours == "observation" else IMAGES
+            for name, item in value.items():
+                put(prefix + str(name), item)
+        elif ours in flat:
+            raise RequestError("unknown_key", f"{key!r} gives {ours!r} a second time", key=key)
+        else:
+            flat[ours] = value
+
+    for key, value in observation.items():
+        put(key, value)
+    return flat
+
+
+def _canonical_key(key: str, cameras: list[str]) -> str:
+    key = key.replace("/", ".")
+    if key == "state":
+        return STATE
+    if not key.startswith("observation.") or key.startswith(IMAGES):
+        return key
+    name = key.removeprefix("observation.")
+    if name == "image" and cameras:
+        return IMAGES + cameras[0]
+    if name in cameras:
+        return IMAGES + name
+    if name.removesuffix("_image") in cameras:
+        return IMAGES + name.removesuffix("_image")
+    return key
+
+
+def choose_embodiment(observation: Mapping[str, Any], contract: Contract) -> Embodiment:
+    """The embodiment an observation is for, after comparing what it says of it.
+
+    Raises: RequestError `fingerprint` that names the fields in which a given contract differs.
+    """
+    given = observation.get("embodiment")
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if name is None:
+        if len(contract.embodiments) > 1:
+            names = ", ".join(contract.embodiments)
+            raise RequestError("missing_key", f"'embodiment' is missing; this server has {names}", key="embodiment")
+        name = next(iter(contract.embodiments))
+    if not isinstance(name, str) or name not in contract.embodiments:
+        hint = did_you_mean(str(name), contract.embodiments)
+        raise RequestError("refused", f"embodiment {str(name)[:80]!r} is not served: {hint}", key="embodiment")
+    mine = contract.embodiments[name]
+    if isinstance(given, Mapping):
+        try:
+            differences = mine.differences(Embodiment.from_dict(dict(given)))
+        except (EmbodimentError, TypeError, ValueError) as error:  # arrays and bytes have no place in a contract
+            raise RequestError("wrong_type", f"'embodiment': {str(error)[:500]}", key="embodiment") from error
+        if differences:
+            raise RequestError(
+                "fingerprint",
+                f"embodiment {name!r} differs between server and client: {'; '.join(differences)}",
+                key="embodiment",
+                fix="use the contract that the model was trained with",
+            )
+    fingerprint = observation.get("embodiment_fingerprint")
+    if fingerprint is not None and _check_text(fingerprint, "embodiment_fingerprint") != mine.fingerprint:
+        raise RequestError(
+            "fingerprint",
+            f"'embodiment_fingerprint' is {str(fingerprint)[:40]!r}, the server's {name!r} is {mine.fingerprint!r}",
+            key="embodiment_fingerprint",
+            fix="send the contract as 'embodiment' to have the fields named that differ",
+        )
+    return mine
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def check_image(value: Any, camera: Camera, *, key: str, frames: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) in the camera's size, or with `frames` also (T, H, W, 3). Raises: RequestError."""
+    expected = f"uint8 ({camera.height}, {camera.width}, 3)"
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
+        fix = "send 0..255" if isinstance(value, np.ndarray) and value.dtype.kind == "f" else None
+        raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected {expected}", key=key, fix=fix)
+    shape = value.shape[1:] if frames and value.ndim == 4 and len(value) else value.shape
+    if shape != (camera.height, camera.width, 3):
+        if shape == (3, camera.height, camera.width):
+            fix = "put the channels last"
+        else:
+            fix = "resize on the client, as in training"
+        raise RequestError("wrong_shape", f"{key!r} is {_describe(value)}, expected {expected}", key=key, fix=fix)
+    return value
+
+
+def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: str = "refuse") -> np.ndarray:
+    """float32 (axes,) for ndim 1, (n, axes) for ndim 2, in the axes' limits.
+
+    Raises: RequestError that names the axis, what was got and what is expected.
+    """
+    expected = f"float32 {f'(n, {len(axes)})' if ndim == 2 else f'({len(axes)},)'} for axes {list(axes.names)}"
+    if isinstance(value, list):  # from JSON and from clients without arrays
+        try:
+            value = np.asarray(value, dtype=np.float32)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise RequestError(
+                "wrong_type", f"{key!r} is not a list of numbers, expected {expected}", key=key
+            ) from error
+        if ndim == 2 and not value.size:
+            value = value.reshape(0, len(axes))
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+        raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected {expected}", key=key)
+    if value.ndim != ndim or value.shape[-1] != len(axes):
+        raise RequestError("wrong_shape", f"{key!r} is {_describe(value)}, expected {expected}", key=key)
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32, copy=False)
+    bad = ~np.isfinite(value)
+    if bad.any():
+        axis = axes.names[np.argwhere(bad)[0][-1]]
+        raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
+    if out_of_range == "ignore":
+        return value
+    low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
+    slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
+    outside = (value < low - slack) | (value > high + slack)
+    if outside.any() and out_of_range == "refuse":
+        where = tuple(np.argwhere(outside)[0])
+        i = where[-1]
+        raise RequestError(
+            "out_of_range",
+            f"{key!r} axis {axes.names[i]!r} is {value[where]:.5g}, expected {axes.minimum[i]:.5g}.."
+            f"{axes.maximum[i]:.5g} {axes.units[i]}",
+            key=key,
+            fix="check the unit and the order of the axes against the contract",
+        )
+    return np.clip(value, low, high) if outside.any() else value
+
+
+def _check_text(value: Any, key: str) -> str:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "U" and value.size == 1:
+        return str(value.reshape(())[()])
+    if not isinstance(value, str):
+        raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected text", key=key)
+    return value
+
+
+def _check_given(key: str, value: Any, embodiment: Embodiment, rules: ObservationRules, *, frames: bool) -> Any:
+    """One stream by its key; None when the key is not known."""
+    base = key.partition("@")[0] if frames else key
+    cameras = {camera.name: camera for camera in embodiment.cameras}
+    if base.startswith(IMAGES) and base.removeprefix(IMAGES) in cameras:
+        return check_image(value, cameras[base.removeprefix(IMAGES)], key=key, frames=frames)
+    if base == STATE and embodiment.proprio:
+        many = frames and isinstance(value, np.ndarray) and value.ndim == 2
+        return check_vectors(value, embodiment.proprio, key=key, ndim=2 if many else 1, out_of_range=rules.state_range)
+    return None
+
+
+def check_observation(
+    observation: Mapping[str, Any], contract: Contract, rules: ObservationRules
+) -> tuple[dict[str, Any], Embodiment]:
+    """The observation of an `infer`, under our keys and in our dtypes, and the embodiment it is for.
+
+    Raises: RequestError that names the key, what was got and what is expected.
+    """
+    embodiment = choose_embodiment(observation, contract)
+    flat = canonical_keys(observation, embodiment, rules.aliases)
+    required = contract.required(embodiment)
+    for key in required:
+        if key not in flat:
+            expected = ", ".join(required)
+            raise RequestError(
+                "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
+            )
+    known = [*image_keys(embodiment), *([STATE] if embodiment.proprio else []), *OTHER_KEYS]
+    checked: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key not in known:
+            if rules.unknown_keys == "refuse":
+                raise RequestError(
+                    "unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key
+                )
+        elif key == "prompt":
+            checked[key] = _check_text(value, key)
+        elif key == "options":
+            checked[key] = _check_options(value)
+        elif key == "action_prefix":
+            prefix = _check_prefix(value, embodiment, contract)
+            if len(prefix):
+                checked[key] = prefix
+        elif key not in ("embodiment", "embodiment_fingerprint"):
+            checked[key] = _check_given(key, value, embodiment, rules, frames=False)
+    checked["embodiment"] = embodiment.name
+    return checked, embodiment
+
+
+def _check_options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise RequestError(
+            "wrong_type", f"'options' is {_describe(value)}, expected a map with text keys", key="options"
+        )
+    return value
+
+
+def _check_prefix(value: Any, embodiment: Embodiment, contract: Contract) -> np.ndarray:
+    key = "action_prefix"
+    if not contract.prefix:
+        raise RequestError("refused", f"{key!r} is not understood by {contract.name}", key=key, fix="leave it out")
+    assert embodiment.action is not None
+    prefix = check_vectors(value, embodiment.action, key=key, ndim=2)
+    if len(prefix) >= contract.horizon:
+        raise RequestError(
+            "out_of_range", f"{key!r} has {len(prefix)} steps, expected fewer than {contract.horizon}", key=key
+        )
+    return prefix
+
+
+def check_given(
+    observation: Mapping[str, Any], contract: Contract, rules: ObservationRules
+) -> tuple[dict[str, Any], Embodiment]:
+    """The given streams of a `predict`: any arrow may need any of them, so none is required here.
+
+    Beside the keys of `infer`: a time offset as in `observation.images.front@+16`, frames (T, H, W, 3) for
+    video, `action` float32 (n, axes), and further streams as text, finite numbers or finite arrays.
+    """
+    embodiment = choose_embodiment(observation, contract)
+    checked: dict[str, Any] = {}
+    for key, value in canonical_keys(observation, embodiment, rules.aliases).items():
+        if key in ("embodiment", "embodiment_fingerprint"):
+            continue
+        if key == "prompt":
+            checked[key] = _check_text(value, key)
+        elif key == "options":
+            checked[key] = _check_options(value)
+        elif key == "action_prefix":
+            checked[key] = _check_prefix(value, embodiment, contract)
+        elif key.partition("@")[0] == "action" and embodiment.action:
+            checked[key] = check_vectors(value, embodiment.action, key=key, ndim=2)
+        elif (stream := _check_given(key, value, embodiment, rules, frames=True)) is not None:
+            checked[key] = stream
+        elif key.startswith("observation."):
+            known = [*image_keys(embodiment), STATE]
+            raise RequestError("unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key)
+        else:
+            checked[key] = _check_other(key, value)
+    checked["embodiment"] = embodiment.name
+    return checked, embodiment
+
+
+def _check_other(key: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | int | float):
+        if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
+            raise RequestError("not_finite", f"{key[:80]!r} holds a number that is not finite", key=key)
+    elif not isinstance(value, str):
+        raise RequestError("wrong_type", f"{key[:80]!r} is {_describe(value)}, expected text or an array", key=key)
+    return value

@@ -1,0 +1,189 @@
+"""What a server serves: the Policy protocol, its contract, and `ReplayPolicy`, which replays an episode."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmseq.embodiment import Embodiment
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.errors import MMSeqError, ServeError
+from mmseq.serving.errors import RequestError
+
+
+class Policy(Protocol):
+    """A model as the server sees it. Called from one thread only, one call at a time."""
+
+    def contract(self) -> dict[str, Any]:
+        """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
+        `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` (default: every
+        camera and the state) and `prefix` (whether `action_prefix` is understood, default False)."""
+        ...
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """`{"actions": float32 (horizon, axes), ...}` for a checked observation.
+
+        With `action_prefix` float32 (n, axes) the chunk begins with these n actions.
+        """
+        ...
+
+    def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
+        """The predicted streams of any arrow: arrays, text and numbers by stream name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """A policy's contract after checking, as every client receives it.
+
+    Raises (from_policy): ServeError that names what is missing or wrong.
+    """
+
+    name: str
+    embodiments: dict[str, Embodiment]
+    tasks: dict[str, str]
+    horizon: int
+    required_keys: tuple[str, ...] | None = None
+    prefix: bool = False
+    checkpoint: str | None = None
+    fingerprint: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_policy(cls, policy: Policy) -> Contract:
+        data = dict(policy.contract())
+        missing = sorted({"name", "embodiments", "tasks", "horizon"} - set(data))
+        if missing:
+            raise ServeError(f"the contract of {type(policy).__name__} lacks {', '.join(missing)}")
+        for derived in ("fingerprints", "image_keys", "protocol"):
+            data.pop(derived, None)
+        try:
+            embodiments = {name: Embodiment.from_dict(body) for name, body in dict(data.pop("embodiments")).items()}
+            json.dumps(data, allow_nan=False)
+        except (MMSeqError, TypeError, ValueError, AttributeError) as error:
+            raise ServeError(f"the contract of {type(policy).__name__} is not valid: {error}") from error
+        for name, embodiment in embodiments.items():
+            if name != embodiment.name:
+                raise ServeError(f"the contract lists embodiment {embodiment.name!r} as {name!r}")
+            if embodiment.action is None:
+                raise ServeError(f"embodiment {name!r} has no action axes", fix="serve an embodiment that acts")
+        horizon, required = data.pop("horizon"), data.pop("required_keys", None)
+        if not embodiments or type(horizon) is not int or horizon < 1:
+            raise ServeError(f"a contract needs an embodiment and a horizon of at least 1, got {horizon!r}")
+        return cls(
+            embodiments=embodiments,
+            horizon=horizon,
+            required_keys=None if required is None else tuple(required),
+            **{key: data.pop(key) for key in list(data) if key in cls.__dataclass_fields__ and key != "extra"},
+            extra=data,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What clients are sent on connecting and by `GET /v1/contract`."""
+        return {
+            "protocol": "mmseq/1",
+            "name": self.name,
+            "checkpoint": self.checkpoint,
+            "fingerprint": self.fingerprint,
+            "embodiments": {name: body.to_dict() for name, body in self.embodiments.items()},
+            "fingerprints": {name: body.fingerprint for name, body in self.embodiments.items()},
+            "tasks": self.tasks,
+            "horizon": self.horizon,
+            "image_keys": sorted({key for body in self.embodiments.values() for key in image_keys(body)}),
+            "required_keys": {name: list(self.required(body)) for name, body in self.embodiments.items()},
+            "prefix": self.prefix,
+            **self.extra,
+        }
+
+    def required(self, embodiment: Embodiment) -> tuple[str, ...]:
+        """The keys without which `embodiment` cannot be served."""
+        if self.required_keys is not None:
+            return self.required_keys
+        return (*image_keys(embodiment), *(["observation.state"] if embodiment.proprio else []))
+
+
+def image_keys(embodiment: Embodiment) -> list[str]:
+    return [f"observation.images.{camera.name}" for camera in embodiment.cameras]
+
+
+_TERM = re.compile(r"(?P<stream>[a-z]+)(\.(?P<camera>\w+))?(\[(?P<length>\d+)\])?(@\+(?P<offset>\d+)|@(?P<end>end))?")
+
+
+class ReplayPolicy:
+    """Replays the actions of one episode: a dry run of a robot's whole loop without a model.
+
+    horizon, execute: control steps of a chunk, and of it until the client asks again (default: all), by
+    which each `infer` moves on. `options: {"step": t}` replays from step t. After the last action an
+    absolute robot holds it and any other gets zeros.
+    """
+
+    def __init__(self, episode: Episode, embodiment: Embodiment, *, horizon: int = 16, execute: int | None = None):
+        if embodiment.action is None or "action" not in episode:
+            raise ServeError(f"episode {episode.id!r} and embodiment {embodiment.name!r} need actions to replay")
+        self.execute = horizon if execute is None else execute
+        if not 1 <= self.execute <= horizon:
+            raise ServeError(f"execute is {self.execute}, outside 1..{horizon}", fix="execute at most one chunk")
+        self.actions = embodiment.action.check(episode["action"], what="action", where=f"episode {episode.id!r}")
+        self.episode, self.embodiment, self.horizon, self.step = episode, embodiment, horizon, 0
+
+    def contract(self) -> dict[str, Any]:
+        return {
+            "name": f"replay of {self.episode.id}",
+            "embodiments": {self.embodiment.name: self.embodiment.to_dict()},
+            "tasks": {"policy": f"text, image, proprio -> action[{self.horizon}]"},
+            "horizon": self.horizon,
+            "prefix": True,
+        }
+
+    def chunk(self, step: int, length: int) -> np.ndarray:
+        """The actions from `step` on, float32 (length, axes), padded after the episode's end."""
+        actions = self.actions[step : step + length]
+        last = self.actions[-1] if self.embodiment.action_form == "absolute" else np.zeros_like(self.actions[-1])
+        return np.concatenate([actions, np.tile(last, (length - len(actions), 1))]).astype(np.float32)
+
+    def _start(self, observation: dict[str, Any]) -> int:
+        step = observation.get("options", {}).get("step", self.step)
+        if type(step) is not int or step < 0:
+            raise RequestError("out_of_range", f"options.step is {step!r}, expected a step from 0 on", key="options")
+        return step
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        step = self._start(observation)
+        actions = self.chunk(step, self.horizon)
+        prefix = observation.get("action_prefix")
+        if prefix is not None:
+            actions[: len(prefix)] = prefix
+        self.step = step + self.execute
+        return {"actions": actions, "step": step}
+
+    def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
+        """The recorded streams on the right of the arrow, e.g. `image -> action[8], image@+8`."""
+        step, last = self._start(observation), len(self.episode) - 1
+        prediction: dict[str, Any] = {}
+        _, found, right = self.contract()["tasks"].get(arrow, arrow).rpartition("->")
+        for term in [term.strip() for term in right.split(",")]:
+            match = _TERM.fullmatch(term)
+            if not found or not match:
+                raise RequestError("refused", f"cannot replay {term!r} of the arrow {arrow!r}", key="arrow")
+            name, length = match["stream"], int(match["length"] or 0)
+            first = last if match["end"] else step + int(match["offset"] or 0)
+            if name == "action":
+                prediction[name] = self.chunk(first, length or 1)
+            elif name == "text" and self.episode.texts:
+                prediction[name] = self.episode.texts[0]
+            elif name == "progress":
+                prediction[name] = min(first, last) / max(last, 1)
+            else:
+                cameras = [match["camera"]] if match["camera"] else self.episode.cameras
+                streams = [IMAGE_PREFIX + camera for camera in cameras] if name in ("image", "video") else [name]
+                for stream in streams:
+                    if stream not in self.episode:
+                        raise RequestError("refused", f"the episode has no stream {stream!r}", key="arrow")
+                    steps = np.minimum(np.arange(first, first + (length or 1)), last)
+                    values = self.episode[stream][steps]
+                    prediction[stream] = values if length else values[0]
+        return prediction

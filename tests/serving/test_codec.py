@@ -1,0 +1,204 @@
+import base64
+import contextlib
+import json
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mmseq.errors import ServeError
+from mmseq.serving import codec
+
+# Written out by hand from the format: a map of five, an array, text, and one scalar of each kind.
+GOLDEN_VALUE = {
+    "observation/state": np.array([0, 1], np.float32),
+    "prompt": "go",
+    "n": np.int64(3),
+    "g": np.float32(0.5),
+    "b": np.bool_(True),
+}
+GOLDEN_BYTES = (
+    b"\x85"
+    b"\xb1observation/state"
+    b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08\x00\x00\x00\x00\x00\x00\x80?\xc4\x05dtype\xa3<f4\xc4\x05shape\x91\x02"
+    b"\xa6prompt\xa2go"
+    b"\xa1n\x83\xc4\r__npgeneric__\xc3\xc4\x04data\x03\xc4\x05dtype\xa3<i8"
+    b"\xa1g\x83\xc4\r__npgeneric__\xc3\xc4\x04data\xcb?\xe0\x00\x00\x00\x00\x00\x00\xc4\x05dtype\xa3<f4"
+    b"\xa1b\x83\xc4\r__npgeneric__\xc3\xc4\x04data\xc3\xc4\x05dtype\xa3|b1"
+)
+
+dtypes = st.sampled_from(["u1", "i2", "<i8", ">i4", "f2", "<f4", ">f8", "b1", "<U3", ">U2"])
+arrays = dtypes.flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
+)
+leaves = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=8) | arrays
+messages = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.shape == b.shape and a.dtype.newbyteorder("=") == b.dtype and equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and set(a) == set(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def equal(a, b) -> bool:
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def array(**fields) -> bytes:
+    body = {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "<f4", b"shape": [2]}
+    body.update({key.encode(): value for key, value in fields.items()})
+    return msgpack.packb({"a": {key: value for key, value in body.items() if value is not ...}})
+
+
+class TestFormat:
+    def test_golden_bytes_are_written(self):
+        assert codec.pack(GOLDEN_VALUE) == GOLDEN_BYTES
+
+    def test_golden_bytes_are_read(self):
+        value = codec.unpack(GOLDEN_BYTES)
+        assert list(value) == list(GOLDEN_VALUE)
+        assert all(same(GOLDEN_VALUE[key], value[key]) for key in value)
+        assert [type(value[key]) for key in "ngb"] == [np.int64, np.float32, np.bool_]
+
+    @settings(max_examples=100, deadline=None)
+    @given(messages)
+    def test_what_is_packed_comes_back(self, value):
+        try:
+            data = codec.pack(value)
+        except ServeError:  # an integer beyond 64 bits, a lone surrogate
+            return
+        assert same(value, codec.unpack(data))
+
+    def test_text_keys_serve_clients_without_bytes_keys(self):
+        body = {"__ndarray__": True, "data": b"\1\2", "dtype": "|u1", "shape": [2]}
+        assert codec.unpack(msgpack.packb(body)).tolist() == [1, 2]
+
+    def test_json_holds_the_same_as_base64(self):
+        sent = json.loads(codec.to_json({"a": np.array([[1, 2]], np.uint8)}))
+        assert sent["a"] == {
+            "__ndarray__": True,
+            "data": base64.b64encode(b"\1\2").decode(),
+            "dtype": "|u1",
+            "shape": [1, 2],
+        }
+        value = codec.from_json(codec.to_json(GOLDEN_VALUE))
+        assert all(same(GOLDEN_VALUE[key], value[key]) for key in GOLDEN_VALUE)
+
+    def test_decoded_arrays_are_views_of_the_message(self):
+        assert not codec.unpack(codec.pack(np.zeros(3))).flags.writeable
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        [
+            (array(dtype="|O"), "dtype"),
+            (array(dtype="f4,f4"), "dtype"),
+            (array(dtype="<M8[s]"), "dtype"),
+            (array(dtype="<c8"), "dtype"),
+            (array(dtype="|V8"), "dtype"),
+            (array(dtype=4), "dtype"),
+            (array(shape=[3]), "12 bytes, got 8"),
+            (array(shape=[-2]), "sizes"),
+            (array(shape=[True, 2]), "sizes"),
+            (array(shape=2), "sizes"),
+            (array(shape=[0, 2**62]), "limit"),
+            (array(shape=[2**40]), "limit"),
+            (array(shape=[1] * 9 + [2]), "axes"),
+            (array(data="text"), "bytes"),
+            (array(data=...), "fields"),
+            (array(more=1), "fields"),
+            (array(dtype="<U2", data=b"\xff" * 8, shape=[]), "character"),
+            (array(dtype="|b1", data=b"\2", shape=[1]), "bool"),
+            (msgpack.packb({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}), "cannot be '300'"),
+            (msgpack.packb({b"__npgeneric__": True, b"data": b"x", b"dtype": "<f4"}), "cannot be"),
+            (msgpack.packb(msgpack.ExtType(5, b"x")), "extension"),
+            (msgpack.packb(msgpack.Timestamp(1)), "extension"),
+            (b"\x80\x80", "follow"),
+            (b"", "ends"),
+            (b"\xdd\xff\xff\xff\xff", "values"),
+            (b"\xc6\xff\xff\xff\xff", "ends"),
+            (b"\x91" * 5000 + b"\xc0", "deep"),
+            (b"\x92" + (b"\xdc\xff\xff" + b"\x90" * 65535) * 2, "values"),
+            (b"\xa1\xff", "malformed"),
+            (b"\x81\x01\x02", "malformed"),
+        ],
+    )
+    def test_malformed_and_oversized_messages(self, data, words):
+        with pytest.raises(ServeError, match=words):
+            codec.unpack(data)
+
+    def test_the_message_limit(self):
+        with pytest.raises(ServeError, match="the limit is 10"):
+            codec.unpack(b"\0" * 11, codec.Limits(max_message_bytes=10))
+
+    @pytest.mark.parametrize(
+        "value", [object(), np.array([object()]), np.zeros(2, "c8"), 2**70, {"a": {1, 2}}, "\ud800"]
+    )
+    def test_what_cannot_be_sent(self, value):
+        with pytest.raises(ServeError):
+            codec.pack(value)
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"", b"{", b"NaN", b"[" * 100_000, b"1" * 5000, b"\xff", b"[" * 20 + b"]" * 20]
+        + [b'{"__ndarray__": true, "data": "?", "dtype": "<f4", "shape": []}', b"[" + b"1," * 70_000 + b"1]"],
+    )
+    def test_malformed_json(self, data):
+        with pytest.raises(ServeError):
+            codec.from_json(data)
+
+    def test_a_message_is_a_map_with_text_keys(self):
+        for value in ([], 3, {b"a": 1}):
+            with pytest.raises(ServeError, match="map"):
+                codec.message(value)
+
+
+class TestHostileBytes:
+    """Whatever arrives, the only exception is a ServeError."""
+
+    @settings(max_examples=400, deadline=None)
+    @given(st.binary(max_size=200))
+    @example(b"\x81\xc4\x0b__ndarray__\xc3")
+    def test_random_bytes(self, data):
+        for decode in (codec.unpack, codec.from_json):
+            with contextlib.suppress(ServeError):
+                codec.pack(decode(data))
+
+    @settings(max_examples=400, deadline=None)
+    @given(
+        messages.map(lambda value: {"k": value, **GOLDEN_VALUE}),
+        st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255), st.sampled_from("sdi")), max_size=4),
+    )
+    def test_mutated_messages(self, value, edits):
+        try:
+            data = bytearray(codec.pack(value))
+        except ServeError:
+            return
+        for where, byte, kind in edits:
+            at = int(where * (len(data) - 1))
+            if kind == "s":
+                data[at] = byte
+            elif kind == "d":
+                del data[at : at + 1 + byte % 4]
+            else:
+                data[at:at] = bytes([byte])
+            if not data:
+                return
+        try:
+            found = codec.unpack(bytes(data))
+        except ServeError:
+            return
+        repr(found)

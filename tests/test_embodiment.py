@@ -1,0 +1,101 @@
+"""The contract of a robot: complete, fingerprinted, and enforced value by value."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from mmseq.embodiment import Axes, Embodiment, Gripper
+from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.testing import tiny
+
+
+def test_it_survives_the_disk(tmp_path):
+    robot = tiny.embodiment()
+    robot.save(tmp_path / "arm.json")
+    again = Embodiment.load(tmp_path / "arm.json")
+    assert again == robot
+    assert again.fingerprint == robot.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rate_hz": 10.0}, "rate_hz: 20.0 against 10.0"),
+        ({"action_form": "absolute"}, "action_form: delta against absolute"),
+        ({"gripper": Gripper(axis="g", open=1.0, closed=-1.0)}, "gripper.closed: 1.0 against -1.0"),
+        ({"proprio": None}, "proprio"),
+    ],
+)
+def test_a_mismatch_names_the_field(change, named):
+    robot = tiny.embodiment()
+    other = dataclasses.replace(robot, **change)
+    assert other.fingerprint != robot.fingerprint
+    with pytest.raises(FingerprintError, match="between the model and the robot") as caught:
+        robot.require_same(other, mine="the model", theirs="the robot")
+    assert named in str(caught.value)
+
+
+def test_statistics_come_from_the_values():
+    values = np.linspace(-1, 1, 101)[:, None] * [1.0, 2.0]
+    found = Axes.from_values(values, ["a", "b"], ["m", "rad"], margin=0.1)
+    np.testing.assert_allclose(found.low, [-0.98, -1.96], rtol=1e-5)
+    np.testing.assert_allclose(found.high, [0.98, 1.96], rtol=1e-5)
+    np.testing.assert_allclose(found.minimum, [-1.2, -2.4], rtol=1e-5)
+    found.check(values, what="action", where="here")
+    with pytest.raises(EpisodeError, match="shape"):
+        Axes.from_values(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.full((3, 3), np.nan), "axis 'x' is nan at step 0"),
+        (np.array([[0, 0, 0], [0, 0, np.inf]]), "axis 'z' is inf at step 1"),
+        (np.array([[0, 0, 0], [0, 1.5, 0]]), "axis 'y' is 1.5 at step 1, outside"),
+        (np.zeros((3, 2)), r"shape \(3, 2\), expected \(steps, 3\)"),
+        (np.array([["a", "b", "c"]]), "expected numbers"),
+    ],
+)
+def test_a_bad_value_is_named_with_axis_and_step(values, says):
+    with pytest.raises(EpisodeError, match=says):
+        tiny.axes("xyz").check(values, what="action", where="episode 'e'")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""},
+        {"rate_hz": 0},
+        {"rate_hz": float("nan")},
+        {"action_form": "torque"},
+        {"gripper": Gripper(axis="thumb", open=0, closed=1)},
+    ],
+)
+def test_an_incomplete_contract_is_refused(change):
+    with pytest.raises(EmbodimentError):
+        dataclasses.replace(tiny.embodiment(), **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"low": (0.0,)}, {"high": (float("inf"),) * 3}, {"low": (2.0,) * 3}, {"units": ()}, {"maximum": (-2.0,) * 3}],
+)
+def test_axes_that_contradict_themselves_are_refused(change):
+    with pytest.raises(EmbodimentError):
+        dataclasses.replace(tiny.axes("xyz"), **change)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "a"}', '{"name": "a", "rate_hz": 5, "wheels": 4}', '"a"'])
+def test_a_broken_file_is_an_embodiment_error(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(EmbodimentError):
+        Embodiment.load(tmp_path / "bad.json")
+    with pytest.raises(EmbodimentError, match="cannot read"):
+        Embodiment.load(tmp_path / "absent.json")
+
+
+def test_the_dictionary_is_plain_json():
+    data = tiny.embodiment().to_dict()
+    assert json.loads(json.dumps(data)) == data

@@ -1,0 +1,141 @@
+"""The builder: the length is known beforehand, and learning happens only where the task predicts."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmseq.errors import TaskError
+from mmseq.sequence import RANGES, SLOTS, Layout, merge_codes, sequence_length, split_codes
+from mmseq.tasks import Task
+from mmseq.testing import tiny
+from mmseq.tokenization.bundle import EpisodeTokens
+from mmseq.vocabulary import RANGE_OF_STREAM
+
+SEGMENTS = (
+    "text",
+    "plan",
+    "image",
+    "image.front",
+    "image@+3",
+    "image@end",
+    "video[2]",
+    "demo[3]",
+    "proprio",
+    "action[3]",
+)
+EXTRA = ("action[0.1s]@+2", "progress", "success", "proprio@+1")
+
+
+def arrows():
+    side = st.lists(st.sampled_from(SEGMENTS + EXTRA), min_size=1, max_size=4).map(", ".join)
+    plain = st.tuples(side, side).map(" -> ".join)
+    return plain | st.tuples(plain, st.integers(1, 3)).map(lambda x: f"text, ({x[0]}) * {x[1]}")
+
+
+def worlds():
+    """(bundle, tokens) by name: one and two cameras, merged and not, and video without a robot."""
+    two = tiny.embodiment("two", ("front", "wrist"))
+    lone = tiny.episode(2)
+    lone.streams["image.side"] = lone.streams["image.front"]
+    out = {}
+    for name, merge, robot in (("one", 2, tiny.embodiment()), ("two", 2, two), ("unmerged", 1, two)):
+        bundle = tiny.tokenizers((robot,), merge=merge)
+        out[name] = (bundle, EpisodeTokens(tiny.episode(1, robot=robot), bundle))
+    partial = tiny.episode(3, robot=two)
+    del partial.streams["image.wrist"]
+    out["lost a camera"] = (bundle, EpisodeTokens(partial, bundle))
+    extra = tiny.tokenizers((tiny.embodiment(),))
+    out["a camera too many"] = (extra, EpisodeTokens(lone, extra))
+    bare = tiny.tokenizers(())
+    film = tiny.video(4)
+    out["video"] = (bare, EpisodeTokens(film, bare))
+    film = tiny.video(5)
+    film.streams["image.other"] = film.streams["image.main"]
+    out["video of two cameras"] = (bare, EpisodeTokens(film, bare))
+    return out
+
+
+WORLDS = worlds()
+
+
+@settings(max_examples=400, deadline=None)
+@given(arrows(), st.sampled_from(list(WORLDS)), st.integers(0, 1))
+def test_the_length_is_known_without_the_data(arrow, world, variant):
+    bundle, tokens = WORLDS[world]
+    task, builder = Task.parse(arrow), bundle.builder()
+    if task.missing(tokens.streams):
+        return
+    moments = task.moments(len(tokens), tokens.rate_hz)
+    now = moments[len(moments) // 2]
+    sequence = builder.build(task, tokens, now, variant)
+    known = sequence_length(
+        task.place(tokens.rate_hz),
+        bundle.layout,
+        rate_hz=tokens.rate_hz,
+        cameras=len(builder.views(tokens.embodiment, tokens.streams)),
+        numbered=len(builder.numbered(tokens.embodiment, tokens.streams)) > 1,
+        axes={"proprio": 3, "action": 4},
+        text_lengths={s: len(tokens.text(s, variant)) for s in ("text", "plan") if s in tokens.streams},
+    )
+    assert known == len(sequence) == len(sequence.slots)
+    assert sequence.slots.min() >= 0
+    assert sequence.slots.max() < SLOTS
+    # learning: exactly the tokens of predicted segments, each in the range of its stream
+    learned = {int(at) + 1: RANGES[r] for at, r in zip(sequence.target_at, sequence.target_range)}
+    wanted = {i: RANGE_OF_STREAM[s.stream] for s in sequence.segments if s.predicted for i in range(s.start, s.stop)}
+    assert learned == wanted
+    for at, name in learned.items():
+        assert bundle.vocabulary.range_of(int(sequence.ids[at])) == name
+
+
+def test_the_header_of_a_segment_says_camera_and_time():
+    bundle, tokens = WORLDS["two"]
+    sequence = bundle.builder().build(Task.parse("image.wrist -> image.wrist@+3"), tokens, 0)
+    names = [bundle.vocabulary.describe(int(i)) for i in sequence.ids]
+    assert names[:4] == ["<bos>", "<two>", "<image>", "<camera_1>"]
+    given_span, predicted = sequence.segments
+    header = names[given_span.stop : predicted.start]
+    assert header[:2] == ["<image>", "<camera_1>"]
+    assert header[2].startswith("<time_")
+    assert names[-1] == "<eos>"
+    assert len(sequence.patch_at) == bundle.layout.merged_tokens
+    assert predicted.stop - predicted.start == bundle.layout.frame_tokens
+
+
+def test_a_camera_outside_the_contract_is_refused():
+    bundle, tokens = WORLDS["a camera too many"]
+    with pytest.raises(TaskError, match="no camera 'side'"):
+        bundle.builder().build(Task.parse("image.side -> text"), tokens, 0)
+
+
+def test_leaving_the_episode_is_an_error_with_the_steps():
+    bundle, tokens = WORLDS["one"]
+    with pytest.raises(TaskError, match="needs steps 22 to 25 of an episode of 24 steps"):
+        bundle.builder().build(Task.parse("image -> action[4]"), tokens, 22)
+
+
+def test_a_latent_needs_its_tokenizer():
+    bundle, tokens = WORLDS["one"]
+    with pytest.raises(TaskError, match="latent-action tokenizer"):
+        bundle.builder().build(Task.parse("image -> latent"), tokens, 0)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_merging_is_undone(merge, rows, columns, frames):
+    layout = Layout((rows * merge, columns * merge), merge)
+    codes = np.arange(frames * layout.frame_tokens).reshape(frames, -1)
+    patches = merge_codes(codes, layout)
+    assert patches.shape == (frames, layout.merged_tokens, merge**2)
+    assert np.array_equal(split_codes(patches, layout), codes)
+
+
+def test_neighbours_are_merged():
+    assert merge_codes(np.arange(16)[None], Layout((4, 4), 2))[0, 0].tolist() == [0, 1, 4, 5]
+
+
+def test_a_merge_that_does_not_fit_is_refused():
+    with pytest.raises(TaskError, match="does not divide"):
+        Layout((5, 4), 2)
+    with pytest.raises(TaskError, match="at most 256"):
+        Layout((32, 32), 2)
