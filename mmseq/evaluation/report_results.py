@@ -12,7 +12,7 @@ from mmseq.evaluation.figures import number, track
 from mmseq.evaluation.markup import Section, split_name, table
 from mmseq.evaluation.pictures import moving_picture
 from mmseq.evaluation.results import Result, wilson
-from mmseq.evaluation.wording import CEILINGS, baseline_words, measure_words, task_sentence, task_title
+from mmseq.evaluation.wording import CEILINGS, CONTROLLERS, baseline_words, measure_words, task_sentence, task_title
 
 VIDEO_BYTES = 7_000_000  # of all rollouts together, so that the report stays below 15 MB
 VIDEOS_PER_TASK = 3
@@ -35,12 +35,16 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> Section | N
             measures.append([result])
     rows: dict[bool, list[str]] = {False: [], True: []}
     for task, measures in by_task.items():
-        kept = rows[task.endswith("_tokenizer")]
-        kept.append(
-            f'<tr class="group"><td colspan="5">{escape(task_title(task))}'
-            f"<span>{escape(task_sentence(task))}</span></td></tr>"
-        )
-        kept += [_headline_row(row, intervals, gains, db_range) for row in measures]
+        for aside in (False, True):
+            some = [
+                row for row in measures if (task.endswith("_tokenizer") or "." in split_name(row[0].name)[1]) == aside
+            ]
+            if some:
+                rows[aside].append(
+                    f'<tr class="group"><td colspan="5">{escape(task_title(task))}'
+                    f"<span>{escape(task_sentence(task))}</span></td></tr>"
+                )
+            rows[aside] += [_headline_row(row, intervals, gains, db_range) for row in some]
     head = (
         '<tr><th>what</th><th class="n">model</th><th></th>'
         '<th class="base">baseline</th><th class="n">samples</th></tr>'
@@ -50,7 +54,7 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> Section | N
     )
     tokenizers = listed(rows[True])
     if tokenizers and rows[False]:
-        tokenizers = f"<details><summary>the tokenizers alone</summary>{tokenizers}</details>"
+        tokenizers = f"<details><summary>task by task, and the tokenizers alone</summary>{tokenizers}</details>"
     low, high = db_range
     scale = f" Bars in dB run from {low:g} to {high:g}, so their lengths are not proportions." if decibels else ""
     key = (
@@ -93,13 +97,16 @@ def _headline_row(
         low, high = 0.0, 1.0
     else:
         low, high = 0.0, 1.15 * max(result.value, *(r.baseline_value for r in row), 1e-12)
+    interval = intervals.get(result.name)
+    if interval is None and result.unit == "share" and 0 <= result.value <= 1:
+        interval = wilson(round(result.value * result.n), result.n)
     bar = track(
         result.value,
         result.baseline_value,
         low,
         high,
-        _verdict(result, gains.get(result.name)),
-        intervals.get(result.name),
+        _verdict(result, gains.get(result.name), interval),
+        interval,
         others=[r.baseline_value for r in row[1:]],
     )
     sense = "more is better" if result.better == "higher" else "less is better"
@@ -132,11 +139,13 @@ def _compared(result: Result, gain: Any) -> str:
     return {"good": ", beaten", "bad": ", not reached", "even": ", not told apart"}.get(_verdict(result, gain), "")
 
 
-def _verdict(result: Result, gain: Any) -> str:
+def _verdict(result: Result, gain: Any, interval: Any = None) -> str:
     """The colour of a bar. A ceiling is no opponent, and an interval that holds zero is no difference."""
     if result.baseline_name in CEILINGS:
         return "plain"
     if gain is not None and gain[0] <= 0 <= gain[1]:
+        return "even"
+    if gain is None and interval is not None and interval[0] <= result.baseline_value <= interval[1]:
         return "even"
     return "good" if result.gain > 0 else "bad" if result.gain < 0 else "even"
 
@@ -165,7 +174,7 @@ def closed_loop(rollouts: Sequence[Mapping[str, Any]]) -> Section | None:
                 f"{bar}<small>{100 * low:.0f} to {100 * high:.0f} %</small>",
             ]
         rows.append(cells)
-    head = ["task", *(h for p in policies for h in (f">{escape(p)}", "95 % interval (Wilson)"))]
+    head = ["task", *(h for p in policies for h in (f">{escape(CONTROLLERS.get(p, p))}", "95 % interval (Wilson)"))]
     html = (
         "<p>The model controls the robot: it looks, sends commands, looks again. An episode counts only when the task "
         "itself reports success.</p>" + table(head, rows)
