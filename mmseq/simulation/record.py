@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -202,16 +202,18 @@ def embodiment(episodes: Sequence[RecordedEpisode]) -> Embodiment:
     if not episodes:
         raise EpisodeError("an embodiment needs recorded episodes for its statistics")
     height, width = episodes[0].images.shape[1:3]
+    # the statistics are of the data, the limits of the simulator: a policy goes where no expert went
+    reach = {"minimum": (-0.8, 0.1, -0.2, -0.1), "maximum": (0.8, 1.3, 1.0, 1.5)}
+    proprio = Axes.from_values(
+        np.concatenate([episode.proprio for episode in episodes]),
+        names=PROPRIO_NAMES,
+        units=("metre", "metre", "metre", "unitless"),
+    )
     return Embodiment(
         name=ROBOT,
         rate_hz=episodes[0].rate_hz,
         cameras=(Camera(name=episodes[0].camera, height=height, width=width),),
-        proprio=Axes.from_values(
-            np.concatenate([episode.proprio for episode in episodes]),
-            names=PROPRIO_NAMES,
-            units=("metre", "metre", "metre", "unitless"),
-            margin=0.25,
-        ),
+        proprio=replace(proprio, **reach),
         # the limits are the simulator's own and so are the quantiles: the expert saturates on every axis
         action=Axes(
             names=ACTION_NAMES,

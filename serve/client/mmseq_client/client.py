@@ -33,7 +33,11 @@ class RefusedError(ClientError):
     def __init__(self, code: str, message: str, key: str | None = None):
         super().__init__(f"{code}: {message}")
         self.code = code
+        self.message = message
         self.key = key
+
+    def __reduce__(self):
+        return type(self), (self.code, self.message, self.key)
 
 
 def fingerprint(embodiment: dict[str, Any]) -> str:
