@@ -247,8 +247,10 @@ TASKS: dict[str, TaskLanguage] = {
 }
 
 
-# Short, solved by the expert through 64 bins, and the image matters: at this spread 15 % of blind replays succeed,
-# against 35 % at Meta-World's own.
+# Short, solved by the expert through 64 bins, and the image matters: at this spread 14 % of blind replays succeed,
+# against 35 % at Meta-World's own. A small convolutional policy cloned from 40 demonstrations each in four minutes of
+# two cores solves 75 % of 20 new layouts per task, and 41 % without the image (window-open 85 / 60, faucet-close
+# 30 / 15, handle-press 90 / 20, handle-press-side 65 / 50, button-press-topdown 80 / 35, coffee-button 100 / 65).
 DEMO_TASKS = (
     "window-open",
     "faucet-close",
