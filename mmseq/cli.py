@@ -63,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         outer = commands.add_parser(name, help=help, description=help)
         return outer.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
 
+    c = add(commands, "demo", _demo, "the whole loop on a laptop: data, tokenizers, training, serving, an HTML report")
+    c.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--minutes", type=float, default=10.0, help="about how long it may take (default: 10)")
+    c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: six in which the image matters")
+    c.add_argument("--data", metavar="LEROBOT_V3", help="your own dataset in place of the simulator")
+    c.add_argument("--episodes", type=int, default=20, help="closed-loop episodes per task (default: 20)")
+
     add(commands, "doctor", _doctor, "what this machine has and what will be used")
 
     data = group("data", "import, tokenize and check data")
@@ -138,6 +146,25 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--device", help="default: cuda where there is one")
     c.add_argument("--out", metavar="DIR", help="write JSON, PNG and MP4 there")
 
+    c = add(commands, "serve", _serve, "serve a checkpoint to robots, on openpi's websocket protocol and HTTP")
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; a public address needs a token")
+    c.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    c.add_argument("--token-file", metavar="FILE", help="clients must send its content as `Authorization: Api-Key`")
+    c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
+    c.add_argument("--device", default="cpu")
+
+    c = add(commands, "eval", _eval, "drive the simulator through the server")
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: the demo's")
+    c.add_argument("--episodes", type=int, default=20, help="unseen layouts per task (default: 20)")
+    c.add_argument("--seed", type=int, default=100_000, help="of the first layout")
+    c.add_argument("--execute", type=int, default=2, help="control steps of each chunk before the next request")
+    c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
+    c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
+    c.add_argument("--device", default="cpu")
+    c.add_argument("--json", metavar="FILE", help="write the results there")
+
     c = add(commands, "inspect", _inspect, "what a checkpoint is, or the size of a recipe's model")
     c.add_argument("path", metavar="CHECKPOINT|RECIPE")
     c.add_argument("overrides", nargs="*", metavar="key=value", help="for a recipe")
@@ -184,6 +211,71 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     elif rest:
         raise _Usage(f"unexpected {rest[0]!r}; see `{args.parser.prog} --help`")
     return args
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from mmseq.demo import DemoConfig, run_demo
+
+    run_demo(
+        DemoConfig(
+            out=args.out,
+            seed=args.seed,
+            minutes=args.minutes,
+            tasks=[t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else [],
+            data=args.data,
+            episodes=args.episodes,
+        )
+    )
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from mmseq.serving.model_policy import serve_checkpoint
+
+    token = None
+    if args.token_file:
+        try:
+            token = Path(args.token_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--token-file {args.token_file}: {error.strerror}") from error
+        if not token:
+            raise ConfigError(f"--token-file {args.token_file} is empty")
+    serve_checkpoint(
+        args.checkpoint,
+        host=args.host,
+        port=args.port,
+        token=token,
+        device=args.device,
+        arrow=args.policy,
+        on_ready=lambda server: print(f"serving {args.checkpoint} at {server.url}", flush=True),
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from mmseq.evaluation.closed_loop import (
+        CONTROLLERS,
+        ClosedLoopConfig,
+        evaluate_checkpoint,
+        print_summary,
+        success_results,
+    )
+    from mmseq.evaluation.results import write_results
+    from mmseq.progress import progress
+    from mmseq.simulation.experts import DEMO_SPREAD, DEMO_TASKS
+
+    config = ClosedLoopConfig(
+        tasks=[t.strip() for t in args.tasks.split(",")] if args.tasks else list(DEMO_TASKS),
+        episodes=args.episodes,
+        seed=args.seed,
+        execute=args.execute,
+        spread=DEMO_SPREAD if args.spread is None else args.spread,
+        keep=0,
+        controllers=CONTROLLERS if args.baselines else ("policy", "random"),
+    )
+    with progress("driving the simulator", "episodes") as update:
+        rollouts = evaluate_checkpoint(args.checkpoint, config, device=args.device, on_progress=update)
+    print_summary(rollouts)
+    if args.json:
+        write_results(args.json, success_results(rollouts, args.seed))
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -100,7 +100,9 @@ def evaluate_checkpoint(
             return list(_run(jobs, config, on_progress))
 
 
-def _run(jobs: list[tuple], config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None) -> Iterable[Rollout]:
+def _run(
+    jobs: list[tuple], config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
+) -> Iterable[Rollout]:
     total = len(config.controllers) * len(config.tasks) * config.episodes
     done = 0
     context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
@@ -201,9 +203,10 @@ def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
     tasks = sorted({r.task for r in rollouts})
     count = lambda controller, task=None: sum(r.controller == controller and task in (None, r.task) for r in rollouts)
 
-    def add(name: str, controller: str, baseline: str, task: str | None = None) -> None:
+    def add(name: str, controller: str, baselines: tuple[str, ...], task: str | None = None) -> None:
         value = rate(controller, task)
-        if value is not None:
+        baseline = next((b for b in baselines if rate(b, task) is not None), None)
+        if value is not None and baseline is not None:
             out.append(
                 Result(
                     name=name,
@@ -211,18 +214,18 @@ def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
                     unit="share",
                     better="higher",
                     baseline_name=baseline,
-                    baseline_value=rate(baseline, task),
+                    baseline_value=rate(baseline, task),  # type: ignore[arg-type]
                     n=count(controller, task),
                     seed=seed,
                 )
             )
 
-    add("policy.success", "policy", "blanked_images")
-    add("policy.success_over_random", "policy", "random")
-    add("expert_tokens.success", "expert_tokens", "random")
+    add("policy.success", "policy", ("blanked_images", "random"))
+    add("policy.success_over_random", "policy", ("random",))
+    add("expert_tokens.success", "expert_tokens", ("random",))
     for task in tasks:
-        add(f"policy.success.{task}", "policy", "blanked_images", task)
-        add(f"expert_tokens.success.{task}", "expert_tokens", "random", task)
+        add(f"policy.success.{task}", "policy", ("blanked_images", "random"), task)
+        add(f"expert_tokens.success.{task}", "expert_tokens", ("random",), task)
     return out
 
 
@@ -246,3 +249,20 @@ def summarise(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def print_summary(rollouts: Sequence[Rollout]) -> None:
+    """A table to the console: success per controller and task with 95 % Wilson intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("controller", "task", "success", "95 % interval")
+    for row in summarise(rollouts):
+        share = row["successes"] / row["episodes"]
+        table.add_row(
+            row["controller"],
+            row["task"],
+            f"{share:.0%} of {row['episodes']}",
+            f"{row['low']:.0%} to {row['high']:.0%}",
+        )
+    Console().print(table)

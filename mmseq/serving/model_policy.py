@@ -33,7 +33,9 @@ class ObservationTokens:
 
     def __init__(self, observation: dict[str, Any], tokenizers: Tokenizers, embodiment: str | None):
         self.tokenizers, self.embodiment = tokenizers, embodiment
-        self.rate_hz = tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
+        self.rate_hz = (
+            tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
+        )
         self._observation = observation
         self._frames = {k.removeprefix(_IMAGES): _stack(v) for k, v in observation.items() if k.startswith(_IMAGES)}
         self._goals = {k.removeprefix(_GOAL): _stack(v) for k, v in observation.items() if k.startswith(_GOAL)}
@@ -45,7 +47,13 @@ class ObservationTokens:
     @property
     def streams(self) -> list[str]:
         present = [f"image.{camera}" for camera in self._frames]
-        keys = {"prompt": "text", "question": "question", "plan": "plan", "observation.state": "proprio", "action": "action"}
+        keys = {
+            "prompt": "text",
+            "question": "question",
+            "plan": "plan",
+            "observation.state": "proprio",
+            "action": "action",
+        }
         return present + [stream for key, stream in keys.items() if self._observation.get(key) is not None]
 
     def text(self, stream: str, variant: int) -> np.ndarray:
@@ -99,13 +107,17 @@ class ModelPolicy:
     mid-grey, for measuring what a policy does without seeing.
     """
 
-    def __init__(self, model: SequenceModel, *, arrow: str | None = None, name: str = "model", blank_images: bool = False):
+    def __init__(
+        self, model: SequenceModel, *, arrow: str | None = None, name: str = "model", blank_images: bool = False
+    ):
         tokenizers = model.tokenizers
         assert tokenizers is not None
         self.model, self.tokenizers, self.name, self.blank_images = model, tokenizers, name, blank_images
         self.tasks: dict[str, str] = getattr(model, "mix_tasks", {}) or {}
-        chosen = arrow or self.tasks.get("policy") or next(
-            (a for a in self.tasks.values() if [s.stream for s in Task.parse(a).predicted] == ["action"]), None
+        chosen = (
+            arrow
+            or self.tasks.get("policy")
+            or next((a for a in self.tasks.values() if [s.stream for s in Task.parse(a).predicted] == ["action"]), None)
         )
         if chosen is None:
             raise CheckpointError(f"{name} was trained on no task that predicts actions", fix="name one with arrow=")

@@ -88,17 +88,21 @@ def _create(path: Path, repo_id: str, episode: RecordedEpisode):
 
 @contextmanager
 def _quiet():
-    """Without LeRobot's page of torchcodec warnings and a progress bar per episode."""
+    """Without LeRobot's page of torchcodec warnings, a progress bar per episode and x264's own statistics."""
     require("lerobot", "lerobot")
+    import av
     import datasets
 
     logger = logging.getLogger("lerobot")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    av.logging.set_libav_level(av.logging.ERROR)
     try:
         yield
     finally:
+        av.logging.set_libav_level(av.logging.INFO)  # FFmpeg's default
+        av.logging.set_level(av.logging.get_level())  # LeRobot's encoder leaves FFmpeg writing to the terminal
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()

@@ -61,7 +61,8 @@ class TrainConfig:
     """A training run. out: its folder.
 
     max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
-    no limit. range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
+    no limit. stop_after: save and end after this step, to go on later with the same settings; 0 is never.
+    range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
     """
 
     name: str = "run"
@@ -69,6 +70,7 @@ class TrainConfig:
     seed: int = 0
     steps: int = 1000
     max_minutes: float = 0.0
+    stop_after: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

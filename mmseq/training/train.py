@@ -102,7 +102,8 @@ def train(config: TrainConfig) -> Path:
     validation = _validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
-    while state.step < state.steps:
+    last = min(state.steps, config.stop_after or state.steps)
+    while state.step < last:
         waited = time.perf_counter()
         step_data = next(data)
         began = time.perf_counter()
@@ -121,6 +122,7 @@ def train(config: TrainConfig) -> Path:
         if config.max_minutes and len(timed) == SPEED_STEPS and not found:
             state.steps = _fit_to_time(config, timed, state, world)
             log.total = state.steps
+            last = min(state.steps, config.stop_after or state.steps)
         record |= {
             "step": state.step,
             "learning_rate": config.optimizer.learning_rate * share,
@@ -132,7 +134,7 @@ def train(config: TrainConfig) -> Path:
         log.step(record, every=config.log_every)
         if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
             log.validation(state.step, _validate(engine, validation, mixture.task_names))
-        if state.step % config.save_every == 0 or state.step == state.steps:
+        if state.step % config.save_every == 0 or state.step == last:
             checkpoints.save(
                 engine,
                 state,
@@ -143,7 +145,10 @@ def train(config: TrainConfig) -> Path:
                 identity=identity,
             )
     data.close()  # type: ignore[attr-defined]
-    _export(engine, model, config, mix, out / "checkpoint", rank)
+    if state.step < state.steps:
+        log.say(f"stopped after step {state.step} of {state.steps}; run the same command again to go on")
+    else:
+        _export(engine, model, config, mix, out / "checkpoint", rank)
     barrier()
     log.close()
     return out / "checkpoint"

@@ -1,0 +1,235 @@
+"""Which moments of which held-out episodes are measured, and what the model predicts at them.
+
+Everything follows from the seed: episodes are visited in turn, so that a few samples still cover
+many episodes, and each visit takes another moment and another phrasing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmseq.episode import Episode
+from mmseq.errors import EpisodeError
+from mmseq.inference.decoding import Decoder, Request
+from mmseq.inference.predict import to_streams
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.sequence import TokenSource
+from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Segment, Task
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+
+BATCH = 64  # requests that decode together
+FULL_COUNT_PASSES = 96  # a task that decodes more tokens than this gets fewer samples
+TYPICAL_TEXT_TOKENS = 20
+CURVE_MOMENTS = 12  # of one episode, for measures over its whole length
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample: an episode, the moment that is now, and which phrasing is given."""
+
+    episode: Episode
+    tokens: EpisodeTokens
+    now: int
+    variant: int
+
+
+def readable(episodes: Iterable[Episode], tokenizers: Tokenizers) -> tuple[list[EpisodeTokens], dict[str, str]]:
+    """Episodes ready for the model, and why others are left out: their vectors leave the robot's limits."""
+    kept, excluded = [], {}
+    for episode in episodes:
+        tokens = EpisodeTokens(episode, tokenizers)
+        try:
+            for stream in VECTOR_STREAMS:
+                axes = tokens._axes(stream)
+                if axes is not None and stream in episode:
+                    axes.check(episode[stream], what=stream, where=f"episode {episode.id!r}")
+        except EpisodeError as error:
+            excluded[episode.id] = str(error)
+        else:
+            kept.append(tokens)
+    return kept, excluded
+
+
+def passes(task: Task, tokens: EpisodeTokens, tokenizers: Tokenizers) -> int:
+    """Tokens that one sample decodes, one pass through the model each."""
+    total = 0
+    for p in task.place(tokens.rate_hz):
+        if not p.predicted:
+            continue
+        steps = 1 if p.start is None or p.stop is None else p.stop - p.start
+        if p.stream in TEXT_STREAMS:
+            total += TYPICAL_TEXT_TOKENS
+        elif p.stream in VISION_STREAMS:
+            cameras = 1 if p.segment.camera else len(tokens.episode.cameras)
+            total += steps * cameras * tokenizers.layout.frame_tokens
+        elif p.stream in VECTOR_STREAMS:
+            total += steps * tokens.episode[p.stream].shape[1]
+        else:
+            total += 1
+    return total
+
+
+def why_not(task: Task, episodes: Sequence[EpisodeTokens]) -> str | None:
+    """Why none of the episodes can fill the task; None when one can."""
+    if not episodes:
+        return "there are no held-out episodes of this kind"
+    lacking = [task.missing(tokens.streams) for tokens in episodes]
+    if all(lacking):
+        reason = f"no episode has {', '.join(min(lacking, key=len))}"
+        if "latent" in reason:
+            return "this model has no latent-action tokenizer"
+        unknown = sorted({str(t.episode.embodiment) for t in episodes if t.episode.embodiment and t.embodiment is None})
+        return reason + (f" (the model does not know the embodiment {', '.join(unknown)})" if unknown else "")
+    able = [tokens for tokens, missing in zip(episodes, lacking) if not missing]
+    if not any(len(task.moments(len(t), t.rate_hz)) for t in able):
+        return f"the longest episode has {max(map(len, able))} steps, which is too short for it"
+    return None
+
+
+def draw(task: Task, episodes: Sequence[EpisodeTokens], count: int, rng: np.random.Generator) -> list[Case]:
+    """`count` cases, or all there are: one moment of each episode, then another of each, and so on."""
+    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
+    moments = [rng.permutation(np.asarray(task.moments(len(t), t.rate_hz), dtype=np.int64)) for t in order]
+    return _take_in_turn(order, moments, count, rng)
+
+
+def draw_curves(task: Task, episodes: Sequence[EpisodeTokens], count: int, rng: np.random.Generator) -> list[Case]:
+    """Evenly spaced moments from the beginning to the end of some episodes, about `count` in all."""
+    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
+    cases: list[Case] = []
+    for tokens in order:
+        moments = task.moments(len(tokens), tokens.rate_hz)
+        if len(moments) < 3:
+            continue
+        if len(cases) >= count:
+            break
+        variant = int(rng.integers(1 << 20))
+        at = np.unique(np.linspace(moments.start, moments.stop - 1, CURVE_MOMENTS).round().astype(int))
+        cases += [Case(tokens.episode, tokens, int(t), variant) for t in at]
+    return cases
+
+
+def draw_balanced(
+    task: Task, episodes: Sequence[EpisodeTokens], stream: str, count: int, rng: np.random.Generator
+) -> list[Case]:
+    """As many moments at which a yes/no stream is yes as moments at which it is no; [] when one is absent."""
+    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
+    shift = next(p.stop - 1 for p in task.place(order[0].rate_hz) if p.stream == stream and p.predicted) if order else 0
+    sides: list[list[np.ndarray]] = [[], []]
+    for tokens in order:
+        moments = rng.permutation(np.asarray(task.moments(len(tokens), tokens.rate_hz), dtype=np.int64))
+        truth = np.array([tokens.scalar(stream, int(t) + shift) for t in moments], dtype=np.int64)
+        for outcome in (0, 1):
+            sides[outcome].append(moments[truth == outcome])
+    half = min(count // 2, *(sum(map(len, side)) for side in sides))
+    return [case for side in sides for case in _take_in_turn(order, side, half, rng)]
+
+
+def _take_in_turn(
+    order: Sequence[EpisodeTokens], moments: Sequence[np.ndarray], count: int, rng: np.random.Generator
+) -> list[Case]:
+    cases: list[Case] = []
+    for visit in range(max(map(len, moments), default=0)):
+        for tokens, of_episode in zip(order, moments):
+            if visit < len(of_episode) and len(cases) < count:
+                cases.append(Case(tokens.episode, tokens, int(of_episode[visit]), int(rng.integers(1 << 20))))
+    return cases
+
+
+def predict_cases(
+    model: SequenceModel, task: Task, cases: Sequence[Case], sources: Sequence[TokenSource] | None = None
+) -> list[dict[str, Any]]:
+    """The predicted streams of each case (see `Prediction.streams`), greedily decoded, many at once.
+
+    sources: tokens to read in place of the cases' own, one per case.
+    """
+    assert model.tokenizers is not None
+    decoder = Decoder(model)
+    out: list[dict[str, Any]] = [{} for _ in cases]
+    for members in groups(cases):
+        for first in range(0, len(members), BATCH):
+            part = members[first : first + BATCH]
+            read = lambda i: cases[i].tokens if sources is None else sources[i]
+            requests = [Request(read(i), cases[i].now, cases[i].variant) for i in part]
+            for i, decoded in zip(part, decoder.decode(task, requests)):
+                out[i] = to_streams(decoded, model.tokenizers, cases[i].tokens)
+    return out
+
+
+def groups(cases: Sequence[Case]) -> list[list[int]]:
+    """Cases that can share a batch: of one robot, rate and set of cameras."""
+    found: dict[tuple, list[int]] = {}
+    for i, case in enumerate(cases):
+        key = (case.tokens.rate_hz, case.tokens.embodiment, tuple(sorted(case.episode.cameras)))
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+class OtherActions:
+    """The tokens of one case with the actions of another. Implements `TokenSource`."""
+
+    def __init__(self, case: Case, other: Case):
+        self._case, self._other = case, other
+        self.rate_hz, self.embodiment = case.tokens.rate_hz, case.tokens.embodiment
+        self.text: Callable = case.tokens.text
+        self.vision: Callable = case.tokens.vision
+        self.scalar: Callable = case.tokens.scalar
+
+    def __len__(self) -> int:
+        return len(self._case.tokens)
+
+    @property
+    def streams(self) -> Sequence[str]:
+        return self._case.tokens.streams
+
+    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
+        if stream != "action":
+            return self._case.tokens.vector(stream, start, stop)
+        shift = self._other.now - self._case.now
+        return self._other.tokens.vector(stream, start + shift, stop + shift)
+
+
+def shuffle_actions(cases: Sequence[Case], rng: np.random.Generator) -> list[TokenSource] | None:
+    """Each case with the actions of another one of its robot; None when a case stands alone."""
+    sources: list[Any] = [None] * len(cases)
+    for members in groups(cases):
+        if len(members) < 2:
+            return None
+        ring = rng.permutation(members)
+        for mine, theirs in zip(ring, np.roll(ring, 1)):
+            sources[mine] = OtherActions(cases[mine], cases[theirs])
+    return sources
+
+
+def keys_of(task: Task, case: Case, tokenizers: Tokenizers) -> dict[str, list[tuple[Any, str | None]]]:
+    """Per predicted stream, named as in a prediction, its placed segments and their cameras."""
+    builder = tokenizers.builder()
+    expanded = [
+        (p, camera) for p in task.place(case.tokens.rate_hz) if p.predicted for camera in builder.expand(p, case.tokens)
+    ]
+    cameras = {camera for _, camera in expanded if camera}
+    found: dict[str, list[tuple[Any, str | None]]] = {}
+    for p, camera in expanded:
+        key = f"{p.stream}.{camera}" if camera and (len(cameras) > 1 or p.segment.camera) else p.stream
+        found.setdefault(key, []).append((p, camera))
+    return found
+
+
+def span(placed: Any, case: Case) -> tuple[int, int]:
+    """First step and one past the last of a placed segment in the episode of a case."""
+    if placed.start is None:  # `@end`
+        return len(case.episode) - 1, len(case.episode)
+    return case.now + placed.start, case.now + placed.stop
+
+
+def last_seen(placed: Any, case: Case) -> int:
+    """The step of the last frame before a predicted picture or video."""
+    segment: Segment = placed.segment
+    if placed.start is None:
+        return case.now
+    shift = 0 if segment.offset is None else segment.offset.steps(case.tokens.rate_hz)  # type: ignore[union-attr]
+    return case.now + placed.start - shift - (segment.stream == "video")

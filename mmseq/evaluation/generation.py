@@ -1,0 +1,485 @@
+"""Measure every task of one model on held-out data, each number beside its baseline.
+
+    results, media = evaluate_generation(model, episodes, videos, {"caption": "video[8] -> text"}, train_episodes=train)
+
+What an arrow predicts decides how it is measured:
+
+=========  =================================================  ==========================================
+predicted  measure                                            baselines
+=========  =================================================  ==========================================
+pictures   `psnr`: mean over pictures, in dB                  repeat_last_frame; `_over_shuffled` the same
+                                                              model with the actions of other samples;
+                                                              `_of_ceiling` what the tokenizer can draw
+vectors    `action_error`: mean absolute error as a share of  mean_action; `_over_median` median_action
+           the axis' range
+text       `accuracy`: a known phrasing of the episode's own  the training set's most frequent text
+progress   `rank_correlation` with time, mean over episodes   constant
+success    `accuracy` on as many yes as no                    constant
+=========  =================================================  ==========================================
+
+Names end in `_human` where the held-out human video is meant. A task that the data cannot fill is
+left out, and `media["skipped"]` says why.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.evaluation.cases import (
+    FULL_COUNT_PASSES,
+    Case,
+    draw,
+    draw_balanced,
+    draw_curves,
+    groups,
+    keys_of,
+    last_seen,
+    passes,
+    predict_cases,
+    readable,
+    shuffle_actions,
+    span,
+    why_not,
+)
+from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, psnr, texts_of
+from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
+from mmseq.evaluation.tokenizer_quality import evaluate_tokenizers, mean_frame
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.packing import collate
+from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.tokenization.bundle import EpisodeTokens
+from mmseq.tokenization.vision import fit_frames
+
+EXAMPLES = 8  # kept per task for the report
+FEWEST = 8
+SUFFIX = {"robot": "", "human": "_human"}
+
+
+def evaluate_generation(
+    model: SequenceModel,
+    episodes: Sequence[Episode],
+    videos: Sequence[Episode],
+    arrows: Mapping[str, str],
+    *,
+    train_episodes: Sequence[Episode],
+    samples: int = 48,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[Result], dict[str, Any]]:
+    """Results, and what the report shows of them.
+
+    episodes: of robots, videos: of people, both held out. arrows: name -> task. train_episodes: robot and human,
+    for the baselines alone. samples: per task; tasks that decode many tokens get fewer, but at least 8.
+    on_progress: called with (what is done next, parts done, parts in all).
+
+    The second value holds `frames`, `actions`, `texts`, `curves` (each task name -> what was predicted),
+    `reconstructions`, `codebook`, `action_tokenizer`, `intervals` (result name -> 95 % interval), `gains` (result
+    name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason), `excluded`
+    (episode id -> reason), `arrows`, `seconds`.
+    """
+    run = _Run(model, episodes, videos, arrows, train_episodes, samples, seed)
+    parts = [(name, Task.parse(arrow)) for name, arrow in arrows.items()]
+    with torch.inference_mode():
+        for number, (name, task) in enumerate(parts):
+            if on_progress:
+                on_progress(name, number, len(parts) + 1)
+            began = time.perf_counter()
+            run.task(name, task)
+            run.media["seconds"][name] = time.perf_counter() - began
+        if on_progress:
+            on_progress("tokenizers", len(parts), len(parts) + 1)
+        began = time.perf_counter()
+        run.results += evaluate_tokenizers(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
+        run.media["seconds"]["tokenizers"] = time.perf_counter() - began
+    if on_progress:
+        on_progress("done", len(parts) + 1, len(parts) + 1)
+    return run.results, run.media
+
+
+class _Run:
+    """One evaluation under way."""
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        episodes: Sequence[Episode],
+        videos: Sequence[Episode],
+        arrows: Mapping[str, str],
+        train: Sequence[Episode],
+        samples: int,
+        seed: int,
+    ):
+        assert model.tokenizers is not None
+        self.model, self.tokenizers = model, model.tokenizers
+        self.train, self.samples, self.seed = list(train), samples, seed
+        robots, bad_robots = readable(episodes, model.tokenizers)
+        people, bad_people = readable(videos, model.tokenizers)
+        self.held: dict[str, list[EpisodeTokens]] = {"robot": robots, "human": people}
+        self.everything = [*self.train, *episodes, *videos]
+        self.results: list[Result] = []
+        self.media: dict[str, Any] = {
+            "arrows": {name: str(arrow) for name, arrow in arrows.items()},
+            "frames": {},
+            "actions": {},
+            "texts": {},
+            "curves": {},
+            "intervals": {},
+            "gains": {},
+            "skipped": {},
+            "excluded": bad_robots | bad_people,
+            "seconds": {},
+        }
+        self._phrasings: dict[str, Phrasings] = {}
+        self._constants: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+
+    def task(self, name: str, task: Task) -> None:
+        """Measure one task on every kind of held-out episode that can fill it."""
+        reasons = {kind: why_not(task, episodes) for kind, episodes in self.held.items()}
+        if all(reasons.values()):
+            kinds = [kind for kind in reasons if self.held[kind]] or list(reasons)
+            self.media["skipped"][name] = "; ".join(dict.fromkeys(str(reasons[kind]) for kind in kinds))
+            return
+        for kind, reason in reasons.items():
+            if reason is None:
+                self._task_on(name, task, kind)
+
+    def _task_on(self, name: str, task: Task, kind: str) -> None:
+        episodes, rng = self.held[kind], np.random.default_rng([self.seed, *name.encode()])
+        streams = {segment.stream for segment in task.predicted}
+        if not task.given and streams <= set(TEXT_STREAMS):
+            return self._language(name, task, kind, draw(task, episodes, self.samples, rng))
+        if "progress" in streams:
+            cases = draw_curves(task, episodes, 3 * self.samples, rng)
+        elif "success" in streams:
+            cases = draw_balanced(task, episodes, "success", self.samples, rng)
+        else:
+            able = next(t for t in episodes if not task.missing(t.streams))
+            share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
+            cases = draw(task, episodes, max(FEWEST, int(self.samples * min(1.0, share))), rng)
+        if not cases:
+            only = (
+                "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
+            )
+            self.media["skipped"][name + SUFFIX[kind]] = only
+            return None
+        predictions = predict_cases(self.model, task, cases)
+        shuffled = None
+        acts = any(segment.stream == "action" for segment in task.given)
+        if acts and streams & set(VISION_STREAMS):
+            sources = shuffle_actions(cases, rng)
+            shuffled = predict_cases(self.model, task, cases, sources) if sources else None
+        several = len(streams) > 1
+        for stream in dict.fromkeys(segment.stream for segment in task.predicted):
+            if stream in VISION_STREAMS:
+                self._pictures(name, kind, task, stream, cases, predictions, shuffled)
+            elif stream in VECTOR_STREAMS:
+                self._vectors(name, kind, task, stream, cases, predictions)
+            elif stream in TEXT_STREAMS:
+                self._texts(name, kind, stream, cases, predictions, f"{stream}_accuracy" if several else "accuracy")
+            elif stream == "progress":
+                self._progress(name, kind, cases, predictions)
+            elif stream == "success":
+                self._success(name, kind, task, cases, predictions)
+        return None
+
+    def _add(
+        self,
+        name: str,
+        measure: str,
+        kind: str,
+        values: Sequence[float] | np.ndarray,
+        baselines: Mapping[str, tuple[str, np.ndarray | float]],
+        *,
+        unit: str,
+        better: str,
+        cases: Sequence[Case],
+    ) -> None:
+        """A row per baseline; baselines: suffix -> (baseline's name, its value on each sample or on all)."""
+        values = np.asarray(values, dtype=np.float64)
+        ids = [case.episode.id for case in cases]
+        interval = wilson(int(values.sum()), len(values)) if unit == "share" else bootstrap(values, ids, seed=self.seed)
+        for suffix, (baseline, numbers) in baselines.items():
+            full = f"{name}.{measure}{SUFFIX[kind]}{suffix}"
+            self.results.append(
+                Result(
+                    name=full,
+                    value=float(values.mean()),
+                    unit=unit,
+                    better=better,
+                    baseline_name=baseline,
+                    baseline_value=float(np.mean(numbers)),
+                    n=len(values),
+                    seed=self.seed,
+                )
+            )
+            if interval:
+                self.media["intervals"][full] = interval
+            gains = (values - numbers) * (1 if better == "higher" else -1)
+            gain = bootstrap(gains, ids, seed=self.seed)
+            if gain:
+                self.media["gains"][full] = gain
+
+    # ------------------------------------------------------------------ pictures
+
+    def _pictures(
+        self,
+        name: str,
+        kind: str,
+        task: Task,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
+        shuffled: Sequence[dict[str, Any]] | None,
+    ) -> None:
+        sees = any(segment.stream in VISION_STREAMS for segment in task.given)
+        rows = []
+        for i, case in enumerate(cases):
+            for key, segments in keys_of(task, case, self.tokenizers).items():
+                if segments[0][0].stream != stream:
+                    continue
+                camera = str(segments[0][1])
+                frames = case.episode[f"{IMAGE_PREFIX}{camera}"]
+                real, last = [], []
+                for placed, _ in segments:
+                    start, stop = span(placed, case)
+                    real.append(self._fit(frames[start:stop]))
+                    if sees:
+                        seen = self._fit(frames[last_seen(placed, case)][None])
+                    else:
+                        seen = mean_frame(self.train, camera, self.tokenizers.vision.config.size)[None]
+                    last.append(np.repeat(seen, stop - start, axis=0))
+                row = {
+                    "case": case,
+                    "camera": camera,
+                    "real": np.concatenate(real),
+                    "last": np.concatenate(last),
+                    "predicted": self._as_video(predictions[i][key]),
+                    "shuffled": self._as_video(shuffled[i][key]) if shuffled else None,
+                }
+                row["ceiling"] = self.tokenizers.vision.reconstruct(row["real"])
+                for other in ("predicted", "last", "ceiling", "shuffled"):
+                    if row[other] is not None:
+                        row[f"psnr_{other}"] = float(psnr(row["real"], row[other]).mean())
+                rows.append(row)
+        of = lambda other: np.array([row[f"psnr_{other}"] for row in rows])
+        baselines = {"": ("repeat_last_frame" if sees else "mean_frame", of("last"))}
+        if shuffled:
+            baselines["_over_shuffled"] = ("shuffled_actions", of("shuffled"))
+        baselines["_of_ceiling"] = ("tokenizer_ceiling", of("ceiling"))
+        values = [row["psnr_predicted"] for row in rows]
+        measured = [row["case"] for row in rows]
+        self._add(name, "psnr", kind, values, baselines, unit="dB", better="higher", cases=measured)
+        # by how much moves, whatever the model made of it
+        rows.sort(key=lambda row: row["psnr_last"])
+        self.media["frames"][name + SUFFIX[kind]] = [self._frame_example(row) for row in _spread_episodes(rows)]
+
+    def _frame_example(self, row: dict[str, Any]) -> dict[str, Any]:
+        case = row["case"]
+        kept = {k: v for k, v in row.items() if k != "case" and v is not None}
+        return {
+            **kept,
+            "given": row["last"][0],
+            "episode": case.episode.id,
+            "text": (texts_of(case.episode, "text") or [""])[0],
+            "step": case.now,
+            "rate_hz": case.tokens.rate_hz,
+        }
+
+    def _fit(self, frames: np.ndarray) -> np.ndarray:
+        return fit_frames(frames, self.tokenizers.vision.config.size)
+
+    @staticmethod
+    def _as_video(picture: np.ndarray) -> np.ndarray:
+        return picture[None] if picture.ndim == 3 else picture
+
+    # ------------------------------------------------------------------ vectors
+
+    def _vectors(
+        self,
+        name: str,
+        kind: str,
+        task: Task,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
+    ) -> None:
+        errors, per_mean, per_median, measured, shown = [], [], [], [], []
+        for members in groups(cases):
+            some = [cases[i] for i in members]
+            robot = self.tokenizers.embodiment(some[0].tokens.embodiment)
+            axes = getattr(robot, stream)
+            true = np.stack([self._truth(task, stream, case) for case in some])
+            predicted = np.stack([np.asarray(predictions[i][stream]) for i in members])
+            mean, median = self._constant(robot.name, stream, true)
+            errors.append(action_error(true, predicted, axes))
+            per_mean.append(action_error(true, np.broadcast_to(mean, true.shape), axes))
+            per_median.append(action_error(true, np.broadcast_to(median, true.shape), axes))
+            measured += some
+            axis_error = lambda other: np.abs(true - other).reshape(-1, true.shape[-1]).mean(0)
+            shown.append(
+                {
+                    "embodiment": robot.name,
+                    "axes": list(axes.names),
+                    "units": list(axes.units),
+                    "true": true.reshape(-1, true.shape[-1]),
+                    "predicted": predicted.reshape(-1, true.shape[-1]),
+                    "error": axis_error(predicted),
+                    "baseline_error": axis_error(mean),
+                    "correlation": _correlations(true, predicted),
+                }
+            )
+        baselines = {
+            "": (f"mean_{stream}", np.concatenate(per_mean)),
+            "_over_median": (f"median_{stream}", np.concatenate(per_median)),
+        }
+        values = np.concatenate(errors)
+        self._add(
+            name, f"{stream}_error", kind, values, baselines, unit="of the axis range", better="lower", cases=measured
+        )
+        self.media["actions"][f"{name}{SUFFIX[kind]}" + ("" if stream == "action" else f".{stream}")] = shown
+
+    @staticmethod
+    def _truth(task: Task, stream: str, case: Case) -> np.ndarray:
+        placed = [p for p in task.place(case.tokens.rate_hz) if p.predicted and p.stream == stream]
+        return np.concatenate([case.episode[stream][slice(*span(p, case))] for p in placed])
+
+    def _constant(self, robot: str, stream: str, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and median of the training episodes; without any of this robot, of the measured samples."""
+        key = (robot, stream)
+        if key not in self._constants:
+            mean, median = mean_action(self.train, robot, stream), median_action(self.train, robot, stream)
+            if mean is None or median is None:
+                flat = true.reshape(-1, true.shape[-1])
+                return flat.mean(0), np.median(flat, axis=0)
+            self._constants[key] = (mean, median)
+        return self._constants[key]
+
+    # ------------------------------------------------------------------ text
+
+    def _texts(
+        self,
+        name: str,
+        kind: str,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
+        measure: str,
+    ) -> None:
+        phrasings = self._phrasings.setdefault(stream, Phrasings(self.everything, stream))
+        said = [" ".join(p[stream]) if isinstance(p[stream], list) else p[stream] for p in predictions]
+        right = [phrasings.accepts(case.episode, text) for case, text in zip(cases, said)]
+        same_kind = [e for e in self.train if (e.embodiment is None) == (kind == "human")]
+        usual = phrasings.majority(same_kind) or phrasings.majority(self.train) or ""
+        by_usual = np.array([phrasings.accepts(case.episode, usual) for case in cases], dtype=float)
+        baselines = {"": (f"majority_{stream}", by_usual)}
+        self._add(name, measure, kind, right, baselines, unit="share", better="higher", cases=cases)
+        key = name + SUFFIX[kind] + (f".{stream}" if measure != "accuracy" else "")
+        self.media["texts"][key] = [
+            {
+                "episode": case.episode.id,
+                "step": case.now,
+                "image": self._fit(case.episode[f"{IMAGE_PREFIX}{case.episode.cameras[0]}"][case.now][None])[0]
+                if case.episode.cameras
+                else None,
+                "asked": (texts_of(case.episode, "question" if stream == "answer" else "text") or [""])[0],
+                "truth": (texts_of(case.episode, stream) or [""])[0],
+                "predicted": text,
+                "right": ok,
+            }
+            for case, text, ok in list(zip(cases, said, right))[: 2 * EXAMPLES]
+        ]
+
+    def _language(self, name: str, task: Task, kind: str, cases: Sequence[Case]) -> None:
+        """Bits per token of the held-out texts, beside a unigram of the training texts."""
+        text, stream = self.tokenizers.text, task.predicted[0].stream
+        counts = np.ones(text.size)  # add one: no token is impossible
+        for episode in self.train:
+            for line in texts_of(episode, stream):
+                counts += np.bincount(text.encode(line), minlength=text.size)
+        unigram = -np.log2(counts / counts.sum())
+        builder, bits, by_unigram, tokens = self.tokenizers.builder(), [], [], []
+        for case in cases:
+            sequence = builder.build(task, case.tokens, case.now, case.variant)
+            (nats, _, _) = self.model(collate([sequence], self.model.vocabulary).to(self.model.device))["text"]
+            codes = case.tokens.text(stream, case.variant)
+            bits.append(float(nats.sum()) / math.log(2))
+            by_unigram.append(float(unigram[codes].sum()))
+            tokens.append(len(codes))
+        per_token = np.mean(tokens)
+        baselines = {"": ("unigram", np.asarray(by_unigram) / per_token)}
+        values = np.asarray(bits) / per_token  # the mean over texts is then bits over all tokens
+        self._add(name, "bits_per_token", kind, values, baselines, unit="bits/token", better="lower", cases=cases)
+
+    # ------------------------------------------------------------------ scalars
+
+    def _progress(self, name: str, kind: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]) -> None:
+        by_episode: dict[str, list[int]] = {}
+        for i, case in enumerate(cases):
+            by_episode.setdefault(case.episode.id, []).append(i)
+        curves, correlations = [], []
+        for members in by_episode.values():
+            first = cases[members[0]]
+            steps = np.array([cases[i].now for i in members])
+            true = steps / max(1, len(first.episode) - 1)
+            predicted = np.array([float(np.mean(predictions[i]["progress"])) for i in members])
+            correlations.append(rank_correlation(predicted, true))
+            curves.append(
+                {
+                    "episode": first.episode.id,
+                    "text": (texts_of(first.episode, "text") or [""])[0],
+                    "seconds": steps / first.tokens.rate_hz,
+                    "true": true,
+                    "predicted": predicted,
+                    "correlation": correlations[-1],
+                    "frames": self._fit(
+                        first.episode[f"{IMAGE_PREFIX}{first.episode.cameras[0]}"][steps[[0, len(steps) // 2, -1]]]
+                    )
+                    if first.episode.cameras
+                    else None,
+                }
+            )
+        firsts = [cases[members[0]] for members in by_episode.values()]
+        self._add(
+            name,
+            "rank_correlation",
+            kind,
+            correlations,
+            {"": ("constant", 0.0)},
+            unit="correlation",
+            better="higher",
+            cases=firsts,
+        )
+        self.media["curves"][name + SUFFIX[kind]] = curves[: 2 * EXAMPLES]
+
+    def _success(
+        self, name: str, kind: str, task: Task, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]
+    ) -> None:
+        placed = next(p for p in task.place(cases[0].tokens.rate_hz) if p.stream == "success" and p.predicted)
+        true = np.array([case.tokens.scalar("success", span(placed, case)[1] - 1) for case in cases])
+        yes = np.array([float(np.mean(p["success"])) > 0.5 for p in predictions])
+        share = float(true.mean())
+        baselines = {"": ("constant", max(share, 1 - share))}
+        self._add(name, "accuracy", kind, yes == true, baselines, unit="share", better="higher", cases=cases)
+
+
+def _correlations(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Pearson correlation per axis; 0 where either side is constant."""
+    flat, other = (a.reshape(-1, true.shape[-1]).astype(np.float64) for a in (true, predicted))
+    flat, other = flat - flat.mean(0), other - other.mean(0)
+    scale = np.sqrt((flat**2).sum(0) * (other**2).sum(0))
+    return np.where(scale > 1e-12, (flat * other).sum(0) / np.maximum(scale, 1e-12), 0.0)
+
+
+def _spread_episodes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first examples, no episode twice while others are left."""
+    seen: set[str] = set()
+    fresh = [r for r in rows if not (r["case"].episode.id in seen or seen.add(r["case"].episode.id))]
+    chosen = {id(r) for r in fresh}
+    return [*fresh, *(r for r in rows if id(r) not in chosen)][:EXAMPLES]

@@ -1,0 +1,116 @@
+"""What predictions are compared with: likeness of pictures, phrasings that mean the same, and baselines.
+
+A baseline is what one would answer without looking: the mean action, the last frame, the most
+frequent caption. It is measured on the same samples and by the same rule as the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mmseq.embodiment import Axes
+from mmseq.episode import Episode
+
+PSNR_CAP_DB = 60.0  # of identical pictures, whose error is zero
+
+
+def psnr(real: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Per picture, 10 log10(255^2 / mean squared error) in dB: uint8 (N, H, W, 3) twice -> (N,)."""
+    error = (real.astype(np.float64) - other.astype(np.float64)) ** 2
+    mse = error.reshape(len(error), -1).mean(1)
+    return 10 * np.log10(255.0**2 / np.maximum(mse, 255.0**2 / 10 ** (PSNR_CAP_DB / 10)))
+
+
+def action_error(true: np.ndarray, predicted: np.ndarray, axes: Axes) -> np.ndarray:
+    """Mean absolute error per sample as a share of each axis' range (1 % to 99 % quantile).
+
+    (N, steps, axes) twice -> (N,). An axis that never moves in the training data counts by its own unit.
+    """
+    span = np.asarray(axes.high, dtype=np.float64) - np.asarray(axes.low, dtype=np.float64)
+    error = np.abs(true.astype(np.float64) - predicted) / np.where(span > 1e-8, span, 1.0)
+    return error.reshape(len(error), -1).mean(1)
+
+
+def mean_action(episodes: Iterable[Episode], embodiment: str, stream: str = "action") -> np.ndarray | None:
+    """The mean vector (axes,) over all steps of one robot's episodes; None without any."""
+    values = [e[stream] for e in episodes if e.embodiment == embodiment and stream in e]
+    return np.concatenate(values).astype(np.float64).mean(0) if values else None
+
+
+def median_action(episodes: Iterable[Episode], embodiment: str, stream: str = "action") -> np.ndarray | None:
+    """The median: the constant with the least absolute error, so a harder baseline than the mean."""
+    values = [e[stream] for e in episodes if e.embodiment == embodiment and stream in e]
+    return np.median(np.concatenate(values).astype(np.float64), axis=0) if values else None
+
+
+def normalise(text: str) -> str:
+    """Lower case, words and digits only, single spaces."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+class Phrasings:
+    """Which texts mean the same: those that were ever given to one episode, and what these share in turn.
+
+    "open the door" and "pull the door open" are one task because some episode carries both.
+    """
+
+    def __init__(self, episodes: Iterable[Episode], stream: str = "text"):
+        self.stream = stream
+        self._parent: dict[str, str] = {}
+        self._anchor: dict[str, set[str]] = {}
+        for episode in episodes:
+            texts = [normalise(t) for t in texts_of(episode, "text")]
+            self._join(texts)
+            if stream != "text":
+                own = [normalise(t) for t in texts_of(episode, stream)]
+                for text in texts[:1]:
+                    self._anchor.setdefault(text, set()).update(own)
+        # a plan belongs to the task, whichever of its phrasings the plan was written under
+        self._of_task: dict[str, set[str]] = {}
+        for text, own in self._anchor.items():
+            self._of_task.setdefault(self._root(text), set()).update(own)
+
+    def _root(self, text: str) -> str:
+        while self._parent.get(text, text) != text:
+            text = self._parent[text]
+        return text
+
+    def _join(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            self._parent.setdefault(text, text)
+            self._parent[self._root(text)] = self._root(texts[0])
+
+    def task(self, episode: Episode) -> str:
+        """A name for the task of an episode: one of its phrasings, the same for all that share it."""
+        texts = texts_of(episode, "text")
+        return self._root(normalise(texts[0])) if texts else ""
+
+    def accepts(self, episode: Episode, text: str) -> bool:
+        """Whether `text` is a known way to write this episode's text."""
+        text = normalise(text)
+        if text in {normalise(t) for t in texts_of(episode, self.stream)}:
+            return True
+        if self.stream == "text":
+            return text in self._parent and self._root(text) == self.task(episode)
+        # answers depend on the question, so only texts of the whole task are shared
+        return self.stream == "plan" and text in self._of_task.get(self.task(episode), set())
+
+    def majority(self, episodes: Iterable[Episode]) -> str | None:
+        """The text with which one is right most often: a phrasing of the most frequent task; None without texts."""
+        counts = Counter()
+        for episode in episodes:
+            texts = texts_of(episode, self.stream)
+            if texts:
+                counts[self.task(episode) if self.stream == "text" else normalise(texts[0])] += 1
+        return max(counts, key=lambda text: (counts[text], text)) if counts else None
+
+
+def texts_of(episode: Episode, stream: str) -> list[str]:
+    """The texts that fill a text stream of an episode."""
+    if stream in ("text", "plan"):
+        return list(episode.texts if stream == "text" else episode.plans)
+    return [str(episode.metadata[stream])] if stream in episode.metadata else []
