@@ -118,7 +118,8 @@ def draw_balanced(
 ) -> list[Case]:
     """As many moments at which a yes/no stream is yes as moments at which it is no; [] when one is absent."""
     order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
-    shift = next(p.stop - 1 for p in task.place(order[0].rate_hz) if p.stream == stream and p.predicted) if order else 0
+    stops = [p.stop for p in task.place(order[0].rate_hz) if p.stream == stream and p.predicted] if order else []
+    shift = stops[0] - 1 if stops and stops[0] is not None else 0
     sides: list[list[np.ndarray]] = [[], []]
     for tokens in order:
         moments = rng.permutation(np.asarray(task.moments(len(tokens), tokens.rate_hz), dtype=np.int64))

@@ -28,9 +28,8 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-    text = f"{value:.{digits}g}"
-    return f"{value:.1e}" if "e" in text or abs(value) < 1e-3 else text
+        return f"{value:,.0f}"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -55,18 +54,23 @@ def plot(
     y_range: tuple[float, float] | None = None,
     points: Sequence[tuple[float, float]] = (),
     diagonal: bool = False,
+    least_height: float = 0.0,
     title: str = "",
 ) -> str:
-    """Lines (CSS class, x, y) and points over labelled axes."""
+    """Lines (CSS class, x, y) and points over labelled axes.
+
+    least_height: the smallest span of the y axis, so that noise does not fill the figure.
+    """
     xs = [float(v) for _, x, _ in lines for v in x] + [p[0] for p in points] or [0.0, 1.0]
     ys = [float(v) for _, _, y in lines for v in y] + [p[1] for p in points] or [0.0, 1.0]
     x0, x1 = x_range or (min(xs), max(xs))
     y0, y1 = y_range or (min(ys), max(ys))
     pad = 0.06 * (y1 - y0) or 0.5
     if y_range is None:
-        y0, y1 = y0 - pad, y1 + pad
+        more = max(0.0, least_height - (y1 - y0)) / 2
+        y0, y1 = y0 - pad - more, y1 + pad + more
     x1 = x1 if x1 > x0 else x0 + 1
-    left, right, top, bottom = 40, 8, 8, 34 if x_label else 20
+    left, right, top, bottom = 40, 14, 8, 34 if x_label else 20
     at_x = lambda v: left + (float(v) - x0) / (x1 - x0) * (width - left - right)
     at_y = lambda v: height - bottom - (float(v) - y0) / (y1 - y0) * (height - top - bottom)
     out = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title or y_label)}">']
@@ -100,18 +104,28 @@ def plot(
 
 
 def _tick(value: float) -> str:
+    value = 0.0 if abs(value) < 1e-12 else value  # no minus zero
     if abs(value) >= 10000:
         return f"{value / 1000:g}k"
     return f"{value:.4g}"
 
 
-def track(value: float, baseline: float | None, low: float, high: float, verdict: str, interval=None) -> str:
-    """A bar from the left to the value, a tick at the baseline and a thin line over the interval."""
+def track(
+    value: float,
+    baseline: float | None,
+    low: float,
+    high: float,
+    verdict: str,
+    interval: tuple[float, float] | None = None,
+    others: Sequence[float] = (),
+) -> str:
+    """A bar from the left to the value, a tick at the baseline, faint ones at others, a thin line over the interval."""
     share = lambda v: 100 * float(np.clip((v - low) / (high - low) if high > low else 0, 0, 1))
     parts = [f'<i class="{verdict}" style="width:{share(value):.1f}%"></i>']
     if interval:
         a, b = share(interval[0]), share(interval[1])
         parts.append(f'<s style="left:{a:.1f}%;width:{b - a:.1f}%"></s>')
+    parts += [f'<b class="soft" style="left:{share(other):.1f}%"></b>' for other in others]
     if baseline is not None:
         parts.append(f'<b style="left:{share(baseline):.1f}%"></b>')
     return f'<div class="track">{"".join(parts)}</div>'
@@ -147,7 +161,8 @@ def tasks_picture(arrows: Mapping[str, str]) -> str:
         f'<rect class="model" x="{left}" y="8" width="{width - left - 12}" height="40" rx="9"/>'
         f'<text class="model mid" x="{(left + width - 12) / 2}" y="33">one transformer, one set of weights</text>'
     )
-    return f'<svg class="tasks" viewBox="0 0 {width} {y}" role="img" aria-label="tasks as token sequences">{top}{"".join(body)}</svg>'
+    label = 'role="img" aria-label="tasks as token sequences"'
+    return f'<svg class="tasks" viewBox="0 0 {width} {y}" {label}>{top}{"".join(body)}</svg>'
 
 
 def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:

@@ -81,8 +81,8 @@ def evaluate_generation(
 
     The second value holds `frames`, `actions`, `texts`, `curves` (each task name -> what was predicted),
     `reconstructions`, `codebook`, `action_tokenizer`, `intervals` (result name -> 95 % interval), `gains` (result
-    name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason), `excluded`
-    (episode id -> reason), `arrows`, `seconds`.
+    name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason),
+    `excluded` (episode id -> reason), `arrows`, `seconds`.
     """
     run = _Run(model, episodes, videos, arrows, train_episodes, samples, seed)
     parts = [(name, Task.parse(arrow)) for name, arrow in arrows.items()]
@@ -144,7 +144,9 @@ class _Run:
         reasons = {kind: why_not(task, episodes) for kind, episodes in self.held.items()}
         if all(reasons.values()):
             kinds = [kind for kind in reasons if self.held[kind]] or list(reasons)
-            self.media["skipped"][name] = "; ".join(dict.fromkeys(str(reasons[kind]) for kind in kinds))
+            different = len({reasons[kind] for kind in kinds}) > 1
+            said = [f"{kind}: {reasons[kind]}" if different else str(reasons[kind]) for kind in kinds]
+            self.media["skipped"][name] = "; ".join(dict.fromkeys(said))
             return
         for kind, reason in reasons.items():
             if reason is None:
@@ -162,7 +164,7 @@ class _Run:
         else:
             able = next(t for t in episodes if not task.missing(t.streams))
             share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
-            cases = draw(task, episodes, max(FEWEST, int(self.samples * min(1.0, share))), rng)
+            cases = draw(task, episodes, max(min(FEWEST, self.samples), int(self.samples * min(1.0, share))), rng)
         if not cases:
             only = (
                 "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
@@ -322,7 +324,6 @@ class _Run:
             per_mean.append(action_error(true, np.broadcast_to(mean, true.shape), axes))
             per_median.append(action_error(true, np.broadcast_to(median, true.shape), axes))
             measured += some
-            axis_error = lambda other: np.abs(true - other).reshape(-1, true.shape[-1]).mean(0)
             shown.append(
                 {
                     "embodiment": robot.name,
@@ -330,8 +331,8 @@ class _Run:
                     "units": list(axes.units),
                     "true": true.reshape(-1, true.shape[-1]),
                     "predicted": predicted.reshape(-1, true.shape[-1]),
-                    "error": axis_error(predicted),
-                    "baseline_error": axis_error(mean),
+                    "error": _axis_error(true, predicted),
+                    "baseline_error": _axis_error(true, mean),
                     "correlation": _correlations(true, predicted),
                 }
             )
@@ -467,6 +468,10 @@ class _Run:
         share = float(true.mean())
         baselines = {"": ("constant", max(share, 1 - share))}
         self._add(name, "accuracy", kind, yes == true, baselines, unit="share", better="higher", cases=cases)
+
+
+def _axis_error(true: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(true - other).reshape(-1, true.shape[-1]).mean(0)
 
 
 def _correlations(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def strip(frames: Sequence[np.ndarray] | np.ndarray, gap: int = 2) -> np.ndarray
 
 INK, MUTED, LINE, ACCENT, RIGHT, WRONG = "#1c2330", "#667085", "#d5dae1", "#2f6fdb", "#1f8a55", "#c2412d"
 WIDTH, LEFT = 1200, 210
+PICTURE_BYTES = 300_000
 
 
 def write_picture(path: str | Path, media: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -98,10 +100,10 @@ def write_picture(path: str | Path, media: Mapping[str, Any], rollouts: Sequence
         top += row.height + 18
         if number < len(rows) - 1:
             ImageDraw.Draw(sheet).line([(24, top - 9), (WIDTH - 24, top - 9)], fill=LINE)
-    for colours in (256, 128, 64, 32):
+    for colours in (None, 256, 128, 64, 32):  # as true as the size allows
         out = io.BytesIO()
-        sheet.quantize(colours, dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
-        if out.tell() <= 300_000:
+        (sheet if colours is None else sheet.quantize(colours)).save(out, "PNG", optimize=True)
+        if out.tell() <= PICTURE_BYTES:
             break
     Path(path).write_bytes(out.getvalue())
 
@@ -120,13 +122,11 @@ def _row(height: int, title: str, arrow: str, note: str = "") -> tuple[Image.Ima
     return image, pen
 
 
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+def _wrap(text: str, width: int, lines: int = 4) -> str:
+    """Text in lines of at most `width` characters; what does not fit into `lines` lines is cut."""
+    printable = "".join(c if c.isprintable() and ord(c) < 0x2100 else "·" for c in text)
+    wrapped = textwrap.wrap(printable, width, max_lines=lines, placeholder=" …")
+    return "\n".join(wrapped)
 
 
 def _big(frame: np.ndarray, side: int) -> Image.Image:
@@ -163,6 +163,7 @@ def _world(media: Mapping[str, Any]) -> Image.Image | None:
 
 
 def _policy(rollouts: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    rollouts = [r for r in rollouts if r.get("policy") == rollouts[0].get("policy")]
     shown = [r for r in rollouts if isinstance(r.get("frames"), np.ndarray) or isinstance(r.get("video"), np.ndarray)]
     if not shown:
         return None
@@ -203,9 +204,9 @@ def _caption(media: Mapping[str, Any]) -> Image.Image | None:
         x = LEFT + 24 + i * 320
         image.paste(_big(example["image"], 96), (x, 8))
         colour = RIGHT if example["right"] else WRONG
-        pen.multiline_text((x + 106, 8), _wrap(example["predicted"], 22), fill=colour, font=_font(16), spacing=4)
+        pen.multiline_text((x + 106, 8), _wrap(example["predicted"], 22, 2), fill=colour, font=_font(16), spacing=4)
         truth = "right" if example["right"] else "real: " + example["truth"]
-        pen.multiline_text((x + 106, 66), _wrap(truth, 28), fill=MUTED, font=_font(13), spacing=3)
+        pen.multiline_text((x + 106, 58), _wrap(truth, 28, 2), fill=MUTED, font=_font(13), spacing=3)
     return image
 
 
@@ -217,12 +218,9 @@ def _value(media: Mapping[str, Any]) -> Image.Image | None:
     for i, curve in enumerate(curves[:3]):
         x, y, width, height = LEFT + 24 + i * 320, 10, 290, 90
         pen.rectangle([x, y, x + width, y + height], outline=LINE)
-        end = max(float(curve["seconds"][-1]), 1e-6)
-        place = lambda values: [
-            (x + float(s) / end * width, y + height - float(np.clip(v, 0, 1)) * height)
-            for s, v in zip(curve["seconds"], values)
-        ]
-        pen.line(place(curve["true"]), fill="#b3bac5", width=2)
-        pen.line(place(curve["predicted"]), fill=ACCENT, width=3)
-        pen.text((x, y + height + 3), _wrap(curve["text"], 40).split("\n")[0], fill=MUTED, font=_font(13))
+        across = x + np.asarray(curve["seconds"]) / max(float(curve["seconds"][-1]), 1e-6) * width
+        for name, colour, thick in (("true", "#b3bac5", 2), ("predicted", ACCENT, 3)):
+            down = y + height - np.clip(curve[name], 0, 1) * height
+            pen.line(list(zip(across.tolist(), down.tolist())), fill=colour, width=thick)
+        pen.text((x, y + height + 3), _wrap(curve["text"], 40, 1), fill=MUTED, font=_font(13))
     return image

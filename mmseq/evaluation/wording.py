@@ -26,12 +26,13 @@ TASKS: dict[str, tuple[str, str]] = {
     "language": ("Language", "How well it predicts the task texts alone."),
     "vision_tokenizer": ("Vision tokenizer", "What is left of a picture once it has been turned into tokens and back."),
     "action_tokenizer": ("Action tokenizer", "What is lost when commands are rounded to tokens."),
+    "expert_tokens": ("Expert through tokens", "The scripted expert with its commands rounded to tokens: the ceiling."),
     "closed_loop": ("Closed loop", "The policy controls the robot until it succeeds or runs out of time."),
 }
 
 MEASURES: dict[str, str] = {
-    "psnr": "likeness of the predicted picture",
-    "psnr_robot": "likeness on robot pictures",
+    "psnr": "likeness of the picture",
+    "psnr_robot": "likeness of the picture, robot",
     "action_error": "error of the commands",
     "proprio_error": "error of the robot's state",
     "accuracy": "right answers",
@@ -57,10 +58,14 @@ BASELINES: dict[str, str] = {
     "majority_text": "the most frequent text",
     "majority_plan": "the most frequent plan",
     "majority_answer": "the most frequent answer",
+    "blanked_images": "same model, pictures blanked",
+    "random": "random commands",
     "constant": "a constant",
     "unigram": "token frequencies alone",
     "one_code": "a single code",
 }
+
+CONTROLLERS: dict[str, str] = {"policy": "model", "blanked_images": "model, pictures blanked"}
 
 CEILINGS = ("tokenizer_ceiling",)  # to be approached, not beaten
 
@@ -78,6 +83,9 @@ def measure_words(measure: str) -> str:
     """`psnr_human_over_shuffled` -> words; what is not known is shown as it is."""
     for mark in ("_over_", "_of_ceiling"):
         measure = measure.split(mark)[0]
+    measure, _, part = measure.partition(".")
+    if part:
+        return f"{measure_words(measure)}: {part}"
     human = measure.endswith("_human")
     stem = measure.removesuffix("_human")
     words = MEASURES.get(stem)
