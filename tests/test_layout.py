@@ -28,6 +28,7 @@ ALLOWED = {
     "inference": {"nouns", "tokenization", "model"},
     "serving": {"nouns", "tokenization", "model", "inference"},
     "simulation": {"nouns"},
+    "recipes": set(),
     "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
 }
 
