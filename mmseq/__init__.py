@@ -5,10 +5,15 @@ model = SequenceModel.from_pretrained("runs/demo/checkpoint")
 model.predict("image, action[8] -> image@+8", episode, t=12)
 """
 
+from typing import TYPE_CHECKING
+
 from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import MMSeqError
 from mmseq.tasks import Task
+
+if TYPE_CHECKING:
+    from mmseq.model.sequence_model import SequenceModel
 
 __version__ = "0.1.0"
 __all__ = ["Embodiment", "Episode", "MMSeqError", "SequenceModel", "Task", "__version__"]

@@ -405,7 +405,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         print(train(load_config(TrainConfig, args.recipe, args.overrides)))
     except MMSeqError as error:
-        if "--debug" in sys.argv:
+        if getattr(args, "debug", False):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"mmseq: error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)

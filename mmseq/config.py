@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,6 +65,10 @@ def _check_keys(schema: Any, data: Any, where: str, prefix: str = "") -> None:
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}: {did_you_mean(str(key), known)}")
         inner = hints[key]
         arguments = [a for a in get_args(inner) if is_dataclass(a)]
+        group = is_dataclass(inner) or bool(arguments and get_origin(inner) in (dict, list))
+        if group and value is not None and not isinstance(value, list if get_origin(inner) is list else dict):
+            wanted = "a list" if get_origin(inner) is list else "keys and values"
+            raise ConfigError(f"{where}: {prefix}{key} must hold {wanted}, it holds {value!r}")
         if is_dataclass(inner):
             _check_keys(inner, value, where, f"{prefix}{key}.")
         elif arguments and isinstance(value, dict):

@@ -157,7 +157,7 @@ class LeRobotReader:
         if not path.is_file():
             raise DataError(f"{path} is missing", fix=_REFETCH)
         try:
-            return pq.read_table(path, columns=columns, partitioning=None)
+            return pq.read_table(path, columns=columns, partitioning=None)  # type: ignore[arg-type]
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is truncated or corrupt: {error}", fix=_REFETCH) from error
 

@@ -92,9 +92,9 @@ def decode_npy(data: bytes, where: str) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(buffer)
         if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer, max_header_size=10_000)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer, max_header_size=10_000)  # type: ignore[call-arg]
         elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(buffer, max_header_size=10_000)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(buffer, max_header_size=10_000)  # type: ignore[call-arg]
         else:
             raise ValueError(f"npy version {version}")
     except (ValueError, EOFError, TypeError, SyntaxError, KeyError) as error:

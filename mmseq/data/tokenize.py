@@ -21,7 +21,7 @@ from mmseq.episode import Episode
 from mmseq.errors import DataError, MMSeqError
 from mmseq.tokenization.bundle import Tokenizers
 
-Progress = Callable[[str, int, int | None], None]
+Progress = Callable[[str, int, int], None]
 
 
 def tokenize_mix(
@@ -77,7 +77,7 @@ def _tokenize_source(
         source=identity,
         total=len(reader),
         overwrite=overwrite,
-        on_progress=(lambda done, total: on_progress(name, done, total)) if on_progress else None,
+        on_progress=(lambda done, _: on_progress(name, done, len(reader))) if on_progress else None,
     )
     return "written"
 

@@ -8,6 +8,9 @@ A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "capt
 "captions": ["...", "..."], "plan": "..."}; every key but `file` is optional.
 """
 
+# PyAV types open() as either an input or an output container, and time bases as optional
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import io

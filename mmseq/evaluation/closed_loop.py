@@ -79,7 +79,8 @@ def evaluate_checkpoint(
     unknown = set(config.controllers) - set(CONTROLLERS)
     if unknown or not config.tasks or config.episodes < 1:
         raise ConfigError(
-            f"nothing to evaluate: tasks {config.tasks}, episodes {config.episodes}, unknown controllers {sorted(unknown)}",
+            f"nothing to evaluate: tasks {config.tasks}, episodes {config.episodes}, "
+            f"unknown controllers {sorted(unknown)}",
             fix=f"name tasks, episodes of at least 1, and controllers among {', '.join(CONTROLLERS)}",
         )
     require("mmseq_client", "serve")

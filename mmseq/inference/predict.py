@@ -15,6 +15,7 @@ from mmseq.episode import Episode
 from mmseq.errors import TaskError
 from mmseq.inference.decoding import Decoded, Decoder, Request
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.sequence import TokenSource
 from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
@@ -95,7 +96,7 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
             )
 
 
-def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: EpisodeTokens) -> dict[str, Any]:
+def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: TokenSource) -> dict[str, Any]:
     """Codes back to arrays, pictures and text. Repeated segments are joined in time."""
     found: dict[str, list[Any]] = {}
     cameras = {d.camera for d in decoded if d.camera}

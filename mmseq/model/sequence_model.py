@@ -173,6 +173,7 @@ class SequenceModel(nn.Module):
                     f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'"
                 )
             model_config = ModelConfig(**config["model"])
+            model_config.check()
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
             fingerprints = dict(config["tokenizers"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,1 +1,4 @@
-"""The recipes that `mmseq demo` runs: links to `data_mixes/`, `train/` and `tokenizers/`, which a wheel carries as files."""
+"""The recipes that `mmseq demo` runs: links to `data_mixes/`, `train/` and `tokenizers/`.
+
+A wheel carries them as files.
+"""

@@ -71,7 +71,7 @@ def _encode_numpy(value: Any) -> Any:
 def pack(message: Any) -> bytes:
     """A message as msgpack bytes. Raises: RequestError for what the wire cannot carry."""
     try:
-        return msgpack.packb(message, default=_encode_numpy)
+        return msgpack.packb(message, default=_encode_numpy)  # type: ignore[return-value]
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RequestError("unsupported", f"the message cannot be sent as msgpack: {error}") from error
 

@@ -5,6 +5,9 @@
 What stands in for human video in tests and in the demo: another body, another viewpoint, no actions, captions.
 """
 
+# mujoco and gymnasium bring no types for what is used here
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import json

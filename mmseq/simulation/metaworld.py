@@ -8,6 +8,9 @@ Everything random about an episode (where the object and the goal are) comes fro
 position is in the image and nowhere else, and the goal marker that Meta-World draws is hidden.
 """
 
+# mujoco and gymnasium bring no types for what is used here
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import atexit

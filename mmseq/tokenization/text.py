@@ -38,6 +38,8 @@ class TextTokenizer:
                 self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
                 self.size = self._sp.vocab_size()
                 self.end = self._sp.eos_id()
+            if self.size < 1:
+                raise ValueError("it has no pieces")
         except ConfigError:
             raise
         except Exception as error:

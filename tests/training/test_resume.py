@@ -44,7 +44,12 @@ def run(data: Path, out: Path, ranks: int, *more: str) -> subprocess.CompletedPr
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
     recipe = Path(out.parent, "recipe.yaml")
     recipe.write_text("name: tiny\n")
-    paths = [f"data.mix={data}/mix.yaml", f"data.tokens={data}/tokens", f"data.tokenizers={data}/tokenizers", f"out={out}"]
+    paths = [
+        f"data.mix={data}/mix.yaml",
+        f"data.tokens={data}/tokens",
+        f"data.tokenizers={data}/tokenizers",
+        f"out={out}",
+    ]
     settings = [item for line in SETTINGS for item in line.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "train", str(recipe), *paths, *settings, *more]

@@ -1,0 +1,226 @@
+"""The order of data: a pure function of seed and position, fair to the weights, blind to the number of workers."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmseq.data import mixture as mixture_module
+from mmseq.data.mixture import (
+    DataState,
+    MixConfig,
+    Mixture,
+    RowOrder,
+    SourceConfig,
+    TaskConfig,
+    held_out,
+    load_mix,
+    permute,
+)
+from mmseq.data.tokens import write_token_shards
+from mmseq.errors import ConfigError, DataError, FingerprintError, TaskError
+from mmseq.testing import tiny
+from mmseq.training.loader import build_step, steps
+
+TASKS = {"text, image, proprio -> action[4]": 3.0, "image, action[4] -> image@+4": 1.0, "video[2] -> text": 2.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokens")
+    bundle = tiny.tokenizers()
+    robots = [tiny.episode(i, length=12 + i) for i in range(14)]
+    write_token_shards(robots, root / "robot", bundle, name="robot")
+    write_token_shards([tiny.video(i, length=10) for i in range(9)], root / "video", bundle, name="video")
+    return root, bundle
+
+
+def make(world, *, split="train", seed=0, row_tokens=256, weights=TASKS, **changes):
+    root, bundle = world
+    settings = {
+        "sources": {"robot": SourceConfig(path="robot", weight=3.0), "video": SourceConfig(path="video")},
+        "tasks": [TaskConfig(task=t, weight=w) for t, w in weights.items()],
+        "holdout": 0.3,
+    }
+    return Mixture(MixConfig(**(settings | changes)), root, bundle, row_tokens=row_tokens, seed=seed, split=split)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(mixture_module, "BLOCK_SAMPLES", 240)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.integers(-(2**70), 2**70))
+def test_permute_is_a_bijection(size, key):
+    assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_permute_scatters():
+    order = [permute(i, 10_000, 3) for i in range(2000)]
+    assert abs(np.corrcoef(np.arange(2000), order)[0, 1]) < 0.1
+    assert order != [permute(i, 10_000, 4) for i in range(2000)]
+
+
+def rows(mixture, count, state=None):
+    return RowOrder(mixture, state).take(count)
+
+
+def test_the_order_is_a_function_of_the_seed(world):
+    assert rows(make(world), 60) == rows(make(world), 60)
+    assert rows(make(world), 60) != rows(make(world, seed=1), 60)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_world_size_reads_the_same_rows(world, world_size):
+    mixture = make(world)
+    reference = rows(make(world), 24)
+    streams = [
+        steps(mixture, DataState(), rows_per_step=8, rows_per_pass=2, rank=r, world=world_size, prefetch=1)
+        for r in range(world_size)
+    ]
+    for step in range(3):
+        parts = [next(s) for s in streams]
+        assert len({(p.state.block, p.state.row) for p in parts}) == 1
+        wanted = reference[8 * step : 8 * step + 8]
+        for rank, part in enumerate(parts):
+            assert part.samples == [s for row in wanted[rank::world_size] for s in row]
+    for stream in streams:
+        stream.close()
+
+
+def test_it_resumes_from_any_state(world):
+    order = RowOrder(make(world))
+    states, taken = [], []
+    for size in (1, 3, 7, 2, 40, 5, 60, 11):
+        states.append(order.state)
+        taken.append(order.take(size))
+    for i, state in enumerate(states):
+        again = RowOrder(make(world), DataState(state.block, state.row))
+        assert [again.take(len(part)) for part in taken[i:]] == taken[i:]
+    assert states[-1].block > 0  # a boundary between blocks was crossed
+
+
+def test_an_epoch_visits_every_moment_once(world):
+    for stream in make(world).streams:
+        for epoch in range(2):
+            visits = [stream.sample(epoch * len(stream) + k, 0) for k in range(len(stream))]
+            moments = {(s.episode, s.now) for s in visits}
+            assert len(moments) == len(stream)
+            assert moments == {(s.episode, s.now) for s in map(stream.moment, range(len(stream)))}
+        first = [stream.sample(k, 0).now for k in range(len(stream))]
+        assert first != [stream.sample(len(stream) + k, 0).now for k in range(len(stream))]
+
+
+def test_blocks_keep_the_weights_and_lose_nothing(world):
+    mixture = make(world)
+    counts = collections.Counter(s.stream for b in range(4) for row in mixture.block(b) for s in row)
+    total = 4 * mixture_module.BLOCK_SAMPLES
+    assert abs(sum(counts.values()) - total) <= len(mixture.streams)
+    for stream, weight in zip(mixture.streams, mixture.weights):
+        assert abs(counts[stream.index] - total * weight) <= 1
+    by_task = collections.Counter()
+    for stream, weight in zip(mixture.streams, mixture.weights):
+        by_task[stream.task_index] += weight
+    np.testing.assert_allclose([by_task[i] for i in range(3)], np.array([3, 1, 2]) / 6)
+    # `video[2] -> text` can be filled by both sources, 3 to 1
+    caption = {s.source: w for s, w in zip(mixture.streams, mixture.weights) if s.task_index == 2}
+    assert caption["robot"] / caption["video"] == pytest.approx(3)
+
+
+def test_the_samples_of_a_stream_go_on_across_blocks(world):
+    mixture = make(world)
+    stream = mixture.streams[0]
+    seen = [s for b in range(3) for row in mixture.block(b) for s in row if s.stream == stream.index]
+    key = lambda s: (s.episode, s.now, s.variant)
+    assert sorted(map(key, seen)) == sorted(key(stream.sample(k, 0)) for k in range(len(seen)))
+
+
+def test_lengths_are_known_and_rows_fit(world):
+    mixture = make(world)
+    for row in mixture.block(0)[:20]:
+        assert sum(s.length for s in row) <= 256
+        for sample in row:
+            assert len(mixture.build(sample)) == sample.length
+
+
+def test_held_out_episodes_are_never_trained_on(world):
+    train, holdout = make(world), make(world, split="holdout")
+    seen = {(s.source, s.episode) for b in range(3) for row in train.block(b) for s in row}
+    kept = {(s.source, m.episode) for s in holdout.streams for m in map(s.moment, range(len(s)))}
+    assert kept
+    assert not seen & kept
+    for source, episode in kept:
+        assert held_out(f"{source}/{train.shards[source].notes[episode]['id']}", 0.3)
+
+
+def test_more_data_moves_no_episode_across():
+    ids = [f"robot/episode-{i}" for i in range(4000)]
+    small, large = {i for i in ids if held_out(i, 0.1)}, {i for i in ids if held_out(i, 0.2)}
+    assert small < large
+    assert 0.08 < len(small) / len(ids) < 0.12
+
+
+def test_weighting_by_frames_follows_the_moments(world):
+    mixture = make(world, weighting="frames", weights={"video[2] -> text": 1.0})
+    sizes = np.array([len(s) * {"robot": 3, "video": 1}[s.source] for s in mixture.streams])
+    np.testing.assert_allclose(mixture.weights, sizes / sizes.sum())
+
+
+def test_shares_add_up(world):
+    shares = make(world).shares()
+    assert sum(r["samples"] for r in shares) == pytest.approx(1)
+    assert sum(r["tokens"] for r in shares) == pytest.approx(1)
+    assert {r["source"] for r in shares if r["task"] == "policy"} == {"robot"}
+
+
+def test_a_step_knows_where_its_samples_came_from(world):
+    mixture = make(world)
+    order = RowOrder(mixture)
+    step = build_step(mixture, order.take(4), order.state, rank=0, world=2, rows_per_pass=2)
+    assert step.slot_tokens == 512
+    assert step.used_tokens == sum(s.length for s in step.samples)
+    named = mixture.provenance(step.samples[0])
+    assert "at step" in named
+    assert "/tiny-" in named or "/video-" in named
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"sources": {}}, ConfigError, "no sources"),
+        ({"tasks": []}, ConfigError, "no tasks"),
+        ({"weighting": "heavy"}, ConfigError, "as_given or frames"),
+        ({"holdout": 1.0}, ConfigError, "holdout"),
+        ({"sources": {"robt": SourceConfig(path="x")}}, DataError, "no token shards"),
+        ({"tasks": [TaskConfig(task="image -> acton[2]")]}, TaskError, "unknown stream"),
+        ({"tasks": [TaskConfig(task="image -> text", sources=["vdeo"])]}, ConfigError, "did you mean 'video'"),
+        ({"tasks": [TaskConfig(task="image -> action[2]", sources=["video"])]}, ConfigError, "video: no action"),
+        ({"tasks": [TaskConfig(task="image -> action[400]")]}, ConfigError, "episodes of at most"),
+        ({"tasks": [TaskConfig(task="policy"), TaskConfig(task="policy")]}, ConfigError, "two tasks are named"),
+        ({"tasks": [TaskConfig(task="image -> text", weight=0)]}, ConfigError, "all weights are zero"),
+        ({"tasks": [TaskConfig(task="image -> text", weight=-1)]}, ConfigError, "negative"),
+    ],
+)
+def test_a_mix_that_cannot_work_says_why(world, changes, error, says):
+    with pytest.raises(error, match=says):
+        make(world, **changes)
+
+
+def test_a_sequence_longer_than_a_row_is_refused(world):
+    with pytest.raises(ConfigError, match="does not fit into a row of 32"):
+        make(world, row_tokens=32).block(0)
+
+
+def test_shards_of_other_tokenizers_are_refused(world):
+    root, _ = world
+    with pytest.raises(FingerprintError, match="Tokenize again"):
+        make((root, tiny.tokenizers(seed=5)))
+
+
+def test_a_mix_file_is_strict(tmp_path):
+    (tmp_path / "mix.yaml").write_text("sources: {a: {path: b, wieght: 2}}\ntasks: [{task: policy}]\n")
+    with pytest.raises(ConfigError, match=r"sources.a.wieght.*did you mean 'weight'"):
+        load_mix(tmp_path / "mix.yaml")

@@ -1,0 +1,148 @@
+"""Decoding: the cache changes nothing, company changes nothing, and what comes out always has its shape."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmseq.errors import TaskError
+from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request
+from mmseq.packing import collate
+from mmseq.tasks import Task
+from mmseq.testing import tiny
+from mmseq.tokenization.bundle import EpisodeTokens
+
+ARROWS = [
+    "text, image, proprio -> action[3]",
+    "image, action[3] -> image@+3",
+    "video[2] -> text",
+    "text, image, proprio -> plan, image@+2, action[3]",
+    "text, (image, proprio -> action[1]) * 3",
+    "text, image -> progress, success",
+    "demo[2], image -> video[2]",
+    "-> text",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+def request(model, episode=0, now=4, text=None, **options):
+    texts = {"text": text} if text else None
+    return Request(EpisodeTokens(tiny.episode(episode), model.tokenizers, texts=texts), now, **options)
+
+
+class Recorder(Decoder):
+    """Keeps the logits that each token was chosen from."""
+
+    def _logits(self, hidden, range_name):
+        logits = super()._logits(hidden, range_name)
+        self.__dict__.setdefault("seen", []).append((range_name, logits))
+        return logits
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("arrow", ARROWS)
+def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge):
+    robot = tiny.embodiment("two", ("front", "wrist"))
+    bundle = tiny.tokenizers((robot,), merge=merge)
+    model = tiny.model(bundle)
+    task, builder = Task.parse(arrow), bundle.builder()
+    tokens = EpisodeTokens(tiny.episode(1, robot=robot), bundle)
+    decoder = Recorder(model)
+    decoded = decoder.decode(task, [Request(tokens, 4)])[0]
+    # the same sequence at once: what was given, and what was decoded where it was predicted
+    left = list(decoded)
+    original = builder.codes
+    builder.codes = lambda segment, *rest: left.pop(0).codes if segment.predicted else original(segment, *rest)
+    sequence = builder.build(task, tokens, 4)
+    with torch.inference_mode():
+        hidden = model.hidden(collate([sequence], bundle.vocabulary))
+        assert len(decoder.seen) == len(sequence.target_at)
+        for at, (name, found) in zip(sequence.target_at, decoder.seen):
+            ids = bundle.vocabulary.ranges[name]
+            full = hidden[at] @ model.transformer.output_weight[ids.start : ids.stop].t()
+            assert (found[0] - full).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("arrow", ARROWS)
+def test_a_batch_equals_its_requests_one_by_one(model, arrow, temperature):
+    texts = ["go", "open the window, then close the red drawer and turn the dial", "press"]
+    requests = [request(model, i, 4 + i, text, seed=10 + i) for i, text in enumerate(texts)]
+    task = Task.parse(arrow)
+    together = Decoder(model, temperature=temperature).decode(task, requests)
+    for one, out in zip(requests, together):
+        alone = Decoder(model, temperature=temperature).decode(task, [one])[0]
+        assert len(alone) == len(out)
+        for a, b in zip(alone, out):
+            assert np.array_equal(a.codes, b.codes)
+            if a.expectation is not None:
+                assert a.expectation == pytest.approx(b.expectation, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_action_prefix_is_kept_exactly_whatever_the_company(model, temperature):
+    rng = np.random.default_rng(0)
+    task = Task.parse("text, image, proprio -> action[6]")
+    prefixes = [None, rng.integers(0, 32, (2, 4)), rng.integers(0, 32, (5, 4))]
+    requests = [request(model, i, 4, prefix=p, seed=i) for i, p in enumerate(prefixes)]
+    together = [out[0].codes for out in Decoder(model, temperature=temperature).decode(task, requests)]
+    for one, prefix, codes in zip(requests, prefixes, together):
+        assert codes.shape == (6, 4)
+        if prefix is not None:
+            assert np.array_equal(codes[: len(prefix)], prefix)
+        alone = Decoder(model, temperature=temperature).decode(task, [one])[0][0].codes
+        assert np.array_equal(alone, codes)
+
+
+def test_a_prefix_belongs_to_the_first_chunk_only(model):
+    prefix = np.full((1, 4), 31)
+    out = Decoder(model).decode(Task.parse("(image -> action[2]) * 2"), [request(model, prefix=prefix)])[0]
+    free = Decoder(model).decode(Task.parse("(image -> action[2]) * 2"), [request(model)])[0]
+    assert np.array_equal(out[0].codes[:1], prefix)
+    assert out[1].codes.shape == free[1].codes.shape == (2, 4)
+
+
+@pytest.mark.parametrize("prefix", [np.zeros((3, 4)), np.zeros((1, 3)), np.zeros(4)])
+def test_a_prefix_that_does_not_fit_is_refused(model, prefix):
+    with pytest.raises(TaskError, match="prefix"):
+        Decoder(model).decode(Task.parse("image -> action[3]"), [request(model, prefix=prefix.astype(int))])
+
+
+def test_of_10000_sampled_chunks_none_is_malformed(model):
+    task = Task.parse("proprio -> action[2], progress")
+    decoder = Decoder(model, temperature=1.0)
+    tokens = request(model).tokens
+    bins = model.tokenizers.action.bins
+    seen = set()
+    for start in range(0, 10_000, 2500):
+        for chunk, progress in decoder.decode(task, [Request(tokens, 4, seed=start + i) for i in range(2500)]):
+            assert chunk.codes.shape == (2, 4)
+            assert chunk.codes.min() >= 0
+            assert chunk.codes.max() < bins
+            assert progress.codes.shape == (1,)
+            seen.update(chunk.codes.ravel().tolist())
+    assert len(seen) == bins  # it is sampling, and every bin can come
+
+
+def test_text_ends(model):
+    for out in Decoder(model, temperature=1.0).decode(
+        Task.parse("image -> text"), [request(model, seed=i) for i in range(4)]
+    ):
+        codes = out[0].codes
+        assert 1 <= len(codes) <= MAX_TEXT_TOKENS
+        assert codes[-1] == model.tokenizers.text.end
+        assert (codes[:-1] != model.tokenizers.text.end).all()
+
+
+def test_requests_that_cannot_share_a_batch_are_refused():
+    bundle = tiny.tokenizers((tiny.embodiment(), tiny.embodiment("two", ("front", "wrist"))))
+    model = tiny.model(bundle)
+    requests = [
+        Request(EpisodeTokens(tiny.episode(0, robot=r), bundle), 0) for r in (tiny.embodiment(), tiny.embodiment("two"))
+    ]
+    with pytest.raises(TaskError, match="cannot share a batch"):
+        Decoder(model).decode(Task.parse("image -> action[2]"), requests)
+    assert Decoder(model).decode(Task.parse("image -> action[2]"), []) == []
