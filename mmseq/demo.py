@@ -35,10 +35,10 @@ from mmseq.tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of --minutes; the rest is reading, writing and measuring.
-TRAIN_SHARE = 0.42
-ROBOT_EPISODES = 50  # per task, at 10 minutes
-HUMAN_VIDEOS = 12
-VISION_STEPS = 400
+TRAIN_SHARE = 0.45
+ROBOT_EPISODES = 75  # per task, at 10 minutes
+HUMAN_VIDEOS = 16
+VISION_STEPS = 900
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,9 @@ and its tokens. The header of a predicted segment is supplied by the task, also 
 the model never guesses structure and every token it writes comes from one known range. Text ends
 with its tokenizer's end token, which lies in the text range.
 
-Given vision is merged: `merge` x `merge` neighbouring codes share one position. Predicted vision
-has one position per code.
+Vision that is only looked at is merged: `merge` x `merge` neighbouring codes share one position.
+Predicted vision has one position per code, and so has the vision it is predicted from: most codes
+stay as they are, and copying one position is easily learnt.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ class Layout:
     def frame_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    @property
-    def merged_tokens(self) -> int:
-        return self.frame_tokens // self.merge**2
+    def frame_positions(self, mergeable: bool) -> int:
+        """Positions that one frame takes."""
+        return self.frame_tokens // self.merge**2 if mergeable else self.frame_tokens
 
     def __post_init__(self):
         if self.merge < 1 or self.grid[0] % self.merge or self.grid[1] % self.merge:
@@ -266,8 +267,7 @@ class Draft:
     def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray, now: int) -> None:
         stream = segment.stream
         range_name = RANGE_OF_STREAM[stream]
-        merged = range_name == "vision" and not segment.predicted and self.builder.layout.merge > 1
-        if merged:
+        if segment.mergeable and self.builder.layout.merge > 1:
             start = self._merged(codes)
         else:
             ids = self.builder.vocabulary.encode(range_name, codes).reshape(-1)
@@ -361,7 +361,7 @@ def sequence_length(
                 frames = segment.length.steps(rate_hz)
             else:
                 frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
-            per_frame = layout.frame_tokens if segment.predicted else layout.merged_tokens
+            per_frame = layout.frame_positions(p.mergeable)
             views = 1 if segment.camera else cameras
             total += views * (1 + numbered + timed + frames * per_frame)
         elif segment.stream in VECTOR_STREAMS:

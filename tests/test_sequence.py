@@ -99,8 +99,15 @@ def test_the_header_of_a_segment_says_camera_and_time():
     assert header[:2] == ["<image>", "<camera_1>"]
     assert header[2].startswith("<time_")
     assert names[-1] == "<eos>"
-    assert len(sequence.patch_at) == bundle.layout.merged_tokens
+    assert given_span.stop - given_span.start == bundle.layout.frame_tokens
     assert predicted.stop - predicted.start == bundle.layout.frame_tokens
+
+
+def test_vision_is_merged_where_it_is_only_looked_at():
+    bundle, tokens = WORLDS["two"]
+    build = lambda arrow: bundle.builder().build(Task.parse(arrow), tokens, 0)
+    assert len(build("image.wrist -> action[2]").patch_at) == bundle.layout.frame_positions(True)
+    assert len(build("image.wrist -> image.wrist@+3").patch_at) == 0  # it copies, so it is given code by code
 
 
 def test_a_camera_outside_the_contract_is_refused():
@@ -126,7 +133,7 @@ def test_merging_is_undone(merge, rows, columns, frames):
     layout = Layout((rows * merge, columns * merge), merge)
     codes = np.arange(frames * layout.frame_tokens).reshape(frames, -1)
     patches = merge_codes(codes, layout)
-    assert patches.shape == (frames, layout.merged_tokens, merge**2)
+    assert patches.shape == (frames, layout.frame_positions(True), merge**2)
     assert np.array_equal(split_codes(patches, layout), codes)
 
 

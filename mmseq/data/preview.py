@@ -52,10 +52,11 @@ def describe(mixture: Mixture, sample: Sample, sequence: TokenSequence) -> str:
 def frames_of(mixture: Mixture, sequence: TokenSequence, span: SegmentSpan) -> np.ndarray:
     """The frames that a vision segment's tokens stand for, uint8 (frames, size, size, 3)."""
     vocabulary, tokenizers = mixture.builder.vocabulary, mixture.tokenizers
-    if not span.predicted and tokenizers.layout.merge > 1:
-        inside = (sequence.patch_at >= span.start) & (sequence.patch_at < span.stop)
+    inside = (sequence.patch_at >= span.start) & (sequence.patch_at < span.stop)
+    if inside.any():
         patches = vocabulary.decode("vision", sequence.patch_ids[inside])
-        codes = split_codes(patches.reshape(-1, tokenizers.layout.merged_tokens, patches.shape[1]), tokenizers.layout)
+        positions = tokenizers.layout.frame_positions(True)
+        codes = split_codes(patches.reshape(-1, positions, patches.shape[1]), tokenizers.layout)
     else:
         codes = vocabulary.decode("vision", sequence.ids[span.start : span.stop])
         codes = codes.reshape(-1, tokenizers.layout.frame_tokens)

@@ -120,7 +120,7 @@ class Decoder:
                     total += max(len(r.tokens.text(p.stream, r.variant)) for r in requests)
             elif p.stream in VISION_STREAMS:
                 frames = p.segment.length.steps(tokens.rate_hz) if p.segment.length else 1
-                per_frame = layout.frame_tokens if p.predicted else layout.merged_tokens
+                per_frame = layout.frame_positions(p.mergeable)
                 total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
             elif p.stream in VECTOR_STREAMS:
                 assert p.start is not None

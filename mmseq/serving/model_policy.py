@@ -73,10 +73,7 @@ class ObservationTokens:
         frames = self._frames[camera]
         first = start - (self.now + 1 - len(frames))
         if first < 0:
-            raise TaskError(
-                f"this arrow needs {stop - start} frames of {camera!r}, the observation has {len(frames)}",
-                fix=f"send {_IMAGES}{camera} with shape (frames, H, W, 3)",
-            )
+            raise TaskError(f"camera {camera!r} has {len(frames)} frames, fewer than other cameras")
         return self.tokenizers.vision.encode(frames[first : first + stop - start])
 
     def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
@@ -181,6 +178,12 @@ class ModelPolicy:
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
             raise TaskError(f"the observation cannot fill {task}: it has no {', '.join(missing)}")
+        past = max((-p.start for p in task.place(tokens.rate_hz) if not p.predicted and p.start is not None), default=0)
+        if past > tokens.now:
+            raise TaskError(
+                f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
+                fix=f"send {_IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
+            )
         prefix = observation.get("action_prefix")
         if prefix is not None and len(prefix):
             axes = self.robots[str(name)].action

@@ -350,7 +350,7 @@ class VisionTokenizer:
         return {name: w.detach().cpu().contiguous() for name, w in self._network.state_dict().items()}
 
     def _load(self, frames: np.ndarray) -> Tensor:
-        return to_signed(torch.from_numpy(np.ascontiguousarray(frames)).to(self.device))
+        return to_signed(torch.from_numpy(np.require(frames, requirements=["C", "W"])).to(self.device))
 
     def __repr__(self) -> str:
         return f"VisionTokenizer({self.config}, fingerprint={self.fingerprint})"

@@ -1,0 +1,99 @@
+"""A checkpoint behind the server: the same answers as the model in this process."""
+
+import numpy as np
+import pytest
+
+from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
+from mmseq.errors import CheckpointError, TaskError
+from mmseq.serving import Server, ServerConfig
+from mmseq.serving.model_policy import ModelPolicy
+from mmseq.testing import tiny
+
+mmseq_client = pytest.importorskip("mmseq_client")
+ARROW = "text, image, proprio -> action[4]"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny.model().save_pretrained(directory)
+    mix = MixConfig(
+        sources={"robot": SourceConfig(path="robot")},
+        tasks=[TaskConfig(task=ARROW, name="policy"), TaskConfig(task="image, action[4] -> image@+4")],
+    )
+    save_mix(mix, directory / "mix.yaml")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    return ModelPolicy.from_pretrained(checkpoint)
+
+
+def observe(episode, t):
+    return {
+        "observation.images.front": episode["image.front"][t],
+        "observation.state": episode["proprio"][t],
+        "prompt": episode.texts[0],
+    }
+
+
+def test_the_server_answers_what_the_model_predicts(policy):
+    episode = tiny.episode(3)
+    expected = policy.model.predict(ARROW, episode, 5)["action"]
+    with Server(policy, ServerConfig(port=0)) as server, mmseq_client.Client("127.0.0.1", server.port) as client:
+        assert client.horizon == 4
+        client.check_contract(tiny.embodiment().to_dict())
+        np.testing.assert_allclose(client.infer(observe(episode, 5))["actions"], expected, atol=1e-6)
+
+
+def test_a_committed_prefix_begins_the_chunk(policy):
+    axes = policy.robots["arm"].action
+    prefix = policy.tokenizers.action.decode(np.array([[3, 30, 7, 0], [31, 1, 2, 9]]), axes)
+    actions = policy.infer({**observe(tiny.episode(1), 2), "action_prefix": prefix})["actions"]
+    assert actions.shape == (4, 4)
+    np.testing.assert_array_equal(actions[:2], prefix)
+
+
+def test_any_arrow_by_name_or_text(policy):
+    episode = tiny.episode(2)
+    given = {**observe(episode, 4), "action": episode["action"][4:8]}
+    image = policy.predict("forward_dynamics", given)["image"]
+    np.testing.assert_array_equal(image, policy.model.predict("image, action[4] -> image@+4", episode, 4)["image"])
+    goal = {**observe(episode, 4), "goal.images.front": episode["image.front"][9]}
+    actions = policy.predict("image, image@+5 -> action[5]", goal)["action"]
+    np.testing.assert_allclose(actions, policy.model.predict("image, image@+5 -> action[5]", episode, 4)["action"])
+
+
+def test_past_frames_fill_a_given_video(policy):
+    episode = tiny.episode(2)
+    given = {"observation.images.front": episode["image.front"][2:6], "embodiment": "arm"}
+    expected = policy.model.predict("video[4] -> progress", episode, 5)["progress"]
+    assert policy.predict("video[4] -> progress", given)["progress"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_blanked_images_change_nothing_else(checkpoint):
+    blind = ModelPolicy.from_pretrained(checkpoint, blank_images=True)
+    one, other = observe(tiny.episode(1), 0), observe(tiny.episode(2), 0)
+    other |= {"observation.state": one["observation.state"], "prompt": one["prompt"]}
+    np.testing.assert_array_equal(blind.infer(one)["actions"], blind.infer(other)["actions"])
+
+
+@pytest.mark.parametrize(
+    ("arrow", "change", "message"),
+    [
+        ("image, image@+5 -> action[5]", {}, "goal.images.front"),
+        ("video[4] -> text", {}, "needs the last 4 frames, the observation has 1"),
+        ("image, action[4] -> image@+4", {}, "it has no action"),
+        ("policy", {"embodiment": "amr"}, "did you mean 'arm'"),
+    ],
+)
+def test_what_is_missing_is_named(policy, arrow, change, message):
+    with pytest.raises(TaskError, match=message.replace("[", r"\[")):
+        policy.predict(arrow, {**observe(tiny.episode(0), 1), **change})
+
+
+def test_a_model_without_a_policy_is_refused(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="trained on no task that predicts actions"):
+        ModelPolicy.from_pretrained(tmp_path)
