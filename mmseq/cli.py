@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: the demo's")
     c.add_argument("--episodes", type=int, default=20, help="unseen layouts per task (default: 20)")
     c.add_argument("--seed", type=int, default=100_000, help="of the first layout")
-    c.add_argument("--execute", type=int, default=2, help="control steps of each chunk before the next request")
+    c.add_argument("--execute", type=int, default=1, help="control steps of each chunk before the next request")
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
     c.add_argument("--device", default="cpu")

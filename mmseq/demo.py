@@ -35,10 +35,10 @@ from mmseq.tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of --minutes; the rest is reading, writing and measuring.
-TRAIN_SHARE = 0.45
-ROBOT_EPISODES = 75  # per task, at 10 minutes
+TRAIN_SHARE = 0.5
+ROBOT_EPISODES = 60  # per task, at 10 minutes
 HUMAN_VIDEOS = 16
-VISION_STEPS = 900
+VISION_STEPS = 800
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class DemoConfig:
     tasks: list[str] = field(default_factory=list)
     data: str | None = None
     episodes: int = 20
-    execute: int = 2
+    execute: int = 1
 
     def check(self) -> None:
         if not 0.5 <= self.minutes <= 24 * 60:
@@ -321,7 +321,7 @@ def _drive(config: DemoConfig, tasks: list[str], out: Path, stages: Stages) -> t
     with stages.stage(f"Driving the simulator through the server, {config.episodes} unseen layouts a task") as update:
         loop = ClosedLoopConfig(**common, episodes=config.episodes)  # type: ignore[arg-type]
         rollouts += evaluate_checkpoint(out / "checkpoint", loop, on_progress=update)
-    fewer = max(1, config.episodes // 2)
+    fewer = max(1, config.episodes // 3)
     with stages.stage("Baselines: blanked images, random actions, the expert through the action bins") as update:
         controllers = ("blanked_images", "random", "expert_tokens")
         loop = ClosedLoopConfig(**common, episodes=fewer, controllers=controllers)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class ClosedLoopConfig:
     tasks: list[str] = field(default_factory=list)
     episodes: int = 20
     seed: int = 100_000
-    execute: int = 2
+    execute: int = 1
     max_steps: int = 90
     spread: float = 1.0
     keep: int = 1
@@ -70,7 +70,6 @@ def evaluate_checkpoint(
 
     Raises: ConfigError for an unknown task or controller, before anything starts.
     """
-    from mmseq.serving import Server, ServerConfig
     from mmseq.serving.model_policy import ModelPolicy
     from mmseq.simulation.experts import task_language
 
@@ -84,7 +83,22 @@ def evaluate_checkpoint(
             fix=f"name tasks, episodes of at least 1, and controllers among {', '.join(CONTROLLERS)}",
         )
     require("mmseq_client", "serve")
-    policy = ModelPolicy.from_pretrained(checkpoint, device=device)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
+    try:
+        return _serve_and_drive(ModelPolicy.from_pretrained(checkpoint, device=device), config, on_progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _serve_and_drive(
+    policy: Any, config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
+) -> list[Rollout]:
+    from mmseq.serving import Server, ServerConfig
+    from mmseq.serving.model_policy import ModelPolicy
+
     config.execute = min(config.execute, policy.horizon)
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:

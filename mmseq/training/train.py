@@ -37,7 +37,7 @@ from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog
 from mmseq.training.optimizer import build_optimizer
 
-SPEED_STEPS = 12  # steps measured before max_minutes decides the length of the run
+SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
 
 
 def train(config: TrainConfig) -> Path:
@@ -246,7 +246,8 @@ def _number(value: Any) -> float | None:
 
 def _fit_to_time(config: TrainConfig, timed: list[float], state: checkpoints.RunState, world: int) -> int:
     """How many steps fit into max_minutes at the speed of the first steps; rank 0 decides."""
-    typical = sorted(timed[2:])[len(timed[2:]) // 2]
+    late = sorted(timed[len(timed) // 2 :])  # the first steps fill caches
+    typical = late[len(late) // 2]
     left = config.max_minutes * 60 - state.seconds
     steps = torch.tensor([min(config.steps, state.step + max(1, int(left / typical)))], dtype=torch.int64)
     if torch.cuda.is_available():
