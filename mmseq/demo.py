@@ -255,6 +255,7 @@ def _split(out: Path, mix: MixConfig) -> tuple[list[Episode], list[Episode], lis
 
 def _measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, stages: Stages) -> Path:
     from mmseq.evaluation.generation import evaluate_generation
+    from mmseq.evaluation.pictures import write_picture
     from mmseq.evaluation.report import write_report
     from mmseq.evaluation.results import write_results
     from mmseq.model.sequence_model import SequenceModel
@@ -308,6 +309,7 @@ def _measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, st
             "videos": str(sum(e.embodiment is None for e in [*human, *seen])),
         },
     )
+    write_picture(out / "demo.png", media, shown)
     _print_summary(stages, results, out)
     return out / "report.html"
 
@@ -351,10 +353,14 @@ def _write_card(out: Path, results: list[Any]) -> None:
 def _print_summary(stages: Stages, results: list[Any], out: Path) -> None:
     from rich.table import Table
 
-    table = Table("measure", "value", "baseline", "n")
+    table = Table("measure", "value", "unit", "baseline", "", "n")
+    for column in table.columns:
+        column.no_wrap = True
     for r in results:
         if r.name.count(".") < 2:
-            table.add_row(r.name, f"{r.value:.3f} {r.unit}", f"{r.baseline_value:.3f} {r.baseline_name}", str(r.n))
+            row = (r.name, f"{r.value:.3f}", r.unit, f"{r.baseline_value:.3f}", r.baseline_name, str(r.n))
+            table.add_row(*row)
+    stages.console.width = max(stages.console.width, 130)  # a narrow log must not cut names
     stages.console.print(table)
     total = sum(stages.seconds.values())
     stages.console.print(f"\n{total / 60:.1f} minutes. Open {out / 'report.html'}")
