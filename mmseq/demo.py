@@ -95,8 +95,10 @@ def run_demo(config: DemoConfig) -> Path:
     if config.data:
         from mmseq.data.sources import open_source
 
-        if len(open_source(config.data)) < 2:
-            raise DataError(f"{config.data} has fewer than two episodes", fix="one part is held out: give more")
+        if len(open_source(config.data)) < 4:
+            raise DataError(f"{config.data} has fewer than four episodes", fix="one part is held out: give more")
+        if Path(config.data).resolve().is_relative_to(out.resolve()):
+            raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
     _clear(out)
     scale = min(1.0, config.minutes / 10)
     if config.data:
@@ -259,6 +261,7 @@ def _measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, st
     from mmseq.evaluation.report import write_report
     from mmseq.evaluation.results import write_results
     from mmseq.model.sequence_model import SequenceModel
+    from mmseq.training.checkpoint import complete_checkpoints, read_state
 
     results, rollouts = [], []
     if tasks:
@@ -283,7 +286,7 @@ def _measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, st
     tokenizers = model.tokenizers
     assert tokenizers is not None
     mixture = Mixture(mix, out / "tokens", tokenizers, row_tokens=2048, seed=config.seed)
-    state = json.loads((sorted((out / "train/checkpoints").glob("step_*"))[-1] / "state.json").read_text())["run"]
+    steps = read_state(complete_checkpoints(out / "train/checkpoints")[-1]).step
     shown = [
         {"task": r.task, "success": r.success, "policy": r.controller, "rate_hz": 20.0}
         | ({"video": r.frames} if r.frames is not None else {})
@@ -304,7 +307,7 @@ def _measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, st
         facts={
             "parameters": f"{model.parameters_count / 1e6:.2f} M",
             "tasks": str(len(arrows)),
-            "training steps": str(state["step"]),
+            "training steps": str(steps),
             "robot episodes": str(sum(e.embodiment is not None for e in [*robot, *seen])),
             "videos": str(sum(e.embodiment is None for e in [*human, *seen])),
         },

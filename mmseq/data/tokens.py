@@ -72,13 +72,12 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
     axes = {}
     for stream in streams:
         if stream.startswith(IMAGE_PREFIX):
-            members[f"{stream}.npy"] = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode)).astype(
-                np.uint16
-            )
+            codes = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode))
+            members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers.vision.codebook_size))
         elif stream in VECTOR_STREAMS:
             codes = source.vector(stream, 0, len(episode))
             axes[stream] = int(codes.shape[1])
-            members[f"{stream}.npy"] = codes.astype(np.uint16)
+            members[f"{stream}.npy"] = codes.astype(_code_type(getattr(tokenizers, stream).bins))
     note = {
         "id": episode.id,
         "length": len(episode),
@@ -90,6 +89,11 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
         "success": episode.success,
     }
     return members, note
+
+
+def _code_type(codes: int) -> type:
+    """The smallest type that holds every code."""
+    return np.uint16 if codes <= 1 << 16 else np.uint32
 
 
 class TokenizedEpisode:

@@ -21,6 +21,7 @@ from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STR
 from mmseq.vocabulary import RANGE_OF_STREAM
 
 MAX_TEXT_TOKENS = 128
+MAX_TOKENS = 32_768  # of one request: a typing error must not occupy a server for hours
 
 
 @dataclass
@@ -128,6 +129,8 @@ class Decoder:
                 total += (p.stop - p.start) * self._axes(p.stream, tokens)
             else:
                 total += 1
+        if total > MAX_TOKENS:
+            raise TaskError(f"{task} takes {total} tokens, at most {MAX_TOKENS} are decoded at once", fix="shorten it")
         parameter = self.model.transformer.embed.weight
         return Cache.empty(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
 
@@ -194,7 +197,8 @@ class Decoder:
             return ()
         if segment.stream in SCALAR_STREAMS:
             return (1,)
-        steps = 1 if segment.start is None else segment.stop - segment.start  # type: ignore[operator]
+        length = segment.segment.length
+        steps = length.steps(tokens.rate_hz) if length else 1
         if segment.stream in VISION_STREAMS:
             return (steps, self.builder.layout.frame_tokens)
         if segment.stream in VECTOR_STREAMS:

@@ -213,9 +213,13 @@ class Transformer(nn.Module):
     def inputs(self, ids: Tensor, slots: Tensor, patch_at: Tensor, patch_ids: Tensor) -> Tensor:
         """Input vectors (T, D): token embeddings, merged vision in its places, slot vectors."""
         x = self.embed(ids)
-        if self.config.merge > 1 and len(patch_at):
-            merged = self.merge(self.embed(patch_ids).flatten(-2))
-            x = x.index_copy(0, patch_at, merged.to(x.dtype))
+        if self.config.merge > 1:
+            if len(patch_at):
+                merged = self.merge(self.embed(patch_ids).flatten(-2))
+                x = x.index_copy(0, patch_at, merged.to(x.dtype))
+            elif self.training:
+                # ranks must use the same layers: ZeRO gathers and reduces their weights together
+                x = x + 0 * self.merge(x.new_zeros(1, self.merge.in_features)).sum().to(x.dtype)
         return x + self.slots(slots) if self.config.slot_embeddings else x
 
     def forward(

@@ -82,9 +82,14 @@ class ObservationTokens:
         axes: Axes | None = getattr(self.tokenizers.embodiment(self.embodiment), stream)
         if axes is None:
             raise TaskError(f"embodiment {self.embodiment!r} has no {stream}")
-        if len(values) < stop - start:
-            raise TaskError(f"this arrow needs {stop - start} steps of {key!r}, the observation has {len(values)}")
-        checked = axes.check(values[: stop - start], what=key, where="observation")
+        # states end with now, commands begin with it
+        first = start - (self.now + 1 - len(values)) if stream == "proprio" else start - self.now
+        if first < 0 or first + stop - start > len(values):
+            raise TaskError(
+                f"this arrow needs {key!r} of steps {start - self.now} to {stop - 1 - self.now} from now, "
+                f"the observation has {len(values)}"
+            )
+        checked = axes.check(values[first : first + stop - start], what=key, where="observation")
         return getattr(self.tokenizers, stream).encode(checked, axes)
 
     def scalar(self, stream: str, step: int) -> int:
@@ -114,10 +119,10 @@ class ModelPolicy:
         chosen = (
             arrow
             or self.tasks.get("policy")
-            or next((a for a in self.tasks.values() if [s.stream for s in Task.parse(a).predicted] == ["action"]), None)
+            or next((a for a in self.tasks.values() if Task.parse(a).alias == "policy"), None)
         )
         if chosen is None:
-            raise CheckpointError(f"{name} was trained on no task that predicts actions", fix="name one with arrow=")
+            raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         segments = [s for s in self.arrow.predicted if s.stream == "action"]
         if not segments:
@@ -173,7 +178,9 @@ class ModelPolicy:
         if name is not None and name not in self.robots:
             raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
         if self.blank_images:
-            observation = {k: np.full_like(v, 128) if k.startswith(_IMAGES) else v for k, v in observation.items()}
+            observation = {
+                k: np.full_like(v, 128) if k.startswith((_IMAGES, _GOAL)) else v for k, v in observation.items()
+            }
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:

@@ -28,6 +28,7 @@ class RunState:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    fitted: bool = False  # whether max_minutes has decided `steps`
     data: DataState = field(default_factory=DataState)
 
 
@@ -71,10 +72,16 @@ def save(engine, state: RunState, folder: Path, *, rank: int, barrier, keep: int
     return final
 
 
+def _difference(key: str, there: object, here: object) -> str:
+    long = max(len(str(there)), len(str(here))) > 80
+    return f"the {key} differs" if long else f"{key}: {there} there, {here} here"
+
+
 def load(engine, checkpoint: Path, identity: dict) -> RunState:
     """Raises: CheckpointError when the checkpoint is of another model, seed or mix."""
+    read_state(checkpoint)  # a damaged file has its own message
     stored = json.loads((checkpoint / STATE_FILE).read_text()).get("identity", {})
-    wrong = [f"{k}: {stored.get(k)} there, {v} here" for k, v in identity.items() if stored.get(k) != v]
+    wrong = [_difference(k, stored.get(k), v) for k, v in identity.items() if stored.get(k) != v]
     if wrong:
         raise CheckpointError(
             f"{checkpoint} belongs to another run ({'; '.join(wrong)})",

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+def _open(path: Path, after: int) -> IO[str]:
+    kept = path.read_text().splitlines() if path.is_file() else []
+    kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= after]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
 
 
 class RunLog:
-    """Metrics of one run. Bits per token are averaged by task between two records."""
+    """Metrics of one run. after: the step it goes on from; later lines of an earlier try are dropped.
 
-    def __init__(self, out: Path, tasks: list[str], *, total: int, enabled: bool):
+    Bits per token are averaged by task between two records."""
+
+    def __init__(self, out: Path, tasks: list[str], *, total: int, enabled: bool, after: int = 0):
         self.tasks, self.total, self.enabled = tasks, total, enabled
-        self.file = (out / "metrics.jsonl").open("a") if enabled else None
+        self.file = _open(out / "metrics.jsonl", after) if enabled else None
         self._nats = [0.0] * len(tasks)
         self._counts = [0.0] * len(tasks)
         self._records: list[dict[str, Any]] = []

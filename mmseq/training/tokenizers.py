@@ -41,6 +41,9 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
     on_progress(stage, done, total). Raises: MMSeqError for a source, text or contract that does not fit.
     """
     config.check()
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
+        raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
     sources = {name: open_source(s.path, rate_hz=s.rate_hz) for name, s in config.sources.items()}
     robots = gather_embodiments({name: embodiments_of(source) for name, source in sources.items()})
     seen, unseen = {}, {}
@@ -63,9 +66,6 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
         merge=config.merge,
     )
     report = evaluate_tokenizers(tokenizers, sources, unseen)
-    out = Path(config.out)
-    if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
-        raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizers.save(partial)

@@ -54,6 +54,13 @@ def train(config: TrainConfig) -> Path:
         mix, config.data.tokens, tokenizers, row_tokens=config.data.row_tokens, seed=config.seed, split=split
     )
     mixture = make("train")
+    for stream in mixture.streams:
+        longest = max(stream.longest(), key=lambda sample: sample.length)
+        if longest.length > config.data.row_tokens:
+            raise ConfigError(
+                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {config.data.row_tokens}",
+                fix="raise data.row_tokens or shorten the task",
+            )
     unknown = set(config.range_weights) - set(tokenizers.vocabulary.ranges)
     if unknown:
         raise ConfigError(f"range_weights names unknown ranges: {', '.join(sorted(unknown))}")
@@ -70,18 +77,24 @@ def train(config: TrainConfig) -> Path:
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
     identity = {
         "seed": config.seed,
-        "mix": json.loads(json.dumps(to_yaml(mix))),
+        "mix": to_yaml(mix),
+        "tokens": {name: shards.reader.manifest["index"]["sha256"] for name, shards in mixture.shards.items()},
         "tokenizers": tokenizers.fingerprints(),
-        "parameters": model.parameters_count,
+        "model": config.model.to_dict(),
+        "engine": [config.optimizer.kind, config.deepspeed.zero_stage, config.deepspeed.dtype],
+        "ranks": world if config.deepspeed.zero_stage else None,  # DeepSpeed's shards are per rank
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
     found = checkpoints.complete_checkpoints(out / "checkpoints")
     state = checkpoints.RunState(steps=config.steps)
     if found:
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
         state = checkpoints.load(engine, found[-1], identity)
-        if not config.max_minutes:
+        for group, current in zip(engine.optimizer.param_groups, settings):
+            group.update(current)  # the recipe decides the rates and the decay, not what was saved
+        if not state.fitted:
             state.steps = config.steps
-    log = RunLog(out, mixture.task_names, total=state.steps, enabled=rank == 0)
+    log = RunLog(out, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     size = model.parameters_count
     log.say(
         f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
@@ -119,7 +132,8 @@ def train(config: TrainConfig) -> Path:
         state.tokens += int(record.pop("targets_all"))
         timed.append(time.perf_counter() - waited)
         state.seconds = time.perf_counter() - started
-        if config.max_minutes and len(timed) == SPEED_STEPS and not found:
+        if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
+            state.fitted = True
             state.steps = _fit_to_time(config, timed, state, world)
             log.total = state.steps
             last = min(state.steps, config.stop_after or state.steps)
@@ -195,14 +209,29 @@ def _engine(deepspeed: Any, config: TrainConfig, model: SequenceModel, world: in
     }
     if config.deepspeed.settings:
         try:
-            settings |= json.loads(Path(config.deepspeed.settings).read_text())
+            given = json.loads(Path(config.deepspeed.settings).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings}: {error}") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
+        _merge(settings, given, where=config.deepspeed.settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if config.deepspeed.zero_stage == 3:
         # the loss reads slices of the output matrix outside the module that owns it
         deepspeed.zero.register_external_parameter(model, model.transformer.output_weight)
     return engine
+
+
+def _merge(settings: dict[str, Any], given: dict[str, Any], *, where: str, prefix: str = "") -> None:
+    """Lay a user's DeepSpeed settings over the recipe's; what the recipe decides may not contradict it."""
+    for key, value in given.items():
+        mine = settings.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            _merge(mine, value, where=where, prefix=f"{prefix}{key}.")
+        elif mine is not None and mine != value:
+            raise ConfigError(f"{where} sets {prefix}{key}={value!r}, the recipe {mine!r}", fix="set it in the recipe")
+        else:
+            settings[key] = value
 
 
 def _step(
@@ -288,7 +317,8 @@ def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, di
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         full = safe_get_full_fp32_param(parameter)
-        weights[name] = (full if full is not None else parameter.data).detach().float().cpu().clone()
+        if rank == 0:
+            weights[name] = (full if full is not None else parameter.data).detach().float().cpu().clone()
     if rank != 0:
         return
     assert model.tokenizers is not None

@@ -64,7 +64,7 @@ def losses(out: Path) -> dict[int, float]:
 
 # What the ten steps of one rank in fp32 lose, in nats per token. A change here is a change of the data
 # order, the sequences, the initialisation, the loss or the optimizer: say which in the commit.
-GOLDEN: list[float] = []
+GOLDEN = [3.87946, 3.81522, 3.81774, 3.81918, 3.4595, 3.3611, 3.31791, 4.07306, 3.6849, 4.00509]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_resume_is_exact(data, single, tmp_path, ranks, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_other_zero_stages_train(data, tmp_path, stage):
     done = run(data, tmp_path / "run", 2, f"deepspeed.zero_stage={stage}")
     assert done.returncode == 0, done.stderr[-2000:]
