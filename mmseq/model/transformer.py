@@ -214,12 +214,12 @@ class Transformer(nn.Module):
         """Input vectors (T, D): token embeddings, merged vision in its places, slot vectors."""
         x = self.embed(ids)
         if self.config.merge > 1:
-            if len(patch_at):
-                merged = self.merge(self.embed(patch_ids).flatten(-2))
-                x = x.index_copy(0, patch_at, merged.to(x.dtype))
-            elif self.training:
-                # ranks must use the same layers: ZeRO gathers and reduces their weights together
-                x = x + 0 * self.merge(x.new_zeros(1, self.merge.in_features)).sum().to(x.dtype)
+            # ranks must run the same layers, with or without vision: ZeRO gathers and reduces weights together
+            some = len(patch_at) > 0
+            if some or self.training:
+                codes = patch_ids if some else ids.new_zeros(1, self.config.merge**2)
+                merged = self.merge(self.embed(codes).flatten(-2)).to(x.dtype)
+                x = x.index_copy(0, patch_at, merged) if some else x + 0 * merged.sum()
         return x + self.slots(slots) if self.config.slot_embeddings else x
 
     def forward(

@@ -104,6 +104,12 @@ class TrainConfig:
             )
         if self.deepspeed.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {self.deepspeed.zero_stage}")
+        if self.deepspeed.zero_stage == 3 and world_size > 1:
+            raise ConfigError(
+                "deepspeed.zero_stage=3 on several ranks hangs after the first step when their batches hold "
+                "different tasks, and is not supported yet",
+                fix="use deepspeed.zero_stage=2",
+            )
         if self.deepspeed.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {self.deepspeed.dtype!r}")
         if self.optimizer.kind not in ("adamw", "muon"):

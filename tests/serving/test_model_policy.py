@@ -95,5 +95,5 @@ def test_what_is_missing_is_named(policy, arrow, change, message):
 
 def test_a_model_without_a_policy_is_refused(tmp_path):
     tiny.model().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="trained on no task that predicts actions"):
+    with pytest.raises(CheckpointError, match="trained on no policy"):
         ModelPolicy.from_pretrained(tmp_path)

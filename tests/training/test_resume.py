@@ -111,6 +111,12 @@ def test_other_zero_stages_train(data, tmp_path, stage):
     assert losses(tmp_path / "run")[10] < losses(tmp_path / "run")[1]
 
 
+def test_what_would_hang_is_refused(data, tmp_path):
+    done = run(data, tmp_path / "run", 2, "deepspeed.zero_stage=3")
+    assert done.returncode != 0
+    assert "use deepspeed.zero_stage=2" in done.stderr.lower()
+
+
 def test_a_wrong_recipe_is_refused_before_training(data, tmp_path):
     done = run(data, tmp_path / "run", 1, "modle.width=3")
     assert done.returncode == 2
