@@ -6,14 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmseq.errors import ConfigError, did_you_mean
-
-T = TypeVar("T")
 
 
 def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:

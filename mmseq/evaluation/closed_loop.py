@@ -102,8 +102,8 @@ def _serve_and_drive(
     config.execute = min(config.execute, policy.horizon)
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:
-        blind = ModelPolicy(policy.model, arrow=str(policy.arrow), name=policy.name, blank_images=True)
-        blind.tasks = policy.tasks
+        options = {"tasks": policy.tasks, "arrow": str(policy.arrow), "name": policy.name}
+        blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}
             jobs = [
@@ -190,7 +190,7 @@ def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, 
             action = rng.uniform(-1, 1, 4).astype(np.float32)
         else:
             observation: dict[str, Any] = {"prompt": instruction}
-            if player._until_request == 0 or keep:  # a picture only when it is sent or kept
+            if player.asks_next or keep:  # a picture only when it is sent or kept
                 seen = env.observe()
                 observation |= {camera: seen["image"], "observation.state": seen["proprio"]}
                 if keep:

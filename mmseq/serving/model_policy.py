@@ -104,18 +104,24 @@ def _stack(image: Any) -> np.ndarray:
 class ModelPolicy:
     """Serves one checkpoint. Implements `mmseq.serving.Policy`.
 
-    arrow: the task that `infer` runs; default: the mix's task named `policy`, else the first of its
-    tasks that predicts actions from text, image and proprio. blank_images: replaces every frame by
-    mid-grey, for measuring what a policy does without seeing.
+    tasks: arrows by name, as a mix has them. arrow: the task that `infer` runs; default: the one named
+    `policy`, else the first with the shape of a policy. blank_images: replaces every frame by mid-grey,
+    for measuring what a policy does without seeing.
     """
 
     def __init__(
-        self, model: SequenceModel, *, arrow: str | None = None, name: str = "model", blank_images: bool = False
+        self,
+        model: SequenceModel,
+        *,
+        tasks: dict[str, str] | None = None,
+        arrow: str | None = None,
+        name: str = "model",
+        blank_images: bool = False,
     ):
         tokenizers = model.tokenizers
         assert tokenizers is not None
         self.model, self.tokenizers, self.name, self.blank_images = model, tokenizers, name, blank_images
-        self.tasks: dict[str, str] = getattr(model, "mix_tasks", {}) or {}
+        self.tasks = dict(tasks or {})
         chosen = (
             arrow
             or self.tasks.get("policy")
@@ -141,7 +147,7 @@ class ModelPolicy:
         model = SequenceModel.from_pretrained(directory, device=device)
         mix = Path(directory) / "mix.yaml"
         if mix.is_file():
-            model.mix_tasks = {task_name(t): t.task for t in load_mix(mix).tasks}  # type: ignore[assignment]
+            options["tasks"] = {task_name(t): t.task for t in load_mix(mix).tasks}
         return cls(model, name=str(Path(directory).name), **options)
 
     def contract(self) -> dict[str, Any]:

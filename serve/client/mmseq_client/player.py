@@ -67,9 +67,14 @@ class ChunkPlayer:
         self.last_reply: dict[str, Any] = {}
         self._until_request = 0
 
+    @property
+    def asks_next(self) -> bool:
+        """Whether the next `step` asks the server, and so needs a whole observation."""
+        return self._until_request == 0
+
     def step(self, observation: dict[str, Any]) -> np.ndarray:
         """The action of this control step, float32 (axes,). Raises: RefusedError, ClientError."""
-        if not self._until_request:
+        if self.asks_next:
             self._request(observation)
         self._until_request -= 1
         return self.queue.pop()
