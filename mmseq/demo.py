@@ -10,6 +10,7 @@ runs/demo/data/{lerobot,human,episodes}   tokenizers/   tokens/   mix.yaml
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from mmseq.config import load_config, to_yaml
 from mmseq.data.importing import EpisodeShardReader, import_episodes
-from mmseq.data.mixture import MixConfig, Mixture, held_out, load_mix, save_mix, task_name
+from mmseq.data.mixture import MixConfig, Mixture, held_out, holdout_rank, load_mix, save_mix, task_name
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.episode import Episode
 from mmseq.errors import ConfigError, DataError, MMSeqError
@@ -35,9 +36,9 @@ from mmseq.tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of --minutes; the rest is reading, writing and measuring.
-TRAIN_SHARE = 0.5
-ROBOT_EPISODES = 60  # per task, at 10 minutes
-HUMAN_VIDEOS = 16
+TRAIN_SHARE = 0.56
+ROBOT_EPISODES = 100  # per task, at 10 minutes
+HUMAN_VIDEOS = 24
 VISION_STEPS = 800
 
 
@@ -170,7 +171,9 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
             for number in (8, 4, 2):
                 task.task = task.task.replace(f"[{number}]", f"[{min(number, limit)}]")
                 task.task = task.task.replace(f"@+{number}", f"@+{min(number, limit)}")
-        mix.holdout = max(mix.holdout, min(0.4, 4 / len(notes)))
+    for name, reader in readers.items():  # of a small dataset the ids may hold out nothing, or too little to measure
+        ranks = sorted(holdout_rank(f"{name}/{note['id']}") for note in reader.metadata)
+        mix.holdout = max(mix.holdout, math.nextafter(ranks[max(1, min(len(ranks) // 4, 4)) - 1], 1))
     kept = []
     for task in mix.tasks:
         parsed = Task.parse(task.task)

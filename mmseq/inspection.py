@@ -7,6 +7,7 @@ mmseq inspect train/7b.yaml
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,16 @@ def inspect_recipe(path: str | Path, overrides: list[str] | None = None) -> dict
     config = load_config(TrainConfig, path, overrides or [])
     if (Path(config.data.tokenizers) / FILE).is_file():
         tokenizers = Tokenizers.load(config.data.tokenizers)
-        config.model.vocabulary, config.model.merge = len(tokenizers.vocabulary), tokenizers.layout.merge
+        m = config.model.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
     elif not config.model.vocabulary:
         raise ConfigError(
             f"{path}: there are no tokenizers at {config.data.tokenizers}, so the vocabulary is unknown",
             fix="train them, or pass model.vocabulary=65536",
         )
+    else:
+        m = replace(config.model, merge=config.model.merge or 2)
     with torch.device("meta"):
-        transformer = Transformer(config.model)
-    m = config.model
+        transformer = Transformer(m)
     sizes = _sizes(transformer)
     tokens = config.data.row_tokens * config.data.rows_per_step
     attention = 6 * m.layers * m.heads * m.head_size * config.data.row_tokens  # an upper bound: rows of one document

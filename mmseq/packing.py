@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmseq.errors import ConfigError
-from mmseq.sequence import RANGES, TokenSequence
+from mmseq.sequence import NOTHING, RANGES, TokenSequence
 from mmseq.vocabulary import Vocabulary
 
 
@@ -68,11 +68,11 @@ def _fill(available: dict[int, int], room: int) -> list[int]:
 
 @dataclass
 class Batch:
-    """Packed rows as flat tensors. T tokens, M merged positions, P codes per merge, N targets.
+    """Packed rows as flat tensors. T tokens, M merged positions, P codes per merge, R copies, N targets.
 
-    ids, slots, positions (T,); patch_at (M,), patch_ids (M, P); lengths: tokens of each document
-    in order, padding last as documents of its own; targets by range: (at (N,), code (N,), document
-    task index (N,)). rows: how many rows the tokens came from.
+    ids, slots, positions (T,); patch_at (M,), patch_ids (M, P); copy_at (R,) positions whose next id may
+    repeat copy_ids (R,); lengths: tokens of each document in order, padding last as a document of its
+    own; targets by range: (at (N,), code (N,), document task index (N,)).
     """
 
     ids: Int[Tensor, " T"]
@@ -80,6 +80,8 @@ class Batch:
     positions: Int[Tensor, " T"]
     patch_at: Int[Tensor, " M"]
     patch_ids: Int[Tensor, "M P"]
+    copy_at: Int[Tensor, " R"]
+    copy_ids: Int[Tensor, " R"]
     lengths: list[int]
     targets: dict[str, tuple[Tensor, Tensor, Tensor]]
     used_tokens: int
@@ -96,6 +98,8 @@ class Batch:
             move(self.positions),
             move(self.patch_at),
             move(self.patch_ids),
+            move(self.copy_at),
+            move(self.copy_ids),
             self.lengths,
             {name: tuple(move(t) for t in group) for name, group in self.targets.items()},  # type: ignore[misc]
             self.used_tokens,
@@ -127,6 +131,8 @@ def collate(
         positions.append(np.arange(spare, dtype=np.int64))
         lengths.append(spare)
     flat_ids = np.concatenate(ids)
+    copies = np.concatenate([s.copies for s in sequences])
+    copy_at = (copies != NOTHING).nonzero()[0]
     at = np.concatenate([s.target_at + start for s, start in zip(sequences, starts)])
     kind = np.concatenate([s.target_range for s in sequences])
     task = np.repeat(np.asarray(tasks, dtype=np.int64), [len(s.target_at) for s in sequences])
@@ -143,6 +149,8 @@ def collate(
         positions=torch.from_numpy(np.concatenate(positions)),
         patch_at=torch.from_numpy(np.concatenate([s.patch_at + start for s, start in zip(sequences, starts)])),
         patch_ids=torch.from_numpy(np.concatenate([s.patch_ids for s in sequences])),
+        copy_at=torch.from_numpy(copy_at),
+        copy_ids=torch.from_numpy(copies[copy_at]),
         lengths=lengths,
         targets=targets,
         used_tokens=used,

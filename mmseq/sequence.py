@@ -7,15 +7,16 @@ and its tokens. The header of a predicted segment is supplied by the task, also 
 the model never guesses structure and every token it writes comes from one known range. Text ends
 with its tokenizer's end token, which lies in the text range.
 
-Vision that is only looked at is merged: `merge` x `merge` neighbouring codes share one position.
-Predicted vision has one position per code, and so has the vision it is predicted from: most codes
-stay as they are, and copying one position is easily learnt.
+Given vision is merged: `merge` x `merge` neighbouring codes share one position. Predicted vision has
+one position per code, and each of them is told which code stands at its place in the frame before:
+most codes of a video stay, so the model learns what changes instead of learning to copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -24,16 +25,23 @@ from mmseq.errors import TaskError
 from mmseq.tasks import END, SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
 from mmseq.vocabulary import RANGE_OF_STREAM, Vocabulary
 
-# Slots tell the model where inside its frame or vector a token lies, which RoPE alone teaches slowly.
-VISION_SLOTS = 256
-VECTOR_SLOTS = 256
-SLOTS = 1 + 2 * VISION_SLOTS + 2 * VECTOR_SLOTS  # none, vision codes, merged vision, action, proprio
-_FIRST_SLOT = {
-    "vision": 1,
-    "merged": 1 + VISION_SLOTS,
-    "action": 1 + 2 * VISION_SLOTS,
-    "proprio": 1 + 2 * VISION_SLOTS + VECTOR_SLOTS,
+# Slots tell the model where inside its frame or chunk a given token lies, which RoPE alone teaches
+# slowly. In a predicted segment a position carries the slot of the token it must predict, so that
+# it knows which axis comes next and finds the code at the same place of a given frame directly.
+FRAME_SLOTS = 256
+CHUNK_SLOTS = 256
+_SLOT_SIZES = {
+    "none": 1,
+    "vision": FRAME_SLOTS,
+    "merged": FRAME_SLOTS,
+    "action": CHUNK_SLOTS,
+    "proprio": CHUNK_SLOTS,
+    "next vision": FRAME_SLOTS,
+    "next action": CHUNK_SLOTS,
+    "next proprio": CHUNK_SLOTS,
 }
+_FIRST_SLOT = dict(zip(_SLOT_SIZES, accumulate(_SLOT_SIZES.values(), initial=0)))
+SLOTS = sum(_SLOT_SIZES.values())
 
 
 class TokenSource(Protocol):
@@ -82,13 +90,14 @@ class SegmentSpan:
 class TokenSequence:
     """Ids of one document and what they are. L positions, M merged positions, P codes per merge.
 
-    ids (L,) int64; slots (L,) int64; patch_at (M,) positions of merged vision; patch_ids (M, P);
-    target_at (N,) positions whose *next* id is learned, and target_range (N,) its range by name
-    index into `RANGES`.
+    ids (L,) int64; slots (L,) int64; copies (L,) int64, the vision id that the *next* id may repeat, or
+    NOTHING; patch_at (M,) positions of merged vision; patch_ids (M, P); target_at (N,) positions whose
+    next id is learned, and target_range (N,) its range by name index into `RANGES`.
     """
 
     ids: np.ndarray
     slots: np.ndarray
+    copies: np.ndarray
     patch_at: np.ndarray
     patch_ids: np.ndarray
     target_at: np.ndarray
@@ -99,6 +108,8 @@ class TokenSequence:
         return len(self.ids)
 
 
+NOTHING = -1  # to copy
+_AT_END = 1 << 40  # the step of a frame at `@end`, after all others
 RANGES = ("text", "vision", "action", "proprio", "latent", "progress", "success")
 
 
@@ -113,15 +124,15 @@ class Layout:
     def frame_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def frame_positions(self, mergeable: bool) -> int:
+    def frame_positions(self, predicted: bool) -> int:
         """Positions that one frame takes."""
-        return self.frame_tokens // self.merge**2 if mergeable else self.frame_tokens
+        return self.frame_tokens if predicted else self.frame_tokens // self.merge**2
 
     def __post_init__(self):
         if self.merge < 1 or self.grid[0] % self.merge or self.grid[1] % self.merge:
             raise TaskError(f"merge {self.merge} does not divide the vision grid {self.grid}")
-        if self.frame_tokens > VISION_SLOTS:
-            raise TaskError(f"a frame has {self.frame_tokens} tokens, at most {VISION_SLOTS} are supported")
+        if self.frame_tokens > FRAME_SLOTS:
+            raise TaskError(f"a frame has {self.frame_tokens} tokens, at most {FRAME_SLOTS} are supported")
 
 
 class SequenceBuilder:
@@ -147,11 +158,11 @@ class SequenceBuilder:
 
         variant: which phrasing of each text. Raises: TaskError when the episode cannot fill it.
         """
-        draft = Draft(self, tokens)
+        draft = Draft(self, tokens, now)
         for segment in placed if placed is not None else task.place(tokens.rate_hz):
             for camera in self.expand(segment, tokens):
                 draft.header(segment, camera)
-                draft.content(segment, camera, self.codes(segment, camera, tokens, now, variant), now)
+                draft.content(segment, camera, self.codes(segment, camera, tokens, now, variant))
         return draft.finish()
 
     def expand(self, segment: PlacedSegment, tokens: TokenSource) -> Sequence[str | None]:
@@ -217,38 +228,67 @@ class SequenceBuilder:
         return np.concatenate([tokens.vision(camera, int(s), int(s) + 1) for s in steps])
 
 
-class Draft:
-    """A sequence under construction."""
+@dataclass
+class _Open:
+    """The predicted segment that a draft is writing. period: tokens of a frame, or slots of a chunk.
 
-    def __init__(self, builder: SequenceBuilder, tokens: TokenSource):
+    before: ids (tokens,) that the frame being written may repeat.
+    """
+
+    range_name: str
+    period: int
+    camera: str | None = None
+    step: int = 0
+    before: np.ndarray | None = None
+    written: int = 0
+
+
+class Draft:
+    """A sequence under construction: `header` opens a segment, `content` fills it.
+
+    Decoding fills a predicted segment with `write`, as many codes at a time as the model has chosen.
+    """
+
+    def __init__(self, builder: SequenceBuilder, tokens: TokenSource, now: int):
         self.builder = builder
         self.tokens = tokens
+        self.now = now
         vocabulary = builder.vocabulary
-        self.ids: list[np.ndarray] = [
-            np.array([vocabulary.structure("<bos>"), vocabulary.embodiment(tokens.embodiment)], dtype=np.int64)
-        ]
-        self.slots: list[np.ndarray] = [np.zeros(2, dtype=np.int64)]
-        self.length = 2
+        self.ids: list[np.ndarray] = []
+        self.slots: list[np.ndarray] = []
+        self.copies: list[np.ndarray] = []
+        self.length = 0
         self.patch_at: list[np.ndarray] = []
         self.patch_ids: list[np.ndarray] = []
         self.target_at: list[np.ndarray] = []
         self.target_range: list[np.ndarray] = []
         self.segments: list[SegmentSpan] = []
+        self._frames: dict[str, dict[int, np.ndarray]] = {}  # by camera and step
+        self._open: _Open | None = None
+        start = [vocabulary.structure("<bos>"), vocabulary.embodiment(tokens.embodiment)]
+        self._add(np.array(start, dtype=np.int64))
 
-    def _add(self, ids: np.ndarray, slots: np.ndarray) -> int:
+    def _add(self, ids: np.ndarray, slots: np.ndarray | None = None, copies: np.ndarray | None = None) -> int:
         start = self.length
         self.ids.append(ids)
-        self.slots.append(slots)
+        self.slots.append(np.zeros(len(ids), dtype=np.int64) if slots is None else slots)
+        self.copies.append(np.full(len(ids), NOTHING, dtype=np.int64) if copies is None else copies)
         self.length += len(ids)
         return start
 
-    def header(self, segment: PlacedSegment, camera: str | None) -> np.ndarray:
-        """Add the header that a task supplies; returns its ids."""
-        ids = np.array(self.header_ids(segment, camera), dtype=np.int64)
-        self._add(ids, np.zeros(len(ids), dtype=np.int64))
-        return ids
+    def header(self, segment: PlacedSegment, camera: str | None) -> None:
+        """Add the header that a task supplies."""
+        ids = np.array(self._header_ids(segment, camera), dtype=np.int64)
+        slots = np.zeros(len(ids), dtype=np.int64)
+        copies = np.full(len(ids), NOTHING, dtype=np.int64)
+        self._open = None
+        if segment.predicted:
+            self._open = current = self._opened(segment, camera)
+            slots[-1] = self._slots_after(current, -1, 1)[0]
+            copies[-1] = NOTHING if current.before is None else current.before[0]
+        self._add(ids, slots, copies)
 
-    def header_ids(self, segment: PlacedSegment, camera: str | None) -> list[int]:
+    def _header_ids(self, segment: PlacedSegment, camera: str | None) -> list[int]:
         vocabulary, tokens = self.builder.vocabulary, self.tokens
         ids = [vocabulary.header(segment.stream)]
         if camera is not None:
@@ -264,52 +304,109 @@ class Draft:
             ids.append(vocabulary.time(1 / tokens.rate_hz))
         return ids
 
-    def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray, now: int) -> None:
+    def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray) -> None:
+        """Fill the segment whose header was added last."""
         stream = segment.stream
         range_name = RANGE_OF_STREAM[stream]
-        if segment.mergeable and self.builder.layout.merge > 1:
-            start = self._merged(codes)
-        else:
-            ids = self.builder.vocabulary.encode(range_name, codes).reshape(-1)
-            start = self._add(ids, self.slots_for(range_name, codes.shape))
         if segment.predicted:
+            start = self.length
+            self.write(codes.reshape(-1))
             self.target_at.append(np.arange(start - 1, self.length - 1))
             self.target_range.append(np.full(self.length - start, RANGES.index(range_name)))
-        step = None if segment.start is None else now + segment.start
+        else:
+            ids = self.builder.vocabulary.encode(range_name, codes)
+            if camera is not None and stream != "demo":
+                first = _AT_END if segment.start is None else self.now + segment.start
+                self._frames.setdefault(camera, {}).update((first + i, frame) for i, frame in enumerate(ids))
+            if stream in VISION_STREAMS and self.builder.layout.merge > 1:
+                start = self._merged(ids)
+            else:
+                start = self._add(ids.reshape(-1), self._given_slots(range_name, ids.shape))
+        step = None if segment.start is None else self.now + segment.start
         self.segments.append(SegmentSpan(stream, segment.predicted, start, self.length, step, camera))
 
-    def _merged(self, codes: np.ndarray) -> int:
-        layout = self.builder.layout
-        patches = merge_codes(codes, layout)  # (frames, positions, codes per position)
+    def write(self, codes: np.ndarray) -> None:
+        """Go on with the predicted segment whose header was added last. codes (n,), in their range."""
+        assert self._open is not None
+        current = self._open
+        ids = self.builder.vocabulary.encode(current.range_name, np.asarray(codes, dtype=np.int64))
+        while len(ids):  # frame by frame, as each frame may repeat the one before
+            room = current.period - current.written % current.period
+            part, ids = ids[:room], ids[room:]
+            first = current.written
+            current.written += len(part)
+            slots = self._slots_after(current, first, len(part))
+            copies = np.full(len(part), NOTHING, dtype=np.int64)
+            if current.before is not None:
+                place = first % current.period + 1
+                copies[: current.period - place] = current.before[place : place + len(part)]
+            self._add(part, slots, copies)
+            if current.camera is not None and current.written % current.period == 0:
+                whole = len(part) == current.period
+                current.before = part if whole else np.concatenate(self.ids)[-current.period :]
+                self._frames.setdefault(current.camera, {})[current.step] = current.before
+                current.step += 1
+                copies[-1] = current.before[0]
+
+    def _opened(self, segment: PlacedSegment, camera: str | None) -> _Open:
+        range_name = RANGE_OF_STREAM[segment.stream]
+        if camera is None:
+            return _Open(range_name, CHUNK_SLOTS)
+        step = _AT_END if segment.start is None else self.now + segment.start
+        return _Open(range_name, self.builder.layout.frame_tokens, camera, step, self._frame_before(camera, step))
+
+    def _frame_before(self, camera: str, step: int) -> np.ndarray | None:
+        """Ids (tokens,) of the nearest earlier frame of a camera, else of the nearest later one."""
+        frames = self._frames.get(camera)
+        if not frames:
+            return None
+        earlier = [s for s in frames if s < step]
+        return frames[max(earlier) if earlier else min(frames)]
+
+    @staticmethod
+    def _slots_after(current: _Open, first: int, count: int) -> np.ndarray:
+        """The slots of the tokens after tokens first .. first + count - 1 of a predicted segment."""
+        base = _FIRST_SLOT.get(f"next {current.range_name}")
+        if base is None:
+            return np.zeros(count, dtype=np.int64)
+        return base + (np.arange(first, first + count) + 1) % current.period
+
+    @staticmethod
+    def _given_slots(range_name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The place of each token in its frame or chunk."""
+        count = int(np.prod(shape))
+        if range_name not in _FIRST_SLOT:
+            return np.zeros(count, dtype=np.int64)
+        period = shape[-1] if range_name == "vision" else CHUNK_SLOTS
+        return _FIRST_SLOT[range_name] + np.arange(count) % period
+
+    def _merged(self, ids: np.ndarray) -> int:
+        patches = merge_codes(ids, self.builder.layout)  # (frames, positions, codes per position)
         frames, positions, width = patches.shape
         patch_token = self.builder.vocabulary.structure("<patch>")
         slots = _FIRST_SLOT["merged"] + np.tile(np.arange(positions), frames)
         start = self._add(np.full(frames * positions, patch_token, dtype=np.int64), slots)
         self.patch_at.append(np.arange(start, self.length))
-        self.patch_ids.append(self.builder.vocabulary.encode("vision", patches).reshape(-1, width))
+        self.patch_ids.append(patches.reshape(-1, width))
         return start
 
-    @staticmethod
-    def slots_for(range_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Slots of the tokens of a segment: the place in the frame, or in the chunk."""
-        count = int(np.prod(shape))
-        if range_name == "vision":
-            return _FIRST_SLOT["vision"] + np.arange(count) % shape[-1]
-        if range_name in VECTOR_STREAMS:
-            return _FIRST_SLOT[range_name] + np.arange(count) % VECTOR_SLOTS
-        return np.zeros(count, dtype=np.int64)
+    def tokens_from(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, slots and copies of the tokens from position `start` on."""
+        for parts in (self.ids, self.slots, self.copies):
+            parts[:] = [np.concatenate(parts)]
+        return self.ids[0][start:], self.slots[0][start:], self.copies[0][start:]
 
     def finish(self, *, end: bool = True) -> TokenSequence:
         """The arrays. end: close with `<eos>` (decoding leaves it out)."""
         if end:
-            eos = np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64)
-            self._add(eos, np.zeros(1, dtype=np.int64))
+            self._add(np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64))
         width = self.builder.layout.merge**2
         join = lambda parts, empty: np.concatenate(parts) if parts else empty
         none = np.zeros(0, dtype=np.int64)
         return TokenSequence(
             ids=np.concatenate(self.ids),
             slots=np.concatenate(self.slots),
+            copies=np.concatenate(self.copies),
             patch_at=join(self.patch_at, none),
             patch_ids=join(self.patch_ids, np.zeros((0, width), dtype=np.int64)),
             target_at=join(self.target_at, none),
@@ -361,7 +458,7 @@ def sequence_length(
                 frames = segment.length.steps(rate_hz)
             else:
                 frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
-            per_frame = layout.frame_positions(p.mergeable)
+            per_frame = layout.frame_positions(p.predicted)
             views = 1 if segment.camera else cameras
             total += views * (1 + numbered + timed + frames * per_frame)
         elif segment.stream in VECTOR_STREAMS:

@@ -106,14 +106,12 @@ class PlacedSegment:
     """A segment in steps of one episode's clock, relative to now.
 
     start, stop: first step and one past the last; both None for streams without a time (text) and
-    for `@end`. predicted: whether the model writes it. mergeable: vision that is only looked at; where
-    the task predicts vision the model copies what stays, so it is given code by code.
+    for `@end`. predicted: whether the model writes it.
     """
 
     segment: Segment
     start: int | None
     stop: int | None
-    mergeable: bool = False
 
     @property
     def stream(self) -> str:
@@ -178,20 +176,18 @@ class Task:
     def place(self, rate_hz: float) -> tuple[PlacedSegment, ...]:
         """Where each segment lies relative to now, in steps of a clock of `rate_hz`."""
         stride = self._group_stride(rate_hz)
-        looks_only = not any(s.stream in VISION_STREAMS for s in self.predicted)
         placed = []
         for segment in self.segments:
             now = segment.repeat * stride
-            mergeable = looks_only and segment.stream in VISION_STREAMS
             if segment.stream in TEXT_STREAMS or segment.stream == "demo" or segment.offset == END:
-                placed.append(PlacedSegment(segment, None, None, mergeable))
+                placed.append(PlacedSegment(segment, None, None))
                 continue
             length = segment.length.steps(rate_hz) if segment.length else 1
             shift = segment.offset.steps(rate_hz) if isinstance(segment.offset, Duration) else 0
             start = now + shift
             if segment.stream in ("video", "success"):
                 start += 1 if segment.predicted and segment.stream == "video" else 1 - length
-            placed.append(PlacedSegment(segment, start, start + length, mergeable))
+            placed.append(PlacedSegment(segment, start, start + length))
         return tuple(placed)
 
     def _group_stride(self, rate_hz: float) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
-from mmseq.sequence import RANGES, SLOTS, Layout, merge_codes, sequence_length, split_codes
+from mmseq.sequence import NOTHING, RANGES, SLOTS, Layout, merge_codes, sequence_length, split_codes
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -99,15 +99,53 @@ def test_the_header_of_a_segment_says_camera_and_time():
     assert header[:2] == ["<image>", "<camera_1>"]
     assert header[2].startswith("<time_")
     assert names[-1] == "<eos>"
-    assert given_span.stop - given_span.start == bundle.layout.frame_tokens
+    assert given_span.stop - given_span.start == bundle.layout.frame_tokens // bundle.layout.merge**2
     assert predicted.stop - predicted.start == bundle.layout.frame_tokens
 
 
-def test_vision_is_merged_where_it_is_only_looked_at():
+def test_given_vision_is_merged():
     bundle, tokens = WORLDS["two"]
     build = lambda arrow: bundle.builder().build(Task.parse(arrow), tokens, 0)
-    assert len(build("image.wrist -> action[2]").patch_at) == bundle.layout.frame_positions(True)
-    assert len(build("image.wrist -> image.wrist@+3").patch_at) == 0  # it copies, so it is given code by code
+    assert len(build("image.wrist -> action[2]").patch_at) == bundle.layout.frame_positions(False)
+    assert len(build("image.wrist -> image.wrist@+3").patch_at) == bundle.layout.frame_positions(False)
+
+
+def copies(arrow: str, now: int = 5):
+    """Of each predicted vision token in order: the code it may copy, or NOTHING."""
+    bundle, tokens = WORLDS["two"]
+    sequence = bundle.builder().build(Task.parse(arrow), tokens, now)
+    spans = [s for s in sequence.segments if s.predicted and RANGE_OF_STREAM[s.stream] == "vision"]
+    found = np.concatenate([sequence.copies[s.start - 1 : s.stop - 1] for s in spans])
+    first = bundle.vocabulary.ranges["vision"].start
+    return np.where(found == NOTHING, NOTHING, found - first)
+
+
+@pytest.mark.parametrize(
+    ("arrow", "steps"),
+    [
+        ("text, image -> video[3]", (5, 6, 7)),  # each frame from the one before
+        ("image, action[4] -> image@+4", (5,)),
+        ("video[3] -> image@+4", (5,)),  # the last of the past
+        ("image, image@+6 -> image@+2", (5,)),  # what is before, not what comes after
+        ("image@+6 -> image", (11,)),  # unless there is nothing before
+        ("image -> image@end, image@+2", (5, 5)),
+        ("(image, action[2] -> image@+2) * 2", (5, 7)),
+    ],
+)
+def test_a_predicted_frame_may_copy_the_frame_before(arrow, steps):
+    _, tokens = WORLDS["two"]
+    by_camera = ["front", "wrist"]
+    wanted = []
+    segments = Task.parse(arrow).predicted
+    for segment, group in zip(segments, np.split(np.array(steps), len(segments))):
+        for camera in [segment.camera] if segment.camera else by_camera:
+            wanted += [tokens.vision(camera, int(s), int(s) + 1)[0] for s in group]
+    assert np.array_equal(copies(arrow), np.concatenate(wanted))
+
+
+def test_a_frame_of_another_camera_is_not_copied():
+    assert (copies("image.front -> image.wrist@+3") == NOTHING).all()
+    assert (copies("demo[2] -> image.wrist@+3") == NOTHING).all()
 
 
 def test_a_camera_outside_the_contract_is_refused():
@@ -133,7 +171,7 @@ def test_merging_is_undone(merge, rows, columns, frames):
     layout = Layout((rows * merge, columns * merge), merge)
     codes = np.arange(frames * layout.frame_tokens).reshape(frames, -1)
     patches = merge_codes(codes, layout)
-    assert patches.shape == (frames, layout.frame_positions(True), merge**2)
+    assert patches.shape == (frames, layout.frame_positions(False), merge**2)
     assert np.array_equal(split_codes(patches, layout), codes)
 
 

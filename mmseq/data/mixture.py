@@ -114,8 +114,12 @@ def save_mix(mix: MixConfig, path: str | Path) -> None:
 
 def held_out(episode_id: str, share: float) -> bool:
     """Whether an episode belongs to the held-out set: a fixed function of its id."""
-    digest = hashlib.sha256(episode_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
+    return holdout_rank(episode_id) < share
+
+
+def holdout_rank(episode_id: str) -> float:
+    """The share, in [0, 1), above which an episode is held out."""
+    return int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def frames_of(mixture: Mixture, sequence: TokenSequence, span: SegmentSpan) -> n
     inside = (sequence.patch_at >= span.start) & (sequence.patch_at < span.stop)
     if inside.any():
         patches = vocabulary.decode("vision", sequence.patch_ids[inside])
-        positions = tokenizers.layout.frame_positions(True)
+        positions = tokenizers.layout.frame_positions(predicted=False)
         codes = split_codes(patches.reshape(-1, positions, patches.shape[1]), tokenizers.layout)
     else:
         codes = vocabulary.decode("vision", sequence.ids[span.start : span.stop])

@@ -408,7 +408,7 @@ class _Run:
         builder, bits, by_unigram, tokens = self.tokenizers.builder(), [], [], []
         for case in cases:
             sequence = builder.build(task, case.tokens, case.now, case.variant)
-            (nats, _, _) = self.model(collate([sequence], self.model.vocabulary).to(self.model.device))["text"]
+            (nats, _, _) = self.model.losses(collate([sequence], self.model.vocabulary).to(self.model.device))["text"]
             codes = case.tokens.text(stream, case.variant)
             bits.append(float(nats.sum()) / math.log(2))
             by_unigram.append(float(unigram[codes].sum()))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mmseq.errors import TaskError
+from mmseq.model.range_loss import add_copies
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.transformer import Cache
-from mmseq.sequence import Draft, SequenceBuilder, TokenSource
+from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource
 from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
 from mmseq.vocabulary import RANGE_OF_STREAM
 
@@ -69,7 +70,7 @@ class _Row:
 
 
 class Decoder:
-    """Completes tasks with one model. temperature 0 is greedy."""
+    """Completes tasks with one model. temperature 0 takes the best code instead of sampling."""
 
     def __init__(self, model: SequenceModel, *, temperature: float = 0.0):
         assert model.tokenizers is not None
@@ -89,20 +90,18 @@ class Decoder:
         kinds = {(r.tokens.rate_hz, r.tokens.embodiment, tuple(self._cameras(r.tokens))) for r in requests}
         if len(kinds) > 1:
             raise TaskError(f"requests of different rates, embodiments or cameras cannot share a batch: {kinds}")
-        rows = [_Row(Draft(self.builder, r.tokens)) for r in requests]
-        generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        cache = self._cache(task, requests)
-        placed = task.place(requests[0].tokens.rate_hz)
-        for segment in placed:
+        rows = [_Row(Draft(self.builder, r.tokens, r.now)) for r in requests]
+        run = _Run(self, rows, requests, self._cache(task, requests))
+        for segment in task.place(requests[0].tokens.rate_hz):
             for camera in self.builder.expand(segment, requests[0].tokens):
                 for row in rows:
                     row.draft.header(segment, camera)
                 if segment.predicted:
-                    self._predict(segment, camera, rows, requests, cache, generators)
-                else:
-                    for row, request in zip(rows, requests):
-                        codes = self.builder.codes(segment, camera, request.tokens, request.now, request.variant)
-                        row.draft.content(segment, camera, codes, request.now)
+                    run.predict(segment, camera)
+                    continue
+                for row, r in zip(rows, requests):
+                    codes = self.builder.codes(segment, camera, r.tokens, r.now, r.variant)
+                    row.draft.content(segment, camera, codes)
         return [row.out for row in rows]
 
     def _cameras(self, tokens: TokenSource) -> Sequence[str]:
@@ -121,7 +120,7 @@ class Decoder:
                     total += max(len(r.tokens.text(p.stream, r.variant)) for r in requests)
             elif p.stream in VISION_STREAMS:
                 frames = p.segment.length.steps(tokens.rate_hz) if p.segment.length else 1
-                per_frame = layout.frame_positions(p.mergeable)
+                per_frame = layout.frame_positions(p.predicted)
                 total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
             elif p.stream in VECTOR_STREAMS:
                 assert p.start is not None
@@ -140,56 +139,6 @@ class Decoder:
         if axes is None:
             raise TaskError(f"embodiment {tokens.embodiment!r} has no {stream}")
         return len(axes)
-
-    def _predict(
-        self,
-        segment: PlacedSegment,
-        camera: str | None,
-        rows: list[_Row],
-        requests: Sequence[Request],
-        cache: Cache,
-        generators: list[torch.Generator],
-    ) -> None:
-        stream = segment.stream
-        range_name = RANGE_OF_STREAM[stream]
-        shape = self._shape(segment, requests[0].tokens)
-        count = int(np.prod(shape)) if shape else MAX_TEXT_TOKENS
-        prefixes = [self._prefix(segment, r, shape) for r in requests]
-        forced = min(len(p) for p in prefixes)
-        chosen = [list(p[:forced]) for p in prefixes]
-        slots = Draft.slots_for(range_name, shape or (count,))
-        first_id = self.builder.vocabulary.ranges[range_name].start
-        end = self.model.tokenizers.text.end if stream in TEXT_STREAMS else None  # type: ignore[union-attr]
-        for row, codes in zip(rows, chosen):
-            if forced:
-                row.draft._add(np.asarray(codes) + first_id, slots[:forced])
-        hidden = self._flush(rows, cache)
-        expectations: list[float | None] = [None] * len(rows)
-        done = [False] * len(rows)
-        for i in range(forced, count):
-            logits = self._logits(hidden, range_name)
-            free = [b for b in range(len(rows)) if not done[b] and i >= len(prefixes[b])]
-            codes = self._choose(logits, generators, free)
-            if stream in SCALAR_STREAMS:
-                share = logits.softmax(-1)
-                mean = (share * torch.arange(share.shape[-1], device=share.device)).sum(-1)
-                expectations = mean.tolist()
-            for b, row in enumerate(rows):
-                if done[b]:
-                    continue
-                code = int(prefixes[b][i]) if i < len(prefixes[b]) else codes[b]
-                if end is not None and i == count - 1:
-                    code = end
-                chosen[b].append(code)
-                row.draft._add(np.array([code + first_id]), slots[i : i + 1])
-                done[b] = code == end
-            if all(done):
-                break
-            if i + 1 < count:
-                hidden = self._flush(rows, cache)
-        for row, codes, expectation in zip(rows, chosen, expectations):
-            codes = np.asarray(codes).reshape(shape) if shape else np.asarray(codes)
-            row.out.append(Decoded(segment, camera, codes, expectation))
 
     def _shape(self, segment: PlacedSegment, tokens: TokenSource) -> tuple[int, ...]:
         """The shape of the codes; () for text, whose length the model decides."""
@@ -214,57 +163,111 @@ class Decoder:
             raise TaskError(f"an action prefix of shape {prefix.shape} does not fit a chunk of shape {shape}")
         return prefix.reshape(-1)
 
-    def _flush(self, rows: list[_Row], cache: Cache) -> Tensor:
+
+class _Run:
+    """One `decode` call under way: its sequences, what the model computed of them, and what is chosen."""
+
+    def __init__(self, decoder: Decoder, rows: list[_Row], requests: Sequence[Request], cache: Cache):
+        self.decoder, self.model, self.rows, self.requests, self.cache = decoder, decoder.model, rows, requests, cache
+        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        self.codes = self.model.transformer.code_vectors()
+
+    def predict(self, segment: PlacedSegment, camera: str | None) -> None:
+        """Fill a predicted segment of every row, whose header was added last."""
+        stream = segment.stream
+        range_name = RANGE_OF_STREAM[stream]
+        shape = self.decoder._shape(segment, self.requests[0].tokens)
+        count = int(np.prod(shape)) if shape else MAX_TEXT_TOKENS
+        prefixes = [self.decoder._prefix(segment, r, shape) for r in self.requests]
+        forced = min(len(p) for p in prefixes)
+        chosen = [list(p[:forced]) for p in prefixes]
+        end = self.model.tokenizers.text.end if stream in TEXT_STREAMS else None  # type: ignore[union-attr]
+        for row, codes in zip(self.rows, chosen):
+            row.draft.write(np.asarray(codes, dtype=np.int64))
+        hidden = self._flush()
+        expectations: list[float | None] = [None] * len(self.rows)
+        done = [False] * len(self.rows)
+        for i in range(forced, count):
+            logits = self._logits(hidden, range_name)
+            free = [b for b in range(len(self.rows)) if not done[b] and i >= len(prefixes[b])]
+            codes = self._choose(logits, stream, free)
+            if stream in SCALAR_STREAMS:
+                share = logits.softmax(-1)
+                mean = (share * torch.arange(share.shape[-1], device=share.device)).sum(-1)
+                expectations = mean.tolist()
+            for b, row in enumerate(self.rows):
+                if done[b]:
+                    continue
+                code = int(prefixes[b][i]) if i < len(prefixes[b]) else codes[b]
+                if end is not None and i == count - 1:
+                    code = end
+                chosen[b].append(code)
+                row.draft.write(np.array([code]))
+                done[b] = code == end
+            if all(done):
+                break
+            if i + 1 < count:
+                hidden = self._flush()
+        for row, codes, expectation in zip(self.rows, chosen, expectations):
+            codes = np.asarray(codes).reshape(shape) if shape else np.asarray(codes)
+            row.out.append(Decoded(segment, camera, codes, expectation))
+
+    def _flush(self) -> Tensor:
         """Run what was added to each draft since the last call; hidden state (B, D) of each last token."""
         device = self.model.device
-        new = [np.concatenate(row.draft.ids) for row in rows]
-        counts = [len(ids) - row.position for ids, row in zip(new, rows)]
-        width = max(max(counts), 1)
-        B = len(rows)
-        ids = np.zeros((B, width), dtype=np.int64)
-        slots = np.zeros((B, width), dtype=np.int64)
-        positions = np.zeros((B, width), dtype=np.int64)
-        patch_at, patch_ids = [], []
-        for b, row in enumerate(rows):
+        counts = [row.draft.length - row.position for row in self.rows]
+        B, width = len(self.rows), max([1, *counts])
+        ids, slots, positions = (np.zeros((B, width), dtype=np.int64) for _ in range(3))
+        copies = np.full((B, width), NOTHING, dtype=np.int64)
+        patch_at, patch_ids = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self.model.config.merge**2), dtype=np.int64)]
+        for b, row in enumerate(self.rows):
             n, start = counts[b], row.position
             if n == 0:  # this row is finished; recompute its last token in place
                 n, start = 1, row.position - 1
-            ids[b, :n] = new[b][start : start + n]
-            slots[b, :n] = np.concatenate(row.draft.slots)[start : start + n]
+            ids[b, :n], slots[b, :n], copies[b, :n] = row.draft.tokens_from(start)
             # padding repeats later positions: real tokens overwrite them before they are seen
             positions[b] = start + np.arange(width)
             for at, codes in zip(row.draft.patch_at, row.draft.patch_ids):
                 if at[0] >= start:
                     patch_at.append(b * width + at - start)
                     patch_ids.append(codes)
-            row.position = len(new[b])
+            row.position = row.draft.length
             counts[b] = n
-            row.draft.ids = [new[b]]
-            row.draft.slots = [np.concatenate(row.draft.slots)]
-        move = lambda a: torch.from_numpy(a).to(device)
+        copy_at = (copies.reshape(-1) != NOTHING).nonzero()[0]
+        self.copies = torch.from_numpy(copies[np.arange(B), np.array(counts) - 1]).to(device)
         transformer = self.model.transformer
-        x = transformer.inputs(
-            move(ids.reshape(-1)),
-            move(slots.reshape(-1)),
-            move(np.concatenate(patch_at) if patch_at else np.zeros(0, dtype=np.int64)),
-            move(np.concatenate(patch_ids) if patch_ids else np.zeros((0, 1), dtype=np.int64)),
-        ).view(B, width, -1)
-        longest = int(positions.max()) + 1
-        hidden = transformer.extend(x, move(positions), cache, longest)
-        self.stats.passes += 1
-        self.stats.tokens += B * width
+        line = (ids, slots, np.concatenate(patch_at), np.concatenate(patch_ids), copy_at, copies.reshape(-1)[copy_at])
+        shapes = ((-1,), (-1,), *(a.shape for a in line[2:]))
+        inputs = [torch.from_numpy(a.reshape(shape)).to(device) for a, shape in zip(line, shapes)]
+        x = transformer.inputs(*inputs, self.codes).view(B, width, -1)
+        at = torch.from_numpy(positions).to(device)
+        hidden = transformer.extend(x, at, self.cache, int(positions.max()) + 1)
+        self.decoder.stats.passes += 1
+        self.decoder.stats.tokens += B * width
         return hidden[torch.arange(B, device=device), torch.tensor(counts, device=device) - 1]
 
     def _logits(self, hidden_BD: Tensor, range_name: str) -> Tensor:
-        ids = self.builder.vocabulary.ranges[range_name]
-        return (hidden_BD @ self.model.transformer.output_weight[ids.start : ids.stop].t()).float()
+        ids = self.model.vocabulary.ranges[range_name]
+        rows = self.model.transformer.output_rows(ids.start, ids.stop, self.codes)
+        logits = (hidden_BD @ rows.t()).float()
+        if range_name != "vision" or not self.model.config.copying:
+            return logits
+        gate = self.model.transformer.copy_gate(hidden_BD).float().squeeze(-1) * (self.copies != NOTHING)
+        return add_copies(logits, (self.copies - ids.start).clamp_min(0), gate)
 
-    def _choose(self, logits_BC: Tensor, generators: list[torch.Generator], free: Sequence[int]) -> list[int]:
-        """One code per request. free: the requests whose code is not settled; only they draw, so that
-        what a request samples does not depend on its company."""
-        codes = logits_BC.argmax(-1).tolist()
-        if self.temperature > 0 and free:
-            share = (logits_BC / self.temperature).softmax(-1).cpu()
-            for b in free:
-                codes[b] = int(torch.multinomial(share[b], 1, generator=generators[b]))
+    def _choose(self, logits_BC: Tensor, stream: str, free: Sequence[int]) -> list[int]:
+        """One code per request: sampled, or with temperature 0 the most likely one; of a vector's bins, which
+        have an order, the median, whose expected absolute error is least.
+
+        free: the requests whose code is not settled; only they draw, so that what a request samples does not
+        depend on its company.
+        """
+        if self.decoder.temperature <= 0:
+            if stream in VECTOR_STREAMS:
+                return (logits_BC.softmax(-1).cumsum(-1) < 0.5).sum(-1).clamp_max(logits_BC.shape[-1] - 1).tolist()
+            return logits_BC.argmax(-1).tolist()
+        codes = [0] * len(logits_BC)
+        share = (logits_BC / self.decoder.temperature).softmax(-1).cpu()
+        for b in free:
+            codes[b] = int(torch.multinomial(share[b], 1, generator=self.generators[b]))
         return codes

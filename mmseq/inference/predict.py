@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmseq.episode import Episode
 from mmseq.errors import TaskError
 from mmseq.inference.decoding import Decoded, Decoder, Request
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.sequence import TokenSource
+from mmseq.packing import collate
+from mmseq.sequence import TokenSequence, TokenSource
 from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
@@ -73,6 +75,32 @@ def predict(
     requests = [Request(tokens, t, variant, prefix, seed + i) for i in range(samples or 1)]
     out = [Prediction(task, t, to_streams(d, tokenizers, tokens)) for d in decoder.decode(task, requests)]
     return out if samples is not None else out[0]
+
+
+@torch.inference_mode()
+def score(model: SequenceModel, arrow: str | Task, episode: Episode, t: int = 0) -> float:
+    """Log-likelihood in nats per token of the predicted side as the episode has it.
+
+    With `-> video[n]` this is a video-likelihood reward (Escontrela et al. 2023).
+    Raises: TaskError when the episode lacks a stream or t leaves it no room.
+    """
+    batch = collate([_sequence(model, arrow, episode, t)], model.vocabulary).to(model.device)
+    return -float(torch.cat([nll for nll, _, _ in model.losses(batch).values()]).mean())
+
+
+@torch.inference_mode()
+def embed_span(model: SequenceModel, arrow: str | Task, episode: Episode, t: int = 0) -> np.ndarray:
+    """Mean last hidden state, float32 (width,), over the given side: a representation for transfer."""
+    sequence = _sequence(model, arrow, episode, t)
+    hidden = model.hidden(collate([sequence], model.vocabulary).to(model.device))
+    spans = [hidden[s.start : s.stop] for s in sequence.segments if not s.predicted]
+    return torch.cat(spans or [hidden[:2]]).mean(0).float().cpu().numpy()
+
+
+def _sequence(model: SequenceModel, arrow: str | Task, episode: Episode, t: int) -> TokenSequence:
+    assert model.tokenizers is not None
+    task = arrow if isinstance(arrow, Task) else Task.parse(arrow)
+    return model.tokenizers.builder().build(task, EpisodeTokens(episode, model.tokenizers), t)
 
 
 def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> None:

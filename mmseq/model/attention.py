@@ -142,6 +142,9 @@ def attend(
     backend: str = "document",
 ) -> Float[Tensor, "T H K"]:
     """Causal attention within each document."""
+    q_THK, k_TGK = q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)  # under autocast norms and RoPE leave them in fp32
+    if backend == "flash" and v_TGK.dtype == torch.float32:
+        backend = "flex"  # the kernel has no fp32
     if backend == "flash":
         function = _flash_attention()
         assert function is not None

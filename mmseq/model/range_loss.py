@@ -20,23 +20,39 @@ def range_losses(
     weight_CD: Float[Tensor, "C D"],
     target_N: Int[Tensor, " N"],
     z_weight: float = 0.0,
+    copies: tuple[Int[Tensor, " N"], Float[Tensor, " N"]] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Per position: negative log-likelihood in nats, and what is minimised (with z-loss added).
 
     z-loss (PaLM, Chowdhery et al. 2022) keeps the log-partition near zero. C codes in the range.
+    copies: a code per position and what is added to its logit (see `add_copies`).
     """
+    codes_N, gate_N = copies or (target_N, hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32))
     rows = max(1, CHUNK_ELEMENTS // weight_CD.shape[0])
     if len(hidden_ND) <= rows:
-        return _chunk(hidden_ND, weight_CD, target_N, z_weight)
+        return _chunk(hidden_ND, weight_CD, target_N, codes_N, gate_N, z_weight)
     parts = [
-        checkpoint(_chunk, hidden_ND[i : i + rows], weight_CD, target_N[i : i + rows], z_weight, use_reentrant=False)
-        for i in range(0, len(hidden_ND), rows)
+        checkpoint(_chunk, hidden_ND[p], weight_CD, target_N[p], codes_N[p], gate_N[p], z_weight, use_reentrant=False)
+        for p in (slice(i, i + rows) for i in range(0, len(hidden_ND), rows))
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])  # type: ignore[index]
 
 
-def _chunk(hidden_ND: Tensor, weight_CD: Tensor, target_N: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    logits_NC = (hidden_ND @ weight_CD.t()).float()
+def add_copies(
+    logits_NC: Float[Tensor, "N C"], codes_N: Int[Tensor, " N"], gate_N: Float[Tensor, " N"]
+) -> Float[Tensor, "N C"]:
+    """Raise the logit of the code that a position may copy, by as much as the model decides.
+
+    A pointer in the sense of CopyNet (Gu et al. 2016): codes that were never seen in training can be
+    repeated, and what has to be learned of a video is what changes.
+    """
+    return logits_NC.scatter_add(1, codes_N[:, None], gate_N[:, None])
+
+
+def _chunk(
+    hidden_ND: Tensor, weight_CD: Tensor, target_N: Tensor, codes_N: Tensor, gate_N: Tensor, z_weight: float
+) -> tuple[Tensor, Tensor]:
+    logits_NC = add_copies((hidden_ND @ weight_CD.t()).float(), codes_N, gate_N)
     nll = F.cross_entropy(logits_NC, target_N, reduction="none")
     if not z_weight:
         return nll, nll

@@ -6,7 +6,6 @@ config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mmseq.errors import CheckpointError
 from mmseq.model.attention import choose_backend, documents_of
 from mmseq.model.range_loss import range_losses
 from mmseq.model.transformer import ModelConfig, Transformer
-from mmseq.packing import Batch, collate
+from mmseq.packing import Batch
 from mmseq.sequence import RANGES
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.vocabulary import Vocabulary
@@ -27,6 +26,7 @@ from mmseq.vocabulary import Vocabulary
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZERS_FOLDER = "tokenizers"
+FORMAT = 1
 
 
 class SequenceModel(nn.Module):
@@ -41,36 +41,17 @@ class SequenceModel(nn.Module):
 
     @classmethod
     def new(cls, config: ModelConfig, tokenizers: Tokenizers, *, seed: int = 0) -> SequenceModel:
-        """A freshly initialised model whose vocabulary and merge come from the tokenizers."""
-        config.vocabulary = len(tokenizers.vocabulary)
-        config.merge = tokenizers.layout.merge
+        """A freshly initialised model for these tokenizers. Raises: ConfigError when the config contradicts them."""
+        config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
         model = cls(config, tokenizers.vocabulary, tokenizers)
         model.transformer.initialise(seed)
-        model._initialise_from_codes(seed)
+        model.learn_codes(seed=seed + 1)
         return model
 
-    @torch.no_grad()
-    def _initialise_from_codes(self, seed: int) -> None:
-        """Codes that mean nearly the same start with nearly the same vector.
-
-        Vision codes are placed by their FSQ coordinates, bins by a few waves of their value. It
-        spares the model learning the order of each range from examples.
-        """
+    def learn_codes(self, *, seed: int | None = None) -> None:
+        """Let codes that mean nearly the same learn together from now on. See `Transformer.learn_codes`."""
         assert self.tokenizers is not None
-        generator = torch.Generator().manual_seed(seed + 1)
-        features = {"vision": torch.from_numpy(self.tokenizers.vision.code_vectors()).float()}
-        for name in ("action", "proprio", "progress"):
-            x = torch.linspace(0, 1, self.vocabulary.ranges[name].size)[:, None]
-            waves = math.pi * torch.tensor([1.0, 2, 4, 8])
-            features[name] = torch.cat([2 * x - 1, (x * waves).sin(), (x * waves).cos()], 1)
-        weight = self.transformer.embed.weight
-        for name, feature in features.items():
-            ids = self.vocabulary.ranges[name]
-            feature = feature / feature.std().clamp_min(1e-6)
-            projection = torch.randn(feature.shape[1], weight.shape[1], generator=generator)
-            structured = feature @ projection / math.sqrt(feature.shape[1])
-            scale = weight.std()
-            weight[ids.start : ids.stop] = 0.9 * scale * structured + 0.4 * weight[ids.start : ids.stop]
+        self.transformer.learn_codes(torch.from_numpy(self.tokenizers.code_features()), seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -78,27 +59,46 @@ class SequenceModel(nn.Module):
 
     @property
     def parameters_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Of the model as it is saved."""
+        return sum(p.numel() for name, p in self.named_parameters() if "code_projection" not in name)
 
     def hidden(self, batch: Batch, backend: str | None = None) -> Tensor:
         """Hidden states (T, D) of a packed batch."""
+        return self._hidden(batch, self.transformer.code_vectors(), backend)
+
+    def _hidden(self, batch: Batch, codes: Tensor | None, backend: str | None = None) -> Tensor:
+        b, backend = batch, backend or choose_backend(self.device, self.config.attention)[0]
         documents = documents_of(batch.lengths, self.device)
-        backend = backend or choose_backend(self.device, self.config.attention)[0]
         return self.transformer(
-            batch.ids, batch.slots, batch.positions, batch.patch_at, batch.patch_ids, documents, backend
+            b.ids, b.slots, b.positions, b.patch_at, b.patch_ids, b.copy_at, b.copy_ids, documents, backend, codes
         )
 
-    def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Per range: (nats (N,), minimised loss (N,), task index (N,)) of every predicted token."""
-        hidden = self.hidden(batch)
-        weight = self.transformer.output_weight
+        codes = self.transformer.code_vectors()
+        hidden = self._hidden(batch, codes)
+        groups = batch.targets
+        if self.training and self.config.copying and "vision" not in groups:
+            none = batch.ids[:0]  # the gate runs on nothing: ranks must reduce the same weights
+            groups = {**groups, "vision": (none, none, none)}
         out = {}
-        for name, (at, codes, task) in batch.targets.items():
+        for name, (at, targets, task) in groups.items():
             ids = self.vocabulary.ranges[name]
-            rows = weight[ids.start : ids.stop]
-            nll, loss = range_losses(hidden.index_select(0, at), rows, codes, self.config.z_loss)
+            rows = self.transformer.output_rows(ids.start, ids.stop, codes)
+            copies = None
+            if name == "vision" and self.config.copying:
+                copies = self._copies(batch, hidden, at)
+            nll, loss = range_losses(hidden.index_select(0, at), rows, targets, self.config.z_loss, copies)
             out[name] = (nll, loss, task)
         return out
+
+    def _copies(self, batch: Batch, hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vision targets: the code that each may repeat (N,), and by how much its logit rises (N,)."""
+        gate = self.transformer.copy_gate(hidden).float().squeeze(-1)
+        may = torch.zeros_like(batch.ids)
+        may[batch.copy_at] = batch.copy_ids - self.vocabulary.ranges["vision"].start + 1
+        may = may[at]  # 0: nothing to repeat
+        return (may - 1).clamp_min(0), gate[at] * (may > 0)
 
     def predict(self, arrow: str, episode, t: int = 0, **options) -> Any:
         """Fill the right side of `arrow` at step t of `episode`. See `inference.predict.predict`."""
@@ -106,31 +106,17 @@ class SequenceModel(nn.Module):
 
         return predict(self, arrow, episode, t, **options)
 
-    @torch.no_grad()
     def score(self, arrow: str, episode, t: int = 0) -> float:
-        """Log-likelihood in nats per token of the predicted side as the episode has it.
+        """How likely the model finds what the episode has. See `inference.predict.score`."""
+        from mmseq.inference.predict import score
 
-        With `-> video[n]` this is a video-likelihood reward (Escontrela et al. 2023).
-        """
-        from mmseq.tasks import Task
-        from mmseq.tokenization.bundle import EpisodeTokens
+        return score(self, arrow, episode, t)
 
-        assert self.tokenizers is not None
-        sequence = self.tokenizers.builder().build(Task.parse(arrow), EpisodeTokens(episode, self.tokenizers), t)
-        groups = self(collate([sequence], self.vocabulary).to(self.device)).values()
-        return -float(torch.cat([nll for nll, _, _ in groups]).mean())
-
-    @torch.no_grad()
     def embed_span(self, arrow: str, episode, t: int = 0) -> np.ndarray:
-        """Mean last hidden state (width,) over the given side: a representation for transfer."""
-        from mmseq.tasks import Task
-        from mmseq.tokenization.bundle import EpisodeTokens
+        """A vector for the given side. See `inference.predict.embed_span`."""
+        from mmseq.inference.predict import embed_span
 
-        assert self.tokenizers is not None
-        sequence = self.tokenizers.builder().build(Task.parse(arrow), EpisodeTokens(episode, self.tokenizers), t)
-        hidden = self.hidden(collate([sequence], self.vocabulary).to(self.device))
-        spans = [hidden[s.start : s.stop] for s in sequence.segments if not s.predicted]
-        return torch.cat(spans or [hidden[:2]]).mean(0).float().cpu().numpy()
+        return embed_span(self, arrow, episode, t)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, weights and tokenizers. The directory needs nothing else."""
@@ -138,11 +124,11 @@ class SequenceModel(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizers.save(directory / TOKENIZERS_FOLDER)
-        weights = {k: v.detach().to("cpu").contiguous() for k, v in self.transformer.state_dict().items()}
-        save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "mmseq-1"})
+        weights = self.transformer.plain_state()
+        save_file(weights, directory / WEIGHTS_FILE, metadata={"format": f"mmseq-{FORMAT}"})
         config = {
             "model_type": "mmseq",
-            "format": 1,
+            "format": FORMAT,
             "model": self.config.to_dict(),
             "vocabulary": self.vocabulary.to_dict(),
             "ranges": {r.name: [r.start, r.size] for r in self.vocabulary.ranges.values()},
@@ -172,6 +158,13 @@ class SequenceModel(nn.Module):
                 raise CheckpointError(
                     f"{directory / CONFIG_FILE}: model_type is {config.get('model_type')!r}, not 'mmseq'"
                 )
+            if config.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{directory} has format {config.get('format')!r}, this version of mmseq reads format {FORMAT}",
+                    fix="load it with the version of mmseq that wrote it",
+                )
+            if tuple(config["range_names"]) != RANGES:
+                raise CheckpointError(f"{directory / CONFIG_FILE} has other ranges: {config['range_names']}")
             model_config = ModelConfig(**config["model"])
             model_config.check()
             vocabulary = Vocabulary.from_dict(config["vocabulary"])

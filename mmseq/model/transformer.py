@@ -11,7 +11,7 @@ heads, K head size, C cache length.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,17 @@ from mmseq.errors import ConfigError
 from mmseq.model.attention import Documents, attend, repeat_heads
 from mmseq.sequence import SLOTS
 
+EMBED_STD = 0.02 * math.sqrt(2)
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """Size and form of the transformer. kv_heads: key/value heads, `heads` must be a multiple.
 
     mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
-    frame or chunk; off for weights that start from or go to a language model.
+    frame or chunk. copying: a predicted vision token may repeat the one at its place in the frame before.
+    Both off for weights that go to a language model. vocabulary: of a recipe, a forecast for
+    `mmseq inspect`; the tokenizers decide. merge: theirs too, 0 takes it from them.
     """
 
     width: int = 128
@@ -43,8 +47,9 @@ class ModelConfig:
     qk_norm: bool = True
     tie_embeddings: bool = True
     slot_embeddings: bool = True
-    merge: int = 2
-    vocabulary: int = 0  # filled from the tokenizers
+    copying: bool = True
+    merge: int = 0
+    vocabulary: int = 0
     attention: str = "auto"
     activation_checkpointing: bool = False
     z_loss: float = 1e-4
@@ -58,6 +63,12 @@ class ModelConfig:
             raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.head_size % 2:
             raise ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
+
+    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
+        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
+        if self.merge not in (0, merge):
+            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
+        return replace(self, vocabulary=vocabulary, merge=merge)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -173,7 +184,12 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to hidden states; the output matrix is `output_weight`."""
+    """Token ids to hidden states; `output_rows` is the part of the output matrix that belongs to some ids.
+
+    While it trains, the vector of a code is a row of its own plus a learned projection of the code's
+    features (`learn_codes`): what is learned of one code serves the codes that mean nearly the same.
+    Saved weights hold the sum.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -184,14 +200,59 @@ class Transformer(nn.Module):
             self.slots = nn.Embedding(SLOTS, config.width)
         if config.merge > 1:
             self.merge = nn.Linear(config.merge**2 * config.width, config.width, bias=False)
+        if config.copying:
+            self.copied = nn.Linear(config.width, config.width, bias=False)
+            self.copy_gate = nn.Linear(config.width, 1, bias=False)
+        self.code_projection: nn.Linear | None = None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
-    @property
-    def output_weight(self) -> Tensor:
-        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+    def learn_codes(self, features: Float[Tensor, "C F"], *, seed: int | None = None) -> None:
+        """Share what is learned between codes. features: one row of unit length, or zeros, for each of the last
+        C ids of the vocabulary. seed: of the projection; None begins with zeros, which changes no vector."""
+        projection = nn.Linear(features.shape[1], self.config.width, bias=False)
+        with torch.no_grad():
+            if seed is None:
+                projection.weight.zero_()
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * 0.9 * EMBED_STD)
+                self.embed.weight[-len(features) :] *= 0.4
+        self.code_projection = projection.to(self.embed.weight)
+        self.register_buffer("code_features", features.to(self.embed.weight), persistent=False)
+
+    def code_vectors(self) -> Tensor | None:
+        """What codes have from their features (C, D); None when they have rows of their own alone."""
+        return None if self.code_projection is None else self.code_projection(self.code_features)
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The weights as they are saved: without the projection, which the rows of codes take up."""
+        state = {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.startswith("code_projection")}
+        if self.code_projection is not None:
+            with torch.no_grad():
+                codes = self.code_vectors().cpu()  # type: ignore[union-attr]
+            for name in ("embed.weight", "head.weight"):
+                if name in state:
+                    state[name] = torch.cat([state[name][: -len(codes)], state[name][-len(codes) :] + codes])
+        return {k: v.contiguous() for k, v in state.items()}
+
+    def embed_tokens(self, ids: Tensor, codes: Tensor | None) -> Tensor:
+        x = self.embed(ids)
+        if codes is None:
+            return x
+        first = self.config.vocabulary - len(codes)
+        at = (ids - first + 1).clamp_min(0)
+        return x + F.embedding(at, F.pad(codes, (0, 0, 1, 0)))
+
+    def output_rows(self, start: int, stop: int, codes: Tensor | None = None) -> Tensor:
+        """Rows start .. stop - 1 of the output matrix. codes: `code_vectors`, where there are any."""
+        weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
+        first = self.config.vocabulary - (0 if codes is None else len(codes))
+        if codes is None or start < first:
+            return weight[start:stop]
+        return weight[start:stop] + codes[start - first : stop - first]
 
     def initialise(self, seed: int) -> None:
         """Normal weights; residual outputs are scaled down by depth (GPT-2)."""
@@ -202,25 +263,40 @@ class Transformer(nn.Module):
                     continue
                 if name.startswith("slots"):
                     std = 0.02
+                elif name.startswith("copy_gate"):
+                    std = 0.0
                 elif name.startswith(("embed", "head")):
-                    std = 1 / math.sqrt(self.config.width) if name.startswith("head") else 0.02 * math.sqrt(2)
+                    std = 1 / math.sqrt(self.config.width) if name.startswith("head") else EMBED_STD
                 else:
                     std = 1 / math.sqrt(p.shape[1])
                 if name.endswith(("out.weight", "down.weight")):
                     std /= math.sqrt(2 * self.config.layers)
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
 
-    def inputs(self, ids: Tensor, slots: Tensor, patch_at: Tensor, patch_ids: Tensor) -> Tensor:
-        """Input vectors (T, D): token embeddings, merged vision in its places, slot vectors."""
-        x = self.embed(ids)
+    def inputs(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        patch_at: Tensor,
+        patch_ids: Tensor,
+        copy_at: Tensor,
+        copy_ids: Tensor,
+        codes: Tensor | None = None,
+    ) -> Tensor:
+        """Input vectors (T, D): token embeddings, merged vision in its places, slots, what may be copied.
+
+        Every layer runs for every batch, on nothing where a batch has nothing for it: ranks must gather and
+        reduce the same weights.
+        """
+        x = self.embed_tokens(ids, codes)
         if self.config.merge > 1:
-            # ranks must run the same layers, with or without vision: ZeRO gathers and reduces weights together
-            some = len(patch_at) > 0
-            if some or self.training:
-                codes = patch_ids if some else ids.new_zeros(1, self.config.merge**2)
-                merged = self.merge(self.embed(codes).flatten(-2)).to(x.dtype)
-                x = x.index_copy(0, patch_at, merged) if some else x + 0 * merged.sum()
-        return x + self.slots(slots) if self.config.slot_embeddings else x
+            merged = self.merge(self.embed_tokens(patch_ids, codes).flatten(1))
+            x = x.index_copy(0, patch_at, merged.to(x.dtype))
+        if self.config.slot_embeddings:
+            x = x + self.slots(slots)
+        if self.config.copying:
+            x = x.index_add(0, copy_at, self.copied(self.embed_tokens(copy_ids, codes)).to(x.dtype))
+        return x
 
     def forward(
         self,
@@ -229,11 +305,14 @@ class Transformer(nn.Module):
         positions: Int[Tensor, " T"],
         patch_at: Int[Tensor, " M"],
         patch_ids: Int[Tensor, "M P"],
+        copy_at: Int[Tensor, " R"],
+        copy_ids: Int[Tensor, " R"],
         documents: Documents,
         backend: str = "document",
+        codes: Float[Tensor, "C D"] | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Hidden states after the last norm, attention within each document."""
-        x = self.inputs(ids, slots, patch_at, patch_ids)
+        """Hidden states after the last norm, attention within each document. codes: `code_vectors`, if any."""
+        x = self.inputs(ids, slots, patch_at, patch_ids, copy_at, copy_ids, codes)
         cos, sin = rope_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
         for layer in self.layers:
             if self.config.activation_checkpointing and self.training:

@@ -4,8 +4,8 @@
 
 An observation holds what is known now: `observation.images.<camera>` uint8 (H, W, 3), or (n, H, W, 3)
 with the past frames that end now; `observation.state` float32 (axes,); `prompt`. For other arrows also
-`action` float32 (n, axes) from now on, `goal.images.<camera>` (what a given `image@+n` or `image@end`
-shows) and `question`.
+`action` float32 (n, axes) from now on, `observation.images.<camera>@+16` (the offset as the arrow writes it,
+also `@end`: what a given `image@+16` shows) and `question`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.embodiment import Axes
+from mmseq.embodiment import Axes, Embodiment
 from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.tasks import Task
+from mmseq.tasks import VISION_STREAMS, Task
 from mmseq.tokenization.bundle import Tokenizers
 
 _FUTURE = 1 << 20  # an observation has no end
-_IMAGES, _GOAL = "observation.images.", "goal.images."
+_IMAGES = "observation.images."
 
 
 class ObservationTokens:
@@ -37,9 +37,14 @@ class ObservationTokens:
             tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
         )
         self._observation = observation
-        self._frames = {k.removeprefix(_IMAGES): _stack(v) for k, v in observation.items() if k.startswith(_IMAGES)}
-        self._goals = {k.removeprefix(_GOAL): _stack(v) for k, v in observation.items() if k.startswith(_GOAL)}
+        images = {k.removeprefix(_IMAGES): _stack(v) for k, v in observation.items() if k.startswith(_IMAGES)}
+        self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
         self.now = max((len(f) for f in self._frames.values()), default=1) - 1
+        self._futures: dict[tuple[str, int], np.ndarray] = {}  # by camera and step
+        for camera, _, at in (name.partition("@") for name in images if "@" in name):
+            offset = Task.parse(f"image@{at} -> action[1]").given[0].offset
+            steps = _FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz)  # type: ignore[union-attr]
+            self._futures[camera, self.now + steps] = images[f"{camera}@{at}"]
 
     def __len__(self) -> int:
         return self.now + _FUTURE
@@ -64,12 +69,13 @@ class ObservationTokens:
 
     def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
         if stop > self.now + 1:
-            if camera not in self._goals:
+            future = self._futures.get((camera, stop - 1))
+            if future is None or stop - start > 1:
                 raise TaskError(
-                    f"this arrow is given a future image and the observation has no goal.images.{camera}",
-                    fix=f"send goal.images.{camera} as uint8 (H, W, 3)",
+                    f"this arrow is given a future image of camera {camera!r} that the observation lacks",
+                    fix=f"send {_IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
                 )
-            return self.tokenizers.vision.encode(self._goals[camera][:1])
+            return self.tokenizers.vision.encode(future[-1:])
         frames = self._frames[camera]
         first = start - (self.now + 1 - len(frames))
         if first < 0:
@@ -151,10 +157,7 @@ class ModelPolicy:
         return cls(model, name=str(Path(directory).name), **options)
 
     def contract(self) -> dict[str, Any]:
-        given = {s.stream for s in self.arrow.given}
-        body = next(iter(self.robots.values()))
-        keys = [f"{_IMAGES}{c.name}" for c in body.cameras] if "image" in given else []
-        keys += ["observation.state"] if "proprio" in given else []
+        keys = required_keys(self.arrow, next(iter(self.robots.values())))
         contract: dict[str, Any] = {
             "name": self.name,
             "embodiments": {n: e.to_dict() for n, e in self.robots.items()},
@@ -184,9 +187,7 @@ class ModelPolicy:
         if name is not None and name not in self.robots:
             raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
         if self.blank_images:
-            observation = {
-                k: np.full_like(v, 128) if k.startswith((_IMAGES, _GOAL)) else v for k, v in observation.items()
-            }
+            observation = {k: np.full_like(v, 128) if k.startswith(_IMAGES) else v for k, v in observation.items()}
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
@@ -210,6 +211,19 @@ class ModelPolicy:
         request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))
         decoded = decoder.decode(task, [request])[0]
         return to_streams(decoded, self.tokenizers, tokens)
+
+
+def required_keys(task: Task, body: Embodiment) -> list[str]:
+    """The keys of an observation that the given side of a task reads, the prompt aside."""
+    keys: dict[str, None] = {}
+    for segment in task.given:
+        if segment.stream in VISION_STREAMS:
+            at = str(segment).partition("@")[2]
+            for camera in [segment.camera] if segment.camera else [c.name for c in body.cameras]:
+                keys[f"{_IMAGES}{camera}" + (f"@{at}" if at else "")] = None
+        elif segment.stream == "proprio":
+            keys["observation.state"] = None
+    return list(keys)
 
 
 def serve_checkpoint(

@@ -2,6 +2,7 @@
 
 ==============================  =======================  =============================================
 `observation.images.<camera>`   uint8 (H, W, 3)          RGB, the size of the contract's camera
+`observation.images.<c>@+16`    uint8 (H, W, 3)          where the policy is given a future image (a goal)
 `observation.state`             float32 (proprio,)       in the order and units of the contract
 `prompt`                        text                     the instruction
 `embodiment`                    text, or its whole dict  which robot; may be left out if there is one
@@ -200,7 +201,7 @@ def _check_text(value: Any, key: str) -> str:
 
 def _check_given(key: str, value: Any, embodiment: Embodiment, rules: ObservationRules, *, frames: bool) -> Any:
     """One stream by its key; None when the key is not known."""
-    base = key.partition("@")[0] if frames else key
+    base = key.partition("@")[0]
     cameras = {camera.name: camera for camera in embodiment.cameras}
     if base.startswith(IMAGES) and base.removeprefix(IMAGES) in cameras:
         return check_image(value, cameras[base.removeprefix(IMAGES)], key=key, frames=frames)
@@ -227,6 +228,7 @@ def check_observation(
                 "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
             )
     known = [*image_keys(embodiment), *([STATE] if embodiment.proprio else []), *OTHER_KEYS]
+    known += [key for key in required if key not in known]
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key not in known:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.episode import Episode
@@ -96,7 +97,10 @@ def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, 
 
 def model(bundle: Tokenizers | None = None, *, seed: int = 0, **changes) -> SequenceModel:
     config = ModelConfig(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "mlp": 64, **changes})
-    return SequenceModel.new(config, bundle or tokenizers(), seed=seed).eval()
+    made = SequenceModel.new(config, bundle or tokenizers(), seed=seed).eval()
+    if made.config.copying:  # it begins at zero, and would hide mistakes in what may be copied
+        torch.nn.init.normal_(made.transformer.copy_gate.weight, generator=torch.Generator().manual_seed(seed))
+    return made
 
 
 def write_episodes(directory: str | Path, episodes: Iterable[Episode], robots: tuple[Embodiment, ...] = ()) -> Path:

@@ -17,7 +17,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import CheckpointError, EpisodeError, FingerprintError, TaskError, did_you_mean
 from mmseq.sequence import Layout, SequenceBuilder
-from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
+from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer, value_features
 from mmseq.tokenization.text import TextTokenizer
 from mmseq.tokenization.vision import VisionTokenizer
 from mmseq.vocabulary import Vocabulary
@@ -51,6 +51,26 @@ class Tokenizers:
             progress=progress.bins,
             embodiments=list(self.embodiments),
         )
+
+    def code_features(self) -> np.ndarray:
+        """float32 (C, F): what the last C ids of the vocabulary, from the first vision code on, are made of.
+
+        Each tokenizer has columns of its own; rows are zero for ids without a feature.
+        """
+        parts = {
+            "vision": self.vision.code_features(),
+            "action": value_features(self.action.bins),
+            "proprio": value_features(self.proprio.bins),
+            "progress": value_features(self.progress.bins),
+        }
+        first = self.vocabulary.ranges["vision"].start
+        out = np.zeros((len(self.vocabulary) - first, sum(p.shape[1] for p in parts.values())), np.float32)
+        column = 0
+        for name, features in parts.items():
+            ids = self.vocabulary.ranges[name]
+            out[ids.start - first : ids.stop - first, column : column + features.shape[1]] = features
+            column += features.shape[1]
+        return out
 
     def builder(self) -> SequenceBuilder:
         cameras = {e.name: [c.name for c in e.cameras] for e in self.embodiments.values()}

@@ -39,6 +39,14 @@ class BinTokenizer:
         return np.abs(self.decode(self.encode(values, axes), axes) - values).mean(0)
 
 
+def value_features(count: int) -> np.ndarray:
+    """What every one of `count` evenly spaced values is made of: itself and a few waves (count, F), unit rows."""
+    x = np.linspace(0, 1, count, dtype=np.float32)[:, None]
+    waves = np.pi * np.array([1, 2, 4, 8], dtype=np.float32)
+    features = np.concatenate([2 * x - 1, np.sin(x * waves), np.cos(x * waves)], 1)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
 def _scale(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
     low = np.asarray(axes.low, dtype=np.float64)
     span = np.asarray(axes.high, dtype=np.float64) - low

@@ -2,9 +2,9 @@
 
 An autoencoder with finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505). Each token
 is read from one patch and a margin around it, so that it depends on its own neighbourhood only and
-changes only where the image does; the decoder reads each token with its neighbours. Both know
-which place of the grid they are at, which is where a static background goes. Training is in
-`vision_training.py`.
+changes only where the image does; the decoder reads each token with its neighbours. Neither knows
+which place of the grid it is at, so a code means the same everywhere and a thing that moves by one
+place keeps its codes. Training is in `vision_training.py`.
 
 Axes: N images, T tokens of one image (rows x columns of the grid), D width of the network,
 C numbers per code (one per FSQ level), P numbers of one patch (side x side x RGB).
@@ -146,16 +146,13 @@ class FSQAutoencoder(nn.Module):
         c, numbers = config, len(config.levels)
         seen, around = c.patch + 2 * c.margin, 2 * c.decoder_reach + 1
         self.encoder_in = nn.Linear(seen * seen * 3, c.width)
-        self.encoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.encoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.encoder_depth)))
         self.encoder_norm = nn.LayerNorm(c.width)
         self.encoder_out = nn.Linear(c.width, numbers)
         self.decoder_in = nn.Linear(numbers * around * around, c.width)
-        self.decoder_place = nn.Parameter(torch.zeros(c.side**2, c.width))
         self.decoder = nn.Sequential(*(_Residual(c.width, c.hidden) for _ in range(c.decoder_depth)))
         self.decoder_norm = nn.LayerNorm(c.width)
         self.decoder_out = nn.Linear(c.width, c.patch**2 * 3)
-        self.background = nn.Parameter(torch.zeros(c.side**2, c.patch**2 * 3))
         nn.init.normal_(self.encoder_out.weight, std=1 / math.sqrt(c.width))
         nn.init.zeros_(self.decoder_out.weight)
         nn.init.zeros_(self.decoder_out.bias)
@@ -181,7 +178,7 @@ class FSQAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T C"]:
         """Codes before rounding, each number within [-1, 1]."""
-        x_NTD = self.encoder_in(self.patches(x, self.config.margin)) + self.encoder_place
+        x_NTD = self.encoder_in(self.patches(x, self.config.margin))
         return torch.tanh(self.encoder_out(self.encoder_norm(self.encoder(x_NTD))).float())
 
     def quantize(self, z_NTC: Float[Tensor, "N T C"]) -> Float[Tensor, "N T C"]:
@@ -210,8 +207,8 @@ class FSQAutoencoder(nn.Module):
         around = 2 * reach + 1
         grid = F.pad(z_NTC.reshape(len(z_NTC), c.side, c.side, -1), (0, 0) + (reach,) * 4)
         near = grid.unfold(1, around, 1).unfold(2, around, 1).reshape(len(z_NTC), c.side**2, -1)
-        x_NTD = self.decoder_in(near) + self.decoder_place
-        return (self.decoder_out(self.decoder_norm(self.decoder(x_NTD))) + self.background).float()
+        x_NTD = self.decoder_in(near)
+        return self.decoder_out(self.decoder_norm(self.decoder(x_NTD))).float()
 
     def forward(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N T P"]:
         return self.decode(self.quantize(self.encode(x)))
@@ -291,10 +288,15 @@ class VisionTokenizer:
         """What is left of frames after the tokenizer: its ceiling for every generated image."""
         return self.decode(self.encode(frames))
 
-    def code_vectors(self) -> Float[np.ndarray, "codes C"]:
-        """The FSQ coordinates of every code in [-1, 1], row i for code i: neighbours look alike."""
-        index = torch.arange(self.codebook_size, device=self.device)
-        return self._network.from_index(index).cpu().numpy().astype(np.float32)
+    def code_features(self) -> Float[np.ndarray, "codes F"]:
+        """What every code is made of: its FSQ coordinates in [-1, 1], and which value of each level it has.
+
+        Rows of unit length; codes that differ in one coordinate share most of them.
+        """
+        coordinates = self._network.from_index(torch.arange(self.codebook_size, device=self.device))
+        digits = self._network.digits(coordinates).long()
+        values = [0.5 * F.one_hot(digits[:, i], n) for i, n in enumerate(self.config.levels)]
+        return F.normalize(torch.cat([coordinates, *values], 1), dim=1).cpu().numpy()
 
     def save(self, directory: str | Path) -> None:
         """Writes `vision.safetensors` and `vision.json`."""

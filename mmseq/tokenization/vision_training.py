@@ -73,7 +73,7 @@ def train_vision(
         stacks = [_Source(f, device, foreground) for f in sources.values()]
         with torch.no_grad():
             mean = torch.stack([float(share) * s.mean for share, s in zip(shares, stacks, strict=True)]).sum(0)
-            network.background.copy_(network.patches(mean[None])[0])
+            network.decoder_out.bias.copy_(network.patches(mean[None])[0].mean(0))
         optimizers = _optimizers(network)
         draw = np.random.default_rng(seed)
         started = time.monotonic()

@@ -84,9 +84,12 @@ class TrainConfig:
 
     def check(self, world_size: int) -> None:
         """Raises: ConfigError naming the field that cannot work."""
-        for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("steps", "log_every", "save_every", "keep_checkpoints", "validation_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "max_minutes", "stop_after", "validate_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         d = self.data
         for name in ("row_tokens", "rows_per_step", "rows_per_pass", "prefetch"):
             if getattr(d, name) < 1:
@@ -104,12 +107,6 @@ class TrainConfig:
             )
         if self.deepspeed.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {self.deepspeed.zero_stage}")
-        if self.deepspeed.zero_stage == 3 and world_size > 1:
-            raise ConfigError(
-                "deepspeed.zero_stage=3 on several ranks hangs after the first step when their batches hold "
-                "different tasks, and is not supported yet",
-                fix="use deepspeed.zero_stage=2",
-            )
         if self.deepspeed.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {self.deepspeed.dtype!r}")
         if self.optimizer.kind not in ("adamw", "muon"):

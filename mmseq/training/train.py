@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix, save_mix
@@ -70,7 +70,8 @@ def train(config: TrainConfig) -> Path:
     barrier = torch.distributed.barrier
     model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
     backend, why = choose_backend(device, config.model.attention)
-    engine = _engine(deepspeed, config, model, world)
+    objective = Objective(model, len(mixture.task_names), dict(config.range_weights))
+    engine = _engine(deepspeed, config, objective, world)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(to_yaml(config))
@@ -80,7 +81,7 @@ def train(config: TrainConfig) -> Path:
         "mix": to_yaml(mix),
         "tokens": {name: shards.reader.manifest["index"]["sha256"] for name, shards in mixture.shards.items()},
         "tokenizers": tokenizers.fingerprints(),
-        "model": config.model.to_dict(),
+        "model": model.config.to_dict(),
         "engine": [config.optimizer.kind, config.deepspeed.zero_stage, config.deepspeed.dtype],
         "ranks": world if config.deepspeed.zero_stage else None,  # DeepSpeed's shards are per rank
         "rows": [config.data.row_tokens, config.data.rows_per_step],
@@ -123,7 +124,7 @@ def train(config: TrainConfig) -> Path:
         share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        record = _step(engine, config, step_data.passes, len(mixture.task_names), world, device)
+        record = _step(engine, config, objective, step_data.passes, world, device)
         if not math.isfinite(record["loss"]):
             named = "; ".join(mixture.provenance(s) for s in step_data.samples[:5])
             raise MMSeqError(f"the loss of step {state.step} is {record['loss']}; its first samples: {named}")
@@ -193,8 +194,8 @@ def _start_deepspeed(world: int) -> Any:
     return deepspeed
 
 
-def _engine(deepspeed: Any, config: TrainConfig, model: SequenceModel, world: int) -> Any:
-    optimizer = build_optimizer(config.optimizer, model)
+def _engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
+    optimizer = build_optimizer(config.optimizer, objective.model)
     rows = config.data.rows_per_step // world
     passes = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
@@ -215,10 +216,12 @@ def _engine(deepspeed: Any, config: TrainConfig, model: SequenceModel, world: in
         if not isinstance(given, dict):
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
         _merge(settings, given, where=config.deepspeed.settings)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings, dist_init_required=False)
     if config.deepspeed.zero_stage == 3:
         # the loss reads slices of the output matrix outside the module that owns it
-        deepspeed.zero.register_external_parameter(model, model.transformer.output_weight)
+        transformer = objective.model.transformer
+        owner = transformer.embed if config.model.tie_embeddings else transformer.head
+        deepspeed.zero.register_external_parameter(objective, owner.weight)
     return engine
 
 
@@ -234,28 +237,47 @@ def _merge(settings: dict[str, Any], given: dict[str, Any], *, where: str, prefi
             settings[key] = value
 
 
+class Objective(nn.Module):
+    """What DeepSpeed runs: a packed batch to the loss and its statistics.
+
+    Returns (the sum of weighted losses (), nats and counts (2, tasks + 1)); the last column holds the
+    weighted nats. Always these two tensors, whatever ranges a batch predicts: with ZeRO 3 each output
+    that carries a gradient gathers weights on its way back, so ranks must have equally many.
+    """
+
+    def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float]):
+        super().__init__()
+        self.model, self.tasks, self.range_weights = model, tasks, range_weights
+
+    def weight(self, range_name: str) -> float:
+        return self.range_weights.get(range_name, 1.0)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), device=batch.ids.device)
+        sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
+        for name, (nll, objective, task) in self.model.losses(batch).items():
+            loss = loss + self.weight(name) * objective.sum()
+            detached = nll.detach().double()
+            sums[0].index_add_(0, task, detached)
+            sums[1].index_add_(0, task, torch.ones_like(detached))
+            sums[0, -1] += self.weight(name) * detached.sum()
+        return loss, sums
+
+
 def _step(
-    engine: Any, config: TrainConfig, passes: list[Batch], tasks: int, world: int, device: torch.device
+    engine: Any, config: TrainConfig, objective: Objective, passes: list[Batch], world: int, device: torch.device
 ) -> dict[str, Any]:
     """One optimiser step over all ranks. The loss is the mean over the *global* batch's targets."""
-    weight_of = lambda name: config.range_weights.get(name, 1.0)
-    local = sum(weight_of(name) * len(at) for b in passes for name, (at, _, _) in b.targets.items())
+    local = sum(objective.weight(name) * len(at) for b in passes for name, (at, _, _) in b.targets.items())
     total = torch.tensor([float(local)], device=device, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     scale = world * len(passes) / float(total)  # DeepSpeed averages over ranks and passes
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-    sums = torch.zeros(2, tasks + 1, device=device, dtype=torch.float64)
+    sums = torch.zeros(2, objective.tasks + 1, device=device, dtype=torch.float64)
     for batch in passes:
-        loss = torch.zeros((), device=device)
-        with autocast:
-            groups = engine(batch.to(device))
-        for name, (nll, objective, task) in groups.items():
-            loss = loss + weight_of(name) * objective.sum()
-            detached = nll.detach().double()
-            sums[0].index_add_(0, task, detached)
-            sums[1].index_add_(0, task, torch.ones_like(detached))
-            sums[0, -1] += weight_of(name) * detached.sum()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            loss, part = engine(batch.to(device))
+        sums += part
         engine.backward(loss * scale)
         engine.step()
     torch.distributed.all_reduce(sums)
@@ -301,12 +323,12 @@ def _validation_batches(config: TrainConfig, mixture: Mixture, tokenizers: Token
 def _validate(engine: Any, batches: list[Batch], names: list[str]) -> dict[str, float]:
     """Held-out bits per token by task."""
     engine.eval()
-    nats, counts = [0.0] * len(names), [0] * len(names)
+    total = torch.zeros(2, len(names) + 1, device=engine.device, dtype=torch.float64)
     for batch in batches:
-        for nll, _, task in engine(batch.to(engine.device)).values():
-            nats[int(task[0])] += float(nll.sum())
-            counts[int(task[0])] += len(nll)
+        _, sums = engine(batch.to(engine.device))
+        total += sums
     engine.train()
+    nats, counts = total.tolist()
     return {n: nats[i] / counts[i] / math.log(2) for i, n in enumerate(names) if counts[i]}
 
 
@@ -323,6 +345,8 @@ def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, di
         return
     assert model.tokenizers is not None
     copy = SequenceModel(model.config, model.vocabulary, model.tokenizers)
+    if model.transformer.code_projection is not None:
+        copy.learn_codes()
     copy.load_state_dict(weights)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

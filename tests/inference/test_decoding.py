@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mmseq.errors import TaskError
-from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request
+from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
 from mmseq.packing import collate
+from mmseq.sequence import NOTHING
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -33,25 +34,29 @@ def request(model, episode=0, now=4, text=None, **options):
     return Request(EpisodeTokens(tiny.episode(episode), model.tokenizers, texts=texts), now, **options)
 
 
-class Recorder(Decoder):
-    """Keeps the logits that each token was chosen from."""
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """(range, logits) of every token that is decoded."""
+    found = []
+    original = _Run._logits
 
-    def _logits(self, hidden, range_name):
-        logits = super()._logits(hidden, range_name)
-        self.__dict__.setdefault("seen", []).append((range_name, logits))
-        return logits
+    def logits(self, hidden, range_name):
+        found.append((range_name, original(self, hidden, range_name)))
+        return found[-1][1]
+
+    monkeypatch.setattr(_Run, "_logits", logits)
+    return found
 
 
 @pytest.mark.parametrize("merge", [1, 2])
 @pytest.mark.parametrize("arrow", ARROWS)
-def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge):
+def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
     robot = tiny.embodiment("two", ("front", "wrist"))
     bundle = tiny.tokenizers((robot,), merge=merge)
     model = tiny.model(bundle)
     task, builder = Task.parse(arrow), bundle.builder()
     tokens = EpisodeTokens(tiny.episode(1, robot=robot), bundle)
-    decoder = Recorder(model)
-    decoded = decoder.decode(task, [Request(tokens, 4)])[0]
+    decoded = Decoder(model).decode(task, [Request(tokens, 4)])[0]
     # the same sequence at once: what was given, and what was decoded where it was predicted
     left = list(decoded)
     original = builder.codes
@@ -59,10 +64,12 @@ def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge):
     sequence = builder.build(task, tokens, 4)
     with torch.inference_mode():
         hidden = model.hidden(collate([sequence], bundle.vocabulary))
-        assert len(decoder.seen) == len(sequence.target_at)
-        for at, (name, found) in zip(sequence.target_at, decoder.seen):
+        assert len(seen) == len(sequence.target_at)
+        for at, (name, found) in zip(sequence.target_at, seen):
             ids = bundle.vocabulary.ranges[name]
-            full = hidden[at] @ model.transformer.output_weight[ids.start : ids.stop].t()
+            full = hidden[at] @ model.transformer.output_rows(ids.start, ids.stop, model.transformer.code_vectors()).t()
+            if sequence.copies[at] != NOTHING:
+                full[sequence.copies[at] - ids.start] += model.transformer.copy_gate(hidden[at])[0]
             assert (found[0] - full).abs().max() <= 1e-5
 
 

@@ -6,10 +6,14 @@ import pytest
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
 from mmseq.errors import CheckpointError, TaskError
 from mmseq.serving import Server, ServerConfig
+from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
+from mmseq.serving.observation import ObservationRules, check_observation
+from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")
+GOAL = tiny.episode(0)["image.front"][6]
 ARROW = "text, image, proprio -> action[4]"
 
 
@@ -60,9 +64,30 @@ def test_any_arrow_by_name_or_text(policy):
     given = {**observe(episode, 4), "action": episode["action"][4:8]}
     image = policy.predict("forward_dynamics", given)["image"]
     np.testing.assert_array_equal(image, policy.model.predict("image, action[4] -> image@+4", episode, 4)["image"])
-    goal = {**observe(episode, 4), "goal.images.front": episode["image.front"][9]}
+    goal = {**observe(episode, 4), "observation.images.front@+5": episode["image.front"][9]}
     actions = policy.predict("image, image@+5 -> action[5]", goal)["action"]
     np.testing.assert_allclose(actions, policy.model.predict("image, image@+5 -> action[5]", episode, 4)["action"])
+
+
+def test_a_goal_policy_is_served_with_its_goal_checked(policy):
+    goal_policy = ModelPolicy(policy.model, arrow="image, proprio, image@+5 -> action[5]")
+    contract = Contract.from_policy(goal_policy)
+    keys = ["observation.images.front", "observation.state", "observation.images.front@+5"]
+    assert list(contract.required(contract.embodiments["arm"])) == keys
+    episode = tiny.episode(2)
+    seen = {k: v for k, v in observe(episode, 4).items() if k in keys} | {keys[2]: episode["image.front"][9]}
+    checked, _ = check_observation(seen, contract, ObservationRules())
+    expected = policy.model.predict("image, proprio, image@+5 -> action[5]", episode, 4)["action"]
+    np.testing.assert_allclose(goal_policy.infer(checked)["actions"], expected)
+    for change, message in (
+        ({keys[2]: seen[keys[2]][:4]}, "expected uint8"),
+        ({keys[2]: seen[keys[2]].astype(np.float32)}, "expected uint8"),
+        ({"observation.images.front@+6": seen[keys[2]]}, "is not known"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            check_observation({**seen, **change}, contract, ObservationRules())
+    with pytest.raises(RequestError, match=r"front@\+5' is missing"):
+        check_observation({k: v for k, v in seen.items() if k != keys[2]}, contract, ObservationRules())
 
 
 def test_past_frames_fill_a_given_video(policy):
@@ -82,7 +107,8 @@ def test_blanked_images_change_nothing_else(checkpoint):
 @pytest.mark.parametrize(
     ("arrow", "change", "message"),
     [
-        ("image, image@+5 -> action[5]", {}, "goal.images.front"),
+        ("image, image@+5 -> action[5]", {}, "a future image of camera 'front'"),
+        ("image, image@+5 -> action[5]", {"observation.images.front@+4": GOAL}, "a future image of camera 'front'"),
         ("video[4] -> text", {}, "needs the last 4 frames, the observation has 1"),
         ("image, action[4] -> image@+4", {}, "it has no action"),
         ("policy", {"embodiment": "amr"}, "did you mean 'arm'"),

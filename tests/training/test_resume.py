@@ -64,7 +64,7 @@ def losses(out: Path) -> dict[int, float]:
 
 # What the ten steps of one rank in fp32 lose, in nats per token. A change here is a change of the data
 # order, the sequences, the initialisation, the loss or the optimizer: say which in the commit.
-GOLDEN = [3.87946, 3.81522, 3.81774, 3.81918, 3.4595, 3.3611, 3.31791, 4.07306, 3.6849, 4.00509]
+GOLDEN = [4.06174, 3.44773, 4.03726, 3.668, 3.55785, 3.80597, 3.84357, 3.48801, 3.25414, 3.74238]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_golden_losses(single):
     [
         (1, SINGLE),
         (2, ["deepspeed.dtype=fp32", "deepspeed.zero_stage=1"]),
+        pytest.param(2, ["deepspeed.dtype=fp32", "deepspeed.zero_stage=3"], marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_exact(data, single, tmp_path, ranks, more):
@@ -103,18 +104,16 @@ def test_resume_is_exact(data, single, tmp_path, ranks, more):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_other_zero_stages_train(data, tmp_path, stage):
-    done = run(data, tmp_path / "run", 2, f"deepspeed.zero_stage={stage}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "run")[10] < losses(tmp_path / "run")[1]
-
-
-def test_what_would_hang_is_refused(data, tmp_path):
-    done = run(data, tmp_path / "run", 2, "deepspeed.zero_stage=3")
-    assert done.returncode != 0
-    assert "use deepspeed.zero_stage=2" in done.stderr.lower()
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_every_zero_stage_learns_the_same(data, tmp_path, stage):
+    """Two ranks hold different tasks in a step, so what they gather and reduce must not depend on the batch."""
+    same = ["deepspeed.dtype=fp32", "model.tie_embeddings=false", "model.activation_checkpointing=true"]
+    for name, ranks, zero in (("alone", 1, 0), ("ranks", 2, stage)):
+        done = run(data, tmp_path / name, ranks, *same, f"deepspeed.zero_stage={zero}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    alone, ranks = losses(tmp_path / "alone"), losses(tmp_path / "ranks")
+    assert list(ranks.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+    assert len(ranks) == 10
 
 
 def test_a_wrong_recipe_is_refused_before_training(data, tmp_path):
