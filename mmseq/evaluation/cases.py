@@ -22,7 +22,7 @@ from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Segment, T
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
 BATCH = 64  # requests that decode together
-FULL_COUNT_PASSES = 96  # a task that decodes more tokens than this gets fewer samples
+FULL_COUNT_PASSES = 512  # a task that decodes more tokens than this gets fewer samples
 TYPICAL_TEXT_TOKENS = 20
 CURVE_MOMENTS = 12  # of one episode, for measures over its whole length
 

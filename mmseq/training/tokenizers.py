@@ -57,7 +57,7 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
             )
     vision = _train_vision(config, sources, seen, on_progress)
     tokenizers = Tokenizers(
-        text=_train_text(config.text, sources.values()),
+        text=_train_text(config.text, sources, seen),
         vision=vision,
         action=BinTokenizer(config.action_bins),
         proprio=BinTokenizer(config.proprio_bins),
@@ -153,13 +153,15 @@ def _train_vision(
     )
 
 
-def _train_text(config: TextRecipe, sources: Iterable[EpisodeSource]) -> TextTokenizer:
+def _train_text(
+    config: TextRecipe, sources: Mapping[str, EpisodeSource], episodes: Mapping[str, list[int]]
+) -> TextTokenizer:
     if config.path:
         tokenizer = TextTokenizer.load(config.path)
         if tokenizer.huggingface != (config.kind == "huggingface"):
             raise MMSeqError(f"text.path {config.path} is not of kind {config.kind}")
         return tokenizer
-    texts = {text for source in sources for i in range(len(source)) for text in _texts(source, i)}
+    texts = {text for name, source in sources.items() for i in episodes[name] for text in _texts(source, i)}
     return TextTokenizer.train(sorted(texts), vocab_size=config.vocab_size)
 
 
