@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--question")
     c.add_argument("--rate-hz", type=float, help="resample the episode; default: its own rate")
     c.add_argument("--embodiment", metavar="NAME", help="treat the episode as this robot's")
-    c.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    c.add_argument("--temperature", type=float, default=0.0, help="0 takes the best code (default)")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--device", help="default: cuda where there is one")
     c.add_argument("--out", metavar="DIR", help="write JSON, PNG and MP4 there")

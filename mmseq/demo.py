@@ -36,7 +36,7 @@ from mmseq.tasks import Task
 
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of --minutes; the rest is reading, writing and measuring.
-TRAIN_SHARE = 0.52
+TRAIN_SHARE = 0.53
 ROBOT_EPISODES = 100  # per task, at 10 minutes
 HUMAN_VIDEOS = 24
 VISION_STEPS = 800
@@ -171,9 +171,7 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
             for number in (8, 4, 2):
                 task.task = task.task.replace(f"[{number}]", f"[{min(number, limit)}]")
                 task.task = task.task.replace(f"@+{number}", f"@+{min(number, limit)}")
-    for name, reader in readers.items():  # of a small dataset the ids may hold out nothing, or too little to measure
-        ranks = sorted(holdout_rank(f"{name}/{note['id']}") for note in reader.metadata)
-        mix.holdout = max(mix.holdout, math.nextafter(ranks[max(1, min(len(ranks) // 4, 4)) - 1], 1))
+    mix.holdout = max(mix.holdout, *(_holdout(name, reader) for name, reader in readers.items()))
     kept = []
     for task in mix.tasks:
         parsed = Task.parse(task.task)
@@ -182,6 +180,16 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
     mix.tasks = kept
     save_mix(mix, out / "mix.yaml")
     return mix
+
+
+def _holdout(name: str, reader: EpisodeShardReader) -> float:
+    """The share at which a source holds out four episodes, or as many as 40 % give, and at least one.
+
+    Which episodes are held out is decided by their ids, and those of a small dataset may choose none.
+    """
+    ranks = sorted(holdout_rank(f"{name}/{note['id']}") for note in reader.metadata)
+    wanted = min(0.4, math.nextafter(ranks[min(len(ranks) // 4, 4) - 1], 1)) if len(ranks) >= 4 else 0.0
+    return max(wanted, math.nextafter(ranks[0], 1))
 
 
 def _streams(reader: EpisodeShardReader, index: int) -> list[str]:

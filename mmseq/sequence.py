@@ -27,7 +27,7 @@ from mmseq.vocabulary import RANGE_OF_STREAM, Vocabulary
 
 # Slots tell the model where inside its frame or chunk a given token lies, which RoPE alone teaches
 # slowly. In a predicted segment a position carries the slot of the token it must predict, so that
-# it knows which axis comes next and finds the code at the same place of a given frame directly.
+# it knows which axis or place comes next; after the last token it begins again, where nothing is learned.
 FRAME_SLOTS = 256
 CHUNK_SLOTS = 256
 _SLOT_SIZES = {
@@ -396,10 +396,9 @@ class Draft:
             parts[:] = [np.concatenate(parts)]
         return self.ids[0][start:], self.slots[0][start:], self.copies[0][start:]
 
-    def finish(self, *, end: bool = True) -> TokenSequence:
-        """The arrays. end: close with `<eos>` (decoding leaves it out)."""
-        if end:
-            self._add(np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64))
+    def finish(self) -> TokenSequence:
+        """Close with `<eos>`; the arrays."""
+        self._add(np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64))
         width = self.builder.layout.merge**2
         join = lambda parts, empty: np.concatenate(parts) if parts else empty
         none = np.zeros(0, dtype=np.int64)

@@ -231,6 +231,15 @@ def _shape(task: Task) -> tuple:
     )
 
 
+def parse_offset(text: str) -> Duration | str:
+    """What follows the `@` of a segment: `+16`, `+0.8s` or `end`. Raises: TaskError."""
+    parser = _Parser(text)
+    offset = parser.offset()
+    if parser.peek is not None:
+        parser._fail(f"unexpected {parser.peek!r}", None, "write +16, +0.8s or end")
+    return offset
+
+
 _TOKEN = re.compile(r"\s*(->|\*|,|\(|\)|\[|\]|@|\+|\.(?=[A-Za-z_])|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)?s?)")
 
 
@@ -328,6 +337,8 @@ class _Parser:
             if stream in ALIASES:
                 self._fail(f"{stream!r} is the name of a whole task", at)
             self._fail(f"unknown stream {stream!r}", at, did_you_mean(stream, STREAMS).rstrip("?"))
+        if stream == "demo" and predicted:
+            self._fail("a demonstration is given, not predicted", at, "predict a video instead: video[8]")
         camera = length = offset = None
         if self.peek == ".":
             if stream not in VISION_STREAMS:
@@ -347,15 +358,16 @@ class _Parser:
             if stream in TEXT_STREAMS or stream == "demo":
                 self._fail(f"{stream!r} has no time, so no offset")
             self.take()
-            if self.peek == "end":
-                self.take()
-                if stream != "image":
-                    self._fail("only image can be taken at the end of the episode", at)
-                offset = END
-            else:
-                self.take("+")
-                offset = self.duration()
+            offset = self.offset()
+            if offset == END and stream != "image":
+                self._fail("only image can be taken at the end of the episode", at)
         return Segment(stream, predicted, camera, length, offset)
+
+    def offset(self) -> Duration | str:
+        if self.peek == END:
+            return self.take()
+        self.take("+")
+        return self.duration()
 
     def duration(self) -> Duration:
         at = self.tokens[self.i][1] if self.peek else None

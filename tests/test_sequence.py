@@ -28,8 +28,11 @@ EXTRA = ("action[0.1s]@+2", "progress", "success", "proprio@+1")
 
 
 def arrows():
-    side = st.lists(st.sampled_from(SEGMENTS + EXTRA), min_size=1, max_size=4).map(", ".join)
-    plain = st.tuples(side, side).map(" -> ".join)
+    sides = [
+        st.lists(st.sampled_from(names), min_size=1, max_size=4).map(", ".join)
+        for names in (SEGMENTS + EXTRA, [s for s in SEGMENTS + EXTRA if not s.startswith("demo")])
+    ]
+    plain = st.tuples(*sides).map(" -> ".join)
     return plain | st.tuples(plain, st.integers(1, 3)).map(lambda x: f"text, ({x[0]}) * {x[1]}")
 
 

@@ -17,11 +17,8 @@ durations = st.one_of(steps, seconds)
 
 @st.composite
 def segments(draw, predicted: bool, durations=durations, streams=None):
-    stream = draw(
-        st.sampled_from(
-            streams or ("text", "plan", "image", "video", "demo", "proprio", "action", "progress", "latent")
-        )
-    )
+    every = ("text", "plan", "image", "video", "proprio", "action", "progress", "latent")
+    stream = draw(st.sampled_from(streams or (every if predicted else (*every, "demo"))))
     camera = draw(st.none() | names) if stream in ("image", "video", "demo") and streams is None else None
     length = draw(durations) if stream in NEEDS_LENGTH else None
     offset = None
@@ -45,6 +42,11 @@ def tasks(draw, durations=durations, streams=None):
 @given(tasks())
 def test_a_written_task_parses_to_itself(task):
     assert Task.parse(str(task)) == task
+
+
+def test_a_demonstration_is_only_given():
+    with pytest.raises(TaskError, match="a demonstration is given, not predicted"):
+        Task.parse("text -> demo[8]")
 
 
 @pytest.mark.parametrize(("name", "arrow"), ALIASES.items())

@@ -220,9 +220,10 @@ def _method(
         seeds = ", ".join(sorted({str(r.seed) for r in results}))
         parts.append(
             "<h3>How it was measured</h3><p>Samples are drawn from held-out episodes in turn, so that few samples "
-            f"cover many episodes (seed {seeds}). Decoding is greedy. Intervals are Wilson's for shares, otherwise a "
-            "bootstrap over episodes; whether a result differs from its baseline is judged by the bootstrap of the "
-            "difference on the same samples. The shuffled-actions baseline is the same model given the commands of "
+            f"cover many episodes (seed {seeds}). Decoding takes the best code: of bins the median, else the "
+            "likeliest. Intervals are Wilson's for shares, otherwise a bootstrap over episodes; whether a result "
+            "differs from its baseline is judged by the bootstrap of the difference on the same samples. The "
+            "shuffled-actions baseline is the same model given the commands of "
             "another sample.</p>"
         )
     return ("method", "How to repeat this", "".join(parts)) if parts else None

@@ -70,7 +70,7 @@ class _Row:
 
 
 class Decoder:
-    """Completes tasks with one model. temperature 0 takes the best code instead of sampling."""
+    """Completes tasks with one model. temperature 0 takes the best code: the median bin, else the likeliest."""
 
     def __init__(self, model: SequenceModel, *, temperature: float = 0.0):
         assert model.tokenizers is not None

@@ -93,17 +93,17 @@ class Documents:
         return create_block_mask(mask, None, None, size, size, device=str(self.device))
 
 
-def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple[str, str]:
-    """The backend that will run and why.
+def choose_backend(device: torch.device | str, requested: str = "auto", *, half: bool = True) -> tuple[str, str]:
+    """The backend that will run and why. half: whether it computes in bf16 or fp16, without which flash cannot.
 
-    Raises: ConfigError for an unknown name, DependencyError when the requested one cannot run.
+    Raises: ConfigError for an unknown name or flash in fp32, DependencyError when the requested one cannot run.
     """
     kind = torch.device(device).type
     if requested == "auto":
         if kind == "cpu":
             return "document", "CPU: batched matrix products beat scaled_dot_product_attention in bf16"
         if _flash_attention() is not None:
-            return "flash", "flash-attn imports"
+            return ("flash", "flash-attn imports") if half else ("flex", "flash-attn has no fp32")
         return "flex", "flash-attn is not installed; FlexAttention is part of torch"
     if requested not in BACKENDS:
         raise ConfigError(
@@ -114,6 +114,8 @@ def choose_backend(device: torch.device | str, requested: str = "auto") -> tuple
             "the flash attention backend needs a GPU and the flash-attn package",
             fix="install it with: pip install 'mmseq[flash]', or set model.attention=auto",
         )
+    if requested == "flash" and not half:
+        raise ConfigError("the flash attention backend has no fp32", fix="use bf16, or model.attention=flex")
     return requested, "requested"
 
 
@@ -143,8 +145,6 @@ def attend(
 ) -> Float[Tensor, "T H K"]:
     """Causal attention within each document."""
     q_THK, k_TGK = q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)  # under autocast norms and RoPE leave them in fp32
-    if backend == "flash" and v_TGK.dtype == torch.float32:
-        backend = "flex"  # the kernel has no fp32
     if backend == "flash":
         function = _flash_attention()
         assert function is not None

@@ -27,12 +27,14 @@ def range_losses(
     z-loss (PaLM, Chowdhery et al. 2022) keeps the log-partition near zero. C codes in the range.
     copies: a code per position and what is added to its logit (see `add_copies`).
     """
-    codes_N, gate_N = copies or (target_N, hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32))
     rows = max(1, CHUNK_ELEMENTS // weight_CD.shape[0])
     if len(hidden_ND) <= rows:
-        return _chunk(hidden_ND, weight_CD, target_N, codes_N, gate_N, z_weight)
+        return _chunk(z_weight, hidden_ND, weight_CD, target_N, *(copies or ()))
     parts = [
-        checkpoint(_chunk, hidden_ND[p], weight_CD, target_N[p], codes_N[p], gate_N[p], z_weight, use_reentrant=False)
+        checkpoint(
+            *(_chunk, z_weight, hidden_ND[p], weight_CD, target_N[p], *(c[p] for c in copies or ())),
+            use_reentrant=False,
+        )
         for p in (slice(i, i + rows) for i in range(0, len(hidden_ND), rows))
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])  # type: ignore[index]
@@ -50,9 +52,11 @@ def add_copies(
 
 
 def _chunk(
-    hidden_ND: Tensor, weight_CD: Tensor, target_N: Tensor, codes_N: Tensor, gate_N: Tensor, z_weight: float
+    z_weight: float, hidden_ND: Tensor, weight_CD: Tensor, target_N: Tensor, *copies: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logits_NC = add_copies((hidden_ND @ weight_CD.t()).float(), codes_N, gate_N)
+    logits_NC = (hidden_ND @ weight_CD.t()).float()
+    if copies:
+        logits_NC = add_copies(logits_NC, *copies)
     nll = F.cross_entropy(logits_NC, target_N, reduction="none")
     if not z_weight:
         return nll, nll

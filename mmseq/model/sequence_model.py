@@ -26,7 +26,7 @@ from mmseq.vocabulary import Vocabulary
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZERS_FOLDER = "tokenizers"
-FORMAT = 1
+FORMAT = 2
 
 
 class SequenceModel(nn.Module):
@@ -67,10 +67,12 @@ class SequenceModel(nn.Module):
         return self._hidden(batch, self.transformer.code_vectors(), backend)
 
     def _hidden(self, batch: Batch, codes: Tensor | None, backend: str | None = None) -> Tensor:
-        b, backend = batch, backend or choose_backend(self.device, self.config.attention)[0]
+        b, weight = batch, self.transformer.embed.weight
+        half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+        backend = backend or choose_backend(self.device, self.config.attention, half=half)[0]
         documents = documents_of(batch.lengths, self.device)
         return self.transformer(
-            b.ids, b.slots, b.positions, b.patch_at, b.patch_ids, b.copy_at, b.copy_ids, documents, backend, codes
+            b.ids, b.slots, b.positions, b.patch_at, b.patch_ids, b.copy_at, b.copy_ids, codes, documents, backend
         )
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -85,20 +87,20 @@ class SequenceModel(nn.Module):
         for name, (at, targets, task) in groups.items():
             ids = self.vocabulary.ranges[name]
             rows = self.transformer.output_rows(ids.start, ids.stop, codes)
-            copies = None
+            chosen, copies = hidden.index_select(0, at), None
             if name == "vision" and self.config.copying:
-                copies = self._copies(batch, hidden, at)
-            nll, loss = range_losses(hidden.index_select(0, at), rows, targets, self.config.z_loss, copies)
+                copies = self._copies(batch, chosen, at)
+            nll, loss = range_losses(chosen, rows, targets, self.config.z_loss, copies)
             out[name] = (nll, loss, task)
         return out
 
-    def _copies(self, batch: Batch, hidden: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _copies(self, batch: Batch, hidden_ND: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Of vision targets: the code that each may repeat (N,), and by how much its logit rises (N,)."""
-        gate = self.transformer.copy_gate(hidden).float().squeeze(-1)
+        gate = self.transformer.copy_gate(hidden_ND).float().squeeze(-1)
         may = torch.zeros_like(batch.ids)
         may[batch.copy_at] = batch.copy_ids - self.vocabulary.ranges["vision"].start + 1
         may = may[at]  # 0: nothing to repeat
-        return (may - 1).clamp_min(0), gate[at] * (may > 0)
+        return (may - 1).clamp_min(0), gate * (may > 0)
 
     def predict(self, arrow: str, episode, t: int = 0, **options) -> Any:
         """Fill the right side of `arrow` at step t of `episode`. See `inference.predict.predict`."""

@@ -210,21 +210,30 @@ class Transformer(nn.Module):
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
 
     def learn_codes(self, features: Float[Tensor, "C F"], *, seed: int | None = None) -> None:
-        """Share what is learned between codes. features: one row of unit length, or zeros, for each of the last
-        C ids of the vocabulary. seed: of the projection; None begins with zeros, which changes no vector."""
+        """Share what is learned between codes, in a model that does not yet.
+
+        features: for each of the last C ids of the vocabulary a row of unit length, or zeros. seed: of the
+        projection; None begins with zeros, which changes no vector.
+        """
+        assert self.code_projection is None
         projection = nn.Linear(features.shape[1], self.config.width, bias=False)
         with torch.no_grad():
             if seed is None:
                 projection.weight.zero_()
             else:
                 generator = torch.Generator().manual_seed(seed)
+                # mostly shared, a little of its own: 0.9^2 + 0.4^2 is about 1, so that a vector keeps its length
                 projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * 0.9 * EMBED_STD)
-                self.embed.weight[-len(features) :] *= 0.4
+                self.embed.weight[-len(features) :][features.any(1)] *= 0.4
         self.code_projection = projection.to(self.embed.weight)
-        self.register_buffer("code_features", features.to(self.embed.weight), persistent=False)
+        rows = F.pad(features, (0, 0, 1, 0)).to(self.embed.weight)  # row 0 is for ids that are no codes
+        self.register_buffer("code_features", rows, persistent=False)
 
     def code_vectors(self) -> Tensor | None:
-        """What codes have from their features (C, D); None when they have rows of their own alone."""
+        """What codes have from their features (1 + C, D), row 0 being zeros; None when they have nothing from them.
+
+        Made once per pass and handed to `forward` and `output_rows`: ranks must use the projection equally often.
+        """
         return None if self.code_projection is None else self.code_projection(self.code_features)
 
     def plain_state(self) -> dict[str, Tensor]:
@@ -232,7 +241,7 @@ class Transformer(nn.Module):
         state = {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.startswith("code_projection")}
         if self.code_projection is not None:
             with torch.no_grad():
-                codes = self.code_vectors().cpu()  # type: ignore[union-attr]
+                codes = self.code_vectors()[1:].cpu()  # type: ignore[index]
             for name in ("embed.weight", "head.weight"):
                 if name in state:
                     state[name] = torch.cat([state[name][: -len(codes)], state[name][-len(codes) :] + codes])
@@ -242,17 +251,20 @@ class Transformer(nn.Module):
         x = self.embed(ids)
         if codes is None:
             return x
-        first = self.config.vocabulary - len(codes)
-        at = (ids - first + 1).clamp_min(0)
-        return x + F.embedding(at, F.pad(codes, (0, 0, 1, 0)))
+        return x + F.embedding((ids - self._before_codes(codes)).clamp_min(0), codes)
 
-    def output_rows(self, start: int, stop: int, codes: Tensor | None = None) -> Tensor:
-        """Rows start .. stop - 1 of the output matrix. codes: `code_vectors`, where there are any."""
+    def output_rows(self, start: int, stop: int, codes: Tensor | None) -> Tensor:
+        """Rows start .. stop - 1 of the output matrix: those of one range. codes: `code_vectors`."""
         weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        first = self.config.vocabulary - (0 if codes is None else len(codes))
-        if codes is None or start < first:
+        if codes is None or stop <= self._before_codes(codes) + 1:
             return weight[start:stop]
-        return weight[start:stop] + codes[start - first : stop - first]
+        before = self._before_codes(codes)
+        assert start > before
+        return weight[start:stop] + codes[start - before : stop - before]
+
+    def _before_codes(self, codes: Tensor) -> int:
+        """The id before the first code."""
+        return self.config.vocabulary - len(codes)
 
     def initialise(self, seed: int) -> None:
         """Normal weights; residual outputs are scaled down by depth (GPT-2)."""
@@ -281,7 +293,7 @@ class Transformer(nn.Module):
         patch_ids: Tensor,
         copy_at: Tensor,
         copy_ids: Tensor,
-        codes: Tensor | None = None,
+        codes: Tensor | None,
     ) -> Tensor:
         """Input vectors (T, D): token embeddings, merged vision in its places, slots, what may be copied.
 
@@ -307,11 +319,11 @@ class Transformer(nn.Module):
         patch_ids: Int[Tensor, "M P"],
         copy_at: Int[Tensor, " R"],
         copy_ids: Int[Tensor, " R"],
+        codes: Float[Tensor, "C D"] | None,
         documents: Documents,
         backend: str = "document",
-        codes: Float[Tensor, "C D"] | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Hidden states after the last norm, attention within each document. codes: `code_vectors`, if any."""
+        """Hidden states after the last norm, attention within each document. codes: `code_vectors`."""
         x = self.inputs(ids, slots, patch_at, patch_ids, copy_at, copy_ids, codes)
         cos, sin = rope_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
         for layer in self.layers:

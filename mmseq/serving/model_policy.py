@@ -21,7 +21,7 @@ from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.tasks import VISION_STREAMS, Task
+from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
 
 _FUTURE = 1 << 20  # an observation has no end
@@ -41,17 +41,24 @@ class ObservationTokens:
         self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
         self.now = max((len(f) for f in self._frames.values()), default=1) - 1
         self._futures: dict[tuple[str, int], np.ndarray] = {}  # by camera and step
-        for camera, _, at in (name.partition("@") for name in images if "@" in name):
-            offset = Task.parse(f"image@{at} -> action[1]").given[0].offset
-            steps = _FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz)  # type: ignore[union-attr]
-            self._futures[camera, self.now + steps] = images[f"{camera}@{at}"]
+        for name in (name for name in images if "@" in name):
+            camera, _, at = name.partition("@")
+            try:
+                offset = parse_offset(at)
+            except TaskError as error:
+                fix = f"write it as the arrow does: {_IMAGES}{camera}@+16, @+0.8s or @end"
+                raise TaskError(f"'{_IMAGES}{name}' has no readable offset", fix=fix) from error
+            step = self.now + (_FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz))
+            if (camera, step) in self._futures:
+                raise TaskError(f"'{_IMAGES}{name}' is given a second time, under another offset of the same step")
+            self._futures[camera, step] = images[name]
 
     def __len__(self) -> int:
         return self.now + _FUTURE
 
     @property
     def streams(self) -> list[str]:
-        present = [f"image.{camera}" for camera in self._frames]
+        present = [f"image.{c}" for c in dict.fromkeys([*self._frames, *(c for c, _ in self._futures)])]
         keys = {
             "prompt": "text",
             "question": "question",
@@ -76,6 +83,8 @@ class ObservationTokens:
                     fix=f"send {_IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
                 )
             return self.tokenizers.vision.encode(future[-1:])
+        if camera not in self._frames:
+            raise TaskError(f"the observation has no image of camera {camera!r}", fix=f"send {_IMAGES}{camera}")
         frames = self._frames[camera]
         first = start - (self.now + 1 - len(frames))
         if first < 0:
@@ -136,6 +145,7 @@ class ModelPolicy:
         if chosen is None:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
+        _check_servable(self.arrow)
         segments = [s for s in self.arrow.predicted if s.stream == "action"]
         if not segments:
             raise ConfigError(f"the arrow {self.arrow} predicts no action, so it is no policy")
@@ -157,8 +167,7 @@ class ModelPolicy:
         return cls(model, name=str(Path(directory).name), **options)
 
     def contract(self) -> dict[str, Any]:
-        keys = required_keys(self.arrow, next(iter(self.robots.values())))
-        contract: dict[str, Any] = {
+        return {
             "name": self.name,
             "embodiments": {n: e.to_dict() for n, e in self.robots.items()},
             "tasks": self.tasks or {"policy": str(self.arrow)},
@@ -166,10 +175,8 @@ class ModelPolicy:
             "horizon": self.horizon,
             "prefix": True,
             "fingerprint": self.tokenizers.vocabulary.fingerprint,
+            "required_keys": {n: required_keys(self.arrow, e) for n, e in self.robots.items()},
         }
-        if len(self.robots) == 1:
-            contract["required_keys"] = keys
-        return contract
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """The next chunk, float32 (horizon, axes). `action_prefix` is kept exactly as its bins."""
@@ -188,6 +195,9 @@ class ModelPolicy:
             raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
         if self.blank_images:
             observation = {k: np.full_like(v, 128) if k.startswith(_IMAGES) else v for k, v in observation.items()}
+        for segment in task.given:
+            if segment.stream == "demo" or segment.repeat:
+                raise TaskError(f"{task} is given {segment}, which no observation holds", fix="predict on an episode")
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
@@ -213,13 +223,28 @@ class ModelPolicy:
         return to_streams(decoded, self.tokenizers, tokens)
 
 
+def _check_servable(task: Task) -> None:
+    """Raises: ConfigError when an observation of now cannot fill what the arrow is given."""
+    for segment in task.given:
+        known = segment.stream in ("text", "image") or (segment.stream == "proprio" and segment.offset is None)
+        if not known or segment.repeat or any(isinstance(part, Group) for part in task.parts):
+            raise ConfigError(
+                f"the arrow {task} cannot be served as the policy: it is given {segment}",
+                fix="use one that is given text, image, proprio and goals such as image@+16; "
+                "any other arrow runs with predict",
+            )
+
+
 def required_keys(task: Task, body: Embodiment) -> list[str]:
     """The keys of an observation that the given side of a task reads, the prompt aside."""
     keys: dict[str, None] = {}
     for segment in task.given:
         if segment.stream in VISION_STREAMS:
             at = str(segment).partition("@")[2]
-            for camera in [segment.camera] if segment.camera else [c.name for c in body.cameras]:
+            cameras = [c.name for c in body.cameras]
+            if segment.camera and segment.camera not in cameras:
+                raise ConfigError(f"{task} is given {segment}; robot {body.name!r} has the cameras {cameras}")
+            for camera in [segment.camera] if segment.camera else cameras:
                 keys[f"{_IMAGES}{camera}" + (f"@{at}" if at else "")] = None
         elif segment.stream == "proprio":
             keys["observation.state"] = None

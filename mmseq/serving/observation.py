@@ -246,6 +246,8 @@ def check_observation(
                 checked[key] = prefix
         elif key not in ("embodiment", "embodiment_fingerprint"):
             checked[key] = _check_given(key, value, embodiment, rules, frames=False)
+            if checked[key] is None:
+                raise RequestError("refused", f"embodiment {embodiment.name!r} has no {key!r}", key=key)
     checked["embodiment"] = embodiment.name
     return checked, embodiment
 

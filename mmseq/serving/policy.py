@@ -20,8 +20,8 @@ class Policy(Protocol):
 
     def contract(self) -> dict[str, Any]:
         """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
-        `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` (default: every
-        camera and the state) and `prefix` (whether `action_prefix` is understood, default False)."""
+        `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` by embodiment
+        (default: every camera and the state) and `prefix` (whether `action_prefix` is understood, default False)."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Contract:
     embodiments: dict[str, Embodiment]
     tasks: dict[str, str]
     horizon: int
-    required_keys: tuple[str, ...] | None = None
+    required_keys: dict[str, tuple[str, ...]] | None = None
     prefix: bool = False
     checkpoint: str | None = None
     fingerprint: str | None = None
@@ -77,7 +77,7 @@ class Contract:
         return cls(
             embodiments=embodiments,
             horizon=horizon,
-            required_keys=None if required is None else tuple(required),
+            required_keys=None if required is None else {name: tuple(keys) for name, keys in required.items()},
             **{key: data.pop(key) for key in list(data) if key in cls.__dataclass_fields__ and key != "extra"},
             extra=data,
         )
@@ -102,7 +102,7 @@ class Contract:
     def required(self, embodiment: Embodiment) -> tuple[str, ...]:
         """The keys without which `embodiment` cannot be served."""
         if self.required_keys is not None:
-            return self.required_keys
+            return self.required_keys[embodiment.name]
         return (*image_keys(embodiment), *(["observation.state"] if embodiment.proprio else []))
 
 

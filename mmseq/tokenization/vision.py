@@ -3,8 +3,8 @@
 An autoencoder with finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505). Each token
 is read from one patch and a margin around it, so that it depends on its own neighbourhood only and
 changes only where the image does; the decoder reads each token with its neighbours. Neither knows
-which place of the grid it is at, so a code means the same everywhere and a thing that moves by one
-place keeps its codes. Training is in `vision_training.py`.
+which place of the grid it is at, so a code means the same everywhere (but for the image's edge) and
+a thing that moves by one place keeps its codes. Training is in `vision_training.py`.
 
 Axes: N images, T tokens of one image (rows x columns of the grid), D width of the network,
 C numbers per code (one per FSQ level), P numbers of one patch (side x side x RGB).
@@ -33,7 +33,7 @@ from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, 
 
 WEIGHTS_FILE = "vision.safetensors"
 CONFIG_FILE = "vision.json"
-FORMAT = 1
+FORMAT = 2
 CHUNK_IMAGES = 64  # images per forward pass: small enough to stay near the cache
 
 
@@ -313,12 +313,19 @@ class VisionTokenizer:
         train = "train one with `mmseq tokenizer train`, or copy the folder again"
         try:
             settings = json.loads(config_path.read_text())
+            if isinstance(settings, dict) and settings.get("format") in range(1, FORMAT):
+                raise CheckpointError(
+                    f"{config_path} has format {settings['format']}, this version of mmseq reads format {FORMAT}",
+                    fix="load it with the version of mmseq that wrote it, or train the tokenizers again",
+                )
             if settings["format"] != FORMAT or settings["kind"] != "fsq":
                 raise ValueError(
                     f"format {settings['format']!r}, kind {settings['kind']!r} is not known to this version"
                 )
             config = _read_config(settings["config"])
             fingerprint = settings["fingerprint"]
+        except CheckpointError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, MMSeqError) as error:
             raise CheckpointError(f"{config_path} is not a vision tokenizer: {_reason(error)}", fix=train) from error
         try:

@@ -34,8 +34,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def is_hidden_matrix(name: str) -> bool:
-    """Matrices inside the layers, and the merge of given vision; embeddings and the head are not."""
-    return ".layers." in name or ".merge." in name
+    """Matrices inside the layers, and those that vision enters by; embeddings and the head are not."""
+    return any(part in name for part in (".layers.", ".merge.", ".copied."))
 
 
 def _with_peaks(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

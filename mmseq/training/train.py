@@ -69,8 +69,10 @@ def train(config: TrainConfig) -> Path:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     barrier = torch.distributed.barrier
     model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
-    backend, why = choose_backend(device, config.model.attention)
-    objective = Objective(model, len(mixture.task_names), dict(config.range_weights))
+    size = model.parameters_count  # ZeRO 3 leaves each rank a share
+    backend, why = choose_backend(device, config.model.attention, half=config.deepspeed.dtype == "bf16")
+    mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
+    objective = Objective(model, len(mixture.task_names), dict(config.range_weights), autocast=mixed)
     engine = _engine(deepspeed, config, objective, world)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,6 @@ def train(config: TrainConfig) -> Path:
         if not state.fitted:
             state.steps = config.steps
     log = RunLog(out, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
-    size = model.parameters_count
     log.say(
         f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
         f"{config.deepspeed.zero_stage}, {config.deepspeed.dtype}, attention {backend} ({why})"
@@ -124,7 +125,7 @@ def train(config: TrainConfig) -> Path:
         share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        record = _step(engine, config, objective, step_data.passes, world, device)
+        record = _step(engine, objective, step_data.passes, world, device)
         if not math.isfinite(record["loss"]):
             named = "; ".join(mixture.provenance(s) for s in step_data.samples[:5])
             raise MMSeqError(f"the loss of step {state.step} is {record['loss']}; its first samples: {named}")
@@ -243,11 +244,12 @@ class Objective(nn.Module):
     Returns (the sum of weighted losses (), nats and counts (2, tasks + 1)); the last column holds the
     weighted nats. Always these two tensors, whatever ranges a batch predicts: with ZeRO 3 each output
     that carries a gradient gathers weights on its way back, so ranks must have equally many.
+    autocast: compute in bf16; entered here because DeepSpeed leaves an outer one on a GPU.
     """
 
-    def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float]):
+    def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float], *, autocast: bool):
         super().__init__()
-        self.model, self.tasks, self.range_weights = model, tasks, range_weights
+        self.model, self.tasks, self.range_weights, self.autocast = model, tasks, range_weights, autocast
 
     def weight(self, range_name: str) -> float:
         return self.range_weights.get(range_name, 1.0)
@@ -255,7 +257,9 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=batch.ids.device)
         sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
-        for name, (nll, objective, task) in self.model.losses(batch).items():
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
+            groups = self.model.losses(batch)
+        for name, (nll, objective, task) in groups.items():
             loss = loss + self.weight(name) * objective.sum()
             detached = nll.detach().double()
             sums[0].index_add_(0, task, detached)
@@ -264,19 +268,15 @@ class Objective(nn.Module):
         return loss, sums
 
 
-def _step(
-    engine: Any, config: TrainConfig, objective: Objective, passes: list[Batch], world: int, device: torch.device
-) -> dict[str, Any]:
+def _step(engine: Any, objective: Objective, passes: list[Batch], world: int, device: torch.device) -> dict[str, Any]:
     """One optimiser step over all ranks. The loss is the mean over the *global* batch's targets."""
     local = sum(objective.weight(name) * len(at) for b in passes for name, (at, _, _) in b.targets.items())
     total = torch.tensor([float(local)], device=device, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     scale = world * len(passes) / float(total)  # DeepSpeed averages over ranks and passes
-    mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
     sums = torch.zeros(2, objective.tasks + 1, device=device, dtype=torch.float64)
     for batch in passes:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            loss, part = engine(batch.to(device))
+        loss, part = engine(batch.to(device))
         sums += part
         engine.backward(loss * scale)
         engine.step()

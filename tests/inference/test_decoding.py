@@ -73,6 +73,14 @@ def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
             assert (found[0] - full).abs().max() <= 1e-5
 
 
+def test_the_best_code_is_the_median_bin_and_else_the_likeliest(model):
+    run = _Run(Decoder(model), [], [], None)  # type: ignore[arg-type]
+    share = torch.tensor([[0.3, 0.05, 0.25, 0.4], [0.1, 0.1, 0.1, 0.7]])
+    assert run._choose(share.log(), "action", []) == [2, 3]
+    assert run._choose(share.log(), "text", []) == [3, 3]
+    assert run._choose(share.log(), "image", []) == [3, 3]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("arrow", ARROWS)
 def test_a_batch_equals_its_requests_one_by_one(model, arrow, temperature):

@@ -36,6 +36,28 @@ def test_it_comes_back_the_same(model, saved):
     assert again.score("image -> image@+2", episode) == pytest.approx(model.score("image -> image@+2", episode))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_codes_share_is_saved_in_their_rows(tied, tmp_path):
+    model = tiny.model(tie_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    again = SequenceModel.from_pretrained(tmp_path)
+    assert again.transformer.code_projection is None
+    assert again.parameters_count == model.parameters_count
+    for arrow in ("text, image, proprio -> action[4]", "image, action[2] -> image@+2", "text, image -> progress"):
+        assert again.score(arrow, tiny.episode(3), 4) == pytest.approx(model.score(arrow, tiny.episode(3), 4), abs=1e-5)
+    again.learn_codes()  # to go on training changes nothing at first
+    assert again.score("image -> image@+2", tiny.episode(3)) == pytest.approx(
+        model.score("image -> image@+2", tiny.episode(3)), abs=1e-5
+    )
+
+
+def test_a_checkpoint_of_another_format_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "format": 1}))
+    with pytest.raises(CheckpointError, match="has format 1, this version of mmseq reads format"):
+        SequenceModel.from_pretrained(saved)
+
+
 def test_it_is_independent_of_where_it_lies(model, saved, tmp_path):
     moved = shutil.move(saved, tmp_path / "elsewhere")
     assert SequenceModel.from_pretrained(moved).parameters_count == model.parameters_count

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
-from mmseq.errors import CheckpointError, TaskError
+from mmseq.errors import CheckpointError, ConfigError, TaskError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
@@ -13,6 +13,7 @@ from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")
+RATE = tiny.embodiment().rate_hz
 GOAL = tiny.episode(0)["image.front"][6]
 ARROW = "text, image, proprio -> action[4]"
 
@@ -90,6 +91,43 @@ def test_a_goal_policy_is_served_with_its_goal_checked(policy):
         check_observation({k: v for k, v in seen.items() if k != keys[2]}, contract, ObservationRules())
 
 
+def test_a_goal_alone_is_enough_where_the_arrow_asks_for_no_more(policy):
+    goal_policy = ModelPolicy(policy.model, arrow="proprio, image@+5 -> action[5]")
+    contract = Contract.from_policy(goal_policy)
+    episode = tiny.episode(2)
+    seen = {"observation.state": episode["proprio"][4], "observation.images.front@+5": episode["image.front"][9]}
+    checked, _ = check_observation(seen, contract, ObservationRules())
+    expected = policy.model.predict("proprio, image@+5 -> action[5]", episode, 4)["action"]
+    np.testing.assert_allclose(goal_policy.infer(checked)["actions"], expected)
+
+
+def test_each_robot_has_its_own_keys():
+    robots = (tiny.embodiment(), tiny.embodiment("two", ("front", "wrist")))
+    policy = ModelPolicy(tiny.model(tiny.tokenizers(robots)), arrow="image, proprio, image@end -> action[5]")
+    contract = Contract.from_policy(policy)
+    required = {name: contract.required(body) for name, body in contract.embodiments.items()}
+    assert required["arm"] == ("observation.images.front", "observation.state", "observation.images.front@end")
+    assert "observation.images.wrist@end" in required["two"]
+    episode = tiny.episode(2)
+    seen = {k: v for k, v in observe(episode, 4).items() if k != "prompt"} | {"embodiment": "arm"}
+    check_observation({**seen, "observation.images.front@end": GOAL}, contract, ObservationRules())
+
+
+@pytest.mark.parametrize(
+    ("arrow", "message"),
+    [
+        ("demo[2], image, proprio -> action[4]", "given demo"),
+        ("(image, proprio -> action[1]) * 2", "cannot be served as the policy"),
+        ("video[4] -> action[2]", "given video"),
+        ("image, proprio@+2 -> action[2]", "given proprio"),
+        ("image.wrist -> action[2]", "has the cameras"),
+    ],
+)
+def test_an_arrow_that_an_observation_cannot_fill_is_not_served(policy, arrow, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelPolicy(policy.model, arrow=arrow).contract()
+
+
 def test_past_frames_fill_a_given_video(policy):
     episode = tiny.episode(2)
     given = {"observation.images.front": episode["image.front"][2:6], "embodiment": "arm"}
@@ -109,6 +147,13 @@ def test_blanked_images_change_nothing_else(checkpoint):
     [
         ("image, image@+5 -> action[5]", {}, "a future image of camera 'front'"),
         ("image, image@+5 -> action[5]", {"observation.images.front@+4": GOAL}, "a future image of camera 'front'"),
+        ("image, image@+5 -> action[5]", {"observation.images.front@5": GOAL}, "no readable offset"),
+        (
+            "image, image@+5 -> action[5]",
+            {"observation.images.front@+5": GOAL, f"observation.images.front@+{5 / RATE}s": GOAL},
+            "a second time",
+        ),
+        ("demo[2], image -> action[5]", {}, "which no observation holds"),
         ("video[4] -> text", {}, "needs the last 4 frames, the observation has 1"),
         ("image, action[4] -> image@+4", {}, "it has no action"),
         ("policy", {"embodiment": "amr"}, "did you mean 'arm'"),
