@@ -1,10 +1,12 @@
 """The demo: bad input is refused before anything is written, and the whole loop runs, small."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from mmseq.demo import DemoConfig, run_demo
+from mmseq.data.mixture import held_out
+from mmseq.demo import DemoConfig, _holdout, run_demo
 from mmseq.errors import MMSeqError
 
 
@@ -30,6 +32,16 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path):
     with pytest.raises(MMSeqError, match="not made by a demo"):
         run_demo(DemoConfig(out=str(tmp_path), minutes=1))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("count", [4, 9, 25, 400])
+@pytest.mark.parametrize("name", ["robot", "human", "other"])
+def test_a_small_dataset_holds_something_out_and_keeps_something(name, count):
+    reader = SimpleNamespace(metadata=[{"id": f"episode-{i}"} for i in range(count)])
+    share = _holdout(name, reader)  # type: ignore[arg-type]
+    held = sum(held_out(f"{name}/episode-{i}", share) for i in range(count))
+    assert 1 <= held <= max(4, count // 10)
+    assert held < count
 
 
 @pytest.mark.slow

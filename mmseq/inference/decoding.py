@@ -171,6 +171,7 @@ class _Run:
         self.decoder, self.model, self.rows, self.requests, self.cache = decoder, decoder.model, rows, requests, cache
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.codes = self.model.transformer.code_vectors()
+        self.copies = torch.full((len(rows),), NOTHING)  # the vision id that the next id of each row may repeat
 
     def predict(self, segment: PlacedSegment, camera: str | None) -> None:
         """Fill a predicted segment of every row, whose header was added last."""
@@ -234,14 +235,19 @@ class _Run:
             row.position = row.draft.length
             counts[b] = n
         copy_at = (copies.reshape(-1) != NOTHING).nonzero()[0]
-        self.copies = torch.from_numpy(copies[np.arange(B), np.array(counts) - 1]).to(device)
         transformer = self.model.transformer
-        line = (ids, slots, np.concatenate(patch_at), np.concatenate(patch_ids), copy_at, copies.reshape(-1)[copy_at])
-        shapes = ((-1,), (-1,), *(a.shape for a in line[2:]))
-        inputs = [torch.from_numpy(a.reshape(shape)).to(device) for a, shape in zip(line, shapes)]
-        x = transformer.inputs(*inputs, self.codes).view(B, width, -1)
-        at = torch.from_numpy(positions).to(device)
-        hidden = transformer.extend(x, at, self.cache, int(positions.max()) + 1)
+        move = lambda a: torch.from_numpy(a).to(device)
+        x = transformer.inputs(
+            move(ids.reshape(-1)),
+            move(slots.reshape(-1)),
+            move(np.concatenate(patch_at)),
+            move(np.concatenate(patch_ids)),
+            move(copy_at),
+            move(copies.reshape(-1)[copy_at]),
+            self.codes,
+        ).view(B, width, -1)
+        self.copies = move(copies[np.arange(B), np.array(counts) - 1])
+        hidden = transformer.extend(x, move(positions), self.cache, int(positions.max()) + 1)
         self.decoder.stats.passes += 1
         self.decoder.stats.tokens += B * width
         return hidden[torch.arange(B, device=device), torch.tensor(counts, device=device) - 1]
