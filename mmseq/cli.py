@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "predict",
         _predict,
         "fill the right side of an arrow at one moment of an episode",
-        'mmseq predict runs/demo/checkpoint "image, action[16] -> image@+16" --episode shards/robot:3 --t 10 --out out',
+        'mmseq predict runs/demo/checkpoint "image, action[8] -> image@+8" --episode shards/robot:3 --t 10 --out out',
     )
     c.add_argument("checkpoint", metavar="CHECKPOINT")
     c.add_argument("arrow", metavar="ARROW", help="an arrow, or the name of a built-in one such as policy")
@@ -192,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split("\n"))
         print(f"mmseq: error{where}: {message}", file=sys.stderr, flush=True)
         return EXIT_ERROR
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if debug:
+            raise
+        print(f"mmseq: error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("mmseq: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -235,8 +240,8 @@ def _serve(args: argparse.Namespace) -> None:
     if args.token_file:
         try:
             token = Path(args.token_file).read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"--token-file {args.token_file}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--token-file {args.token_file}: {getattr(error, 'strerror', 'not text')}") from error
         if not token:
             raise ConfigError(f"--token-file {args.token_file} is empty")
     serve_checkpoint(

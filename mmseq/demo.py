@@ -59,6 +59,8 @@ class DemoConfig:
     def check(self) -> None:
         if not 0.5 <= self.minutes <= 24 * 60:
             raise ConfigError(f"minutes is {self.minutes:g}", fix="give at least 0.5 (10 is the intended size)")
+        if not 0 <= self.seed < 1 << 31:
+            raise ConfigError(f"seed is {self.seed}", fix="give 0 to 2147483647")
         if self.episodes < 1:
             raise ConfigError(f"episodes is {self.episodes}", fix="give at least 1")
         if self.data and self.tasks:

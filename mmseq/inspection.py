@@ -154,6 +154,9 @@ def _model_line(m: dict[str, Any]) -> str:
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """Nested numbers as (dotted name, text)."""
+    if isinstance(value, list) and all(isinstance(row, dict) and "name" in row for row in value):  # results.json
+        shown = "{value:.4g} {unit} ({baseline_name} {baseline_value:.4g}, n {n})"
+        return [(row["name"], shown.format_map(row)) for row in value]
     if isinstance(value, dict):
         return [line for k, v in value.items() for line in flat(v, f"{prefix}.{k}" if prefix else str(k))]
     return [(prefix, f"{value:.4g}" if isinstance(value, float) else value)]

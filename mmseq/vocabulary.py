@@ -104,6 +104,10 @@ class Vocabulary:
     def __len__(self) -> int:
         return self.size
 
+    def layout(self) -> dict[str, list[int]]:
+        """First id and size of every range."""
+        return {r.name: [r.start, r.size] for r in self.ranges.values()}
+
     def structure(self, token: str) -> int:
         """The id of a structural token such as `<image>`."""
         try:

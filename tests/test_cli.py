@@ -98,7 +98,7 @@ def test_it_runs_as_a_module_and_exits_with_2():
         (["data", "import", "a", "b", "c"], "unexpected 'c'"),
         (["train", "absent.yaml"], "cannot read absent.yaml"),
         (["inspect", "absent.yaml"], "cannot read absent.yaml"),
-        (["predict", "absent", "policy", "--episode", "x:0"], "is not a checkpoint"),
+        (["predict", "absent", "policy", "--episode", "x:0"], "does not exist"),
         ([], "required: COMMAND"),
     ],
 )
@@ -250,3 +250,32 @@ def test_inspect_counts_the_parameters_of_a_recipe(capsys, tmp_path):
     code, _, err = run(capsys, "inspect", tmp_path / "a.yaml", "model.vocabulary=0")
     assert code == 2
     assert "vocabulary is unknown" in err
+
+
+@pytest.mark.parametrize("t", ["-5", "500"])
+def test_a_step_outside_the_episode_is_refused(place, capsys, tmp_path, t):
+    episode = f"{place / 'robot'}:0"
+    argv = ["predict", place / "checkpoint", "text -> action[2]", "--episode", episode, f"--t={t}", "--out", tmp_path]
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert f"has steps 0 to 11, t is {t}" in err
+
+
+def test_a_path_that_cannot_be_written_is_named(place, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["predict", place / "checkpoint", "text -> action[2]", "--episode", f"{place / 'robot'}:0"]
+    code, _, err = run(capsys, *argv, "--out", tmp_path / "file")
+    assert code == 2
+    assert str(tmp_path / "file") in err
+
+
+def test_a_name_stands_for_what_the_checkpoint_was_trained_on(place, capsys, tmp_path):
+    from mmseq import SequenceModel
+
+    model = SequenceModel.from_pretrained(place / "checkpoint")
+    model.tasks = {"policy": "text, image, proprio -> action[2]"}
+    model.save_pretrained(tmp_path / "named")
+    argv = ["predict", tmp_path / "named", "policy", "--episode", f"{place / 'robot'}:0", "--out", tmp_path / "out"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "action[2]" in out

@@ -10,6 +10,7 @@ no world size or worker count changes what comes next.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,16 +80,18 @@ class MixConfig:
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"mix {self.name!r}: holdout must be in [0, 1), got {self.holdout}")
         for key, source in self.sources.items():
-            if source.weight < 0:
-                raise ConfigError(f"mix {self.name!r}: sources.{key}.weight is negative")
+            if not (math.isfinite(source.weight) and source.weight >= 0):
+                raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"mix {self.name!r}: two tasks are named {name!r}", fix="give one of them a name")
         for task in self.tasks:
             Task.parse(task.task)
-            if task.weight < 0:
-                raise ConfigError(f"mix {self.name!r}: the weight of {task.task!r} is negative")
+            if not (math.isfinite(task.weight) and task.weight >= 0):
+                raise ConfigError(
+                    f"mix {self.name!r}: the weight of {task.task!r} must not be negative, got {task.weight}"
+                )
             for source in task.sources or []:
                 if source not in self.sources:
                     raise ConfigError(

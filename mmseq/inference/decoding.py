@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmseq.errors import TaskError
+from mmseq.errors import ConfigError, TaskError
 from mmseq.model.range_loss import add_copies
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.transformer import Cache
@@ -22,6 +22,7 @@ from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STR
 from mmseq.vocabulary import RANGE_OF_STREAM
 
 MAX_TEXT_TOKENS = 128
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3  # beyond, numbers overflow before anything changes
 MAX_TOKENS = 32_768  # of one request: a typing error must not occupy a server for hours
 
 
@@ -72,9 +73,14 @@ class _Row:
 class Decoder:
     """Completes tasks with one model. temperature 0 takes the best code: the median bin, else the likeliest."""
 
-    def __init__(self, model: SequenceModel, *, temperature: float = 0.0):
+    def __init__(self, model: SequenceModel, *, temperature: float = 0.0, max_tokens: int = MAX_TOKENS):
+        """max_tokens: of a request, given and predicted. Raises: ConfigError for a temperature that cannot be."""
         assert model.tokenizers is not None
-        self.model = model
+        if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
+            raise ConfigError(
+                f"temperature is {temperature}", fix=f"use 0, or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+            )
+        self.model, self.max_tokens = model, max_tokens
         self.temperature = temperature
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
@@ -87,6 +93,9 @@ class Decoder:
         """
         if not requests:
             return []
+        for r in requests:
+            if not 0 <= r.seed < 1 << 63:
+                raise ConfigError(f"seed is {r.seed}", fix="use 0 to 2^63 - 1")
         kinds = {(r.tokens.rate_hz, r.tokens.embodiment, tuple(self._cameras(r.tokens))) for r in requests}
         if len(kinds) > 1:
             raise TaskError(f"requests of different rates, embodiments or cameras cannot share a batch: {kinds}")
@@ -128,8 +137,10 @@ class Decoder:
                 total += (p.stop - p.start) * self._axes(p.stream, tokens)
             else:
                 total += 1
-        if total > MAX_TOKENS:
-            raise TaskError(f"{task} takes {total} tokens, at most {MAX_TOKENS} are decoded at once", fix="shorten it")
+        if total > self.max_tokens:
+            raise TaskError(
+                f"{task} takes {total} tokens, at most {self.max_tokens} are decoded at once", fix="shorten it"
+            )
         parameter = self.model.transformer.embed.weight
         return Cache.empty(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
 

@@ -52,7 +52,7 @@ def predict(
     seed: int = 0,
     samples: int | None = None,
 ) -> Prediction | list[Prediction]:
-    """Fill the right side of `arrow` at step `t`.
+    """Fill the right side of `arrow` at step `t`; a name stands for what the model was trained on under it.
 
     text, question: used in place of the episode's own. action_prefix: float (n, axes), commands
     that the predicted chunk must begin with. samples: how many candidates to draw (a list comes
@@ -61,7 +61,7 @@ def predict(
     """
     tokenizers = model.tokenizers
     assert tokenizers is not None
-    task = arrow if isinstance(arrow, Task) else Task.parse(arrow)
+    task = _task(model, arrow)
     texts = {k: v for k, v in (("text", text), ("question", question)) if v is not None}
     tokens = EpisodeTokens(episode, tokenizers, texts=texts)
     check_fillable(task, tokens, t, where=f"episode {episode.id!r}")
@@ -99,8 +99,11 @@ def embed_span(model: SequenceModel, arrow: str | Task, episode: Episode, t: int
 
 def _sequence(model: SequenceModel, arrow: str | Task, episode: Episode, t: int) -> TokenSequence:
     assert model.tokenizers is not None
-    task = arrow if isinstance(arrow, Task) else Task.parse(arrow)
-    return model.tokenizers.builder().build(task, EpisodeTokens(episode, model.tokenizers), t)
+    return model.tokenizers.builder().build(_task(model, arrow), EpisodeTokens(episode, model.tokenizers), t)
+
+
+def _task(model: SequenceModel, arrow: str | Task) -> Task:
+    return arrow if isinstance(arrow, Task) else Task.parse(model.tasks.get(arrow, arrow))
 
 
 def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> None:
@@ -110,6 +113,8 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
         raise TaskError(
             f"{where} cannot fill {task}: it has no {', '.join(missing)}; it has {', '.join(sorted(tokens.streams))}"
         )
+    if not 0 <= t < len(tokens):
+        raise TaskError(f"{where} has steps 0 to {len(tokens) - 1}, t is {t}")
     needs_robot = [s.stream for s in task.segments if s.stream in VECTOR_STREAMS]
     if needs_robot and tokens.embodiment is None:
         raise TaskError(f"{where} is of no embodiment that the model knows, so it has no {needs_robot[0]!r}")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmseq.errors import CheckpointError
+from mmseq.errors import CheckpointError, ConfigError
 from mmseq.model.attention import choose_backend, documents_of
 from mmseq.model.range_loss import range_losses
 from mmseq.model.transformer import ModelConfig, Transformer
@@ -37,6 +37,7 @@ class SequenceModel(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.tokenizers = tokenizers
+        self.tasks: dict[str, str] = {}  # names of what it was trained on, which `predict` understands
         self.transformer = Transformer(config)
 
     @classmethod
@@ -133,9 +134,10 @@ class SequenceModel(nn.Module):
             "format": FORMAT,
             "model": self.config.to_dict(),
             "vocabulary": self.vocabulary.to_dict(),
-            "ranges": {r.name: [r.start, r.size] for r in self.vocabulary.ranges.values()},
+            "ranges": self.vocabulary.layout(),
             "range_names": list(RANGES),
             "tokenizers": self.tokenizers.fingerprints(),
+            "tasks": self.tasks,
             "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
         }
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -149,10 +151,14 @@ class SequenceModel(nn.Module):
         Raises: CheckpointError when the directory is not a complete checkpoint.
         """
         directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory} does not exist", fix="name a checkpoint; `mmseq demo` makes runs/demo/checkpoint"
+            )
         if not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(
                 f"{directory} is not a checkpoint: it has no {CONFIG_FILE}",
-                fix="name the directory that holds config.json and model.safetensors, such as runs/demo/checkpoint",
+                fix="name the directory that holds config.json and model.safetensors",
             )
         try:
             config = json.loads((directory / CONFIG_FILE).read_text())
@@ -171,8 +177,11 @@ class SequenceModel(nn.Module):
             model_config.check()
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
             fingerprints = dict(config["tokenizers"])
+            tasks = {str(name): str(arrow) for name, arrow in config.get("tasks", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: {error}") from error
+        if config.get("ranges") != vocabulary.layout():
+            raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: its ranges are not those of its vocabulary")
         tokenizers = Tokenizers.load(directory / TOKENIZERS_FOLDER)
         vocabulary.require_same_ranges(tokenizers.vocabulary, mine=f"{directory}", theirs="its tokenizers")
         tokenizers.require_fingerprints(
@@ -180,6 +189,7 @@ class SequenceModel(nn.Module):
         )
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
+        model.tasks = tasks
         try:
             weights = load_file(directory / WEIGHTS_FILE)
         except Exception as error:
@@ -188,5 +198,9 @@ class SequenceModel(nn.Module):
             model.transformer.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from error
-        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-        return model.to(device=device, dtype=dtype).eval()
+        try:
+            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+            return model.to(device=device, dtype=dtype).eval()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device {str(device)!r} cannot be used: {reason}", fix="use cpu or cuda") from error

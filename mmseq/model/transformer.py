@@ -234,7 +234,10 @@ class Transformer(nn.Module):
 
         Made once per pass and handed to `forward` and `output_rows`: ranks must use the projection equally often.
         """
-        return None if self.code_projection is None else self.code_projection(self.code_features)
+        if self.code_projection is None:
+            return None
+        # DeepSpeed makes weights bf16 and leaves buffers as they are
+        return self.code_projection(self.code_features.to(self.code_projection.weight.dtype))
 
     def plain_state(self) -> dict[str, Tensor]:
         """The weights as they are saved: without the projection, which the rows of codes take up."""

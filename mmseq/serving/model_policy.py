@@ -25,6 +25,7 @@ from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
 
 _FUTURE = 1 << 20  # an observation has no end
+SERVED_TOKENS = 2048  # of one request: no client may keep the model from the others for long
 _IMAGES = "observation.images."
 
 
@@ -217,7 +218,7 @@ class ModelPolicy:
         else:
             prefix = None
         options = observation.get("options") or {}
-        decoder = Decoder(self.model, temperature=float(options.get("temperature", 0.0)))
+        decoder = Decoder(self.model, temperature=float(options.get("temperature", 0.0)), max_tokens=SERVED_TOKENS)
         request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))
         decoded = decoder.decode(task, [request])[0]
         return to_streams(decoded, self.tokenizers, tokens)

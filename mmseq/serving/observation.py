@@ -257,6 +257,15 @@ def _check_options(value: Any) -> dict[str, Any]:
         raise RequestError(
             "wrong_type", f"'options' is {_describe(value)}, expected a map with text keys", key="options"
         )
+    temperature, seed = value.get("temperature", 0.0), value.get("seed", 0)
+    if type(temperature) not in (int, float) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise RequestError(
+            "out_of_range", f"options.temperature is {temperature!r:.40}, expected 0, or 0.001 to 1000", key="options"
+        )
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise RequestError(
+            "out_of_range", f"options.seed is {seed!r:.40}, expected a whole number from 0 on", key="options"
+        )
     return value
 
 

@@ -63,13 +63,21 @@ def save(engine, state: RunState, folder: Path, *, rank: int, barrier, keep: int
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        replace_folder(partial, final)
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     barrier()
     return final
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a complete folder in the place of another, which is gone only once the new one stands there."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _difference(key: str, there: object, here: object) -> str:
@@ -87,7 +95,13 @@ def load(engine, checkpoint: Path, identity: dict) -> RunState:
             f"{checkpoint} belongs to another run ({'; '.join(wrong)})",
             fix="use another out= folder, or the old settings",
         )
-    path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    try:
+        path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    except Exception as error:  # whatever torch and DeepSpeed make of a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {reason}", fix="remove that folder; an older one beside it is then resumed"
+        ) from error
     if path is None:
-        raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed")
+        raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed", fix="remove that folder")
     return read_state(checkpoint)

@@ -116,8 +116,19 @@ class TrainConfig:
                 f"optimizer.kind=muon needs whole matrices, ZeRO {self.deepspeed.zero_stage} splits them",
                 fix="set deepspeed.zero_stage=0 or optimizer.kind=adamw",
             )
-        if not (math.isfinite(self.optimizer.learning_rate) and self.optimizer.learning_rate > 0):
-            raise ConfigError(f"optimizer.learning_rate must be positive, got {self.optimizer.learning_rate}")
+        o = self.optimizer
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if not (math.isfinite(getattr(o, name)) and getattr(o, name) > 0):
+                raise ConfigError(f"optimizer.{name} must be positive, got {getattr(o, name)}")
+        for name in ("weight_decay", "warmup_steps", "final_share", "gradient_clip"):
+            if not (math.isfinite(getattr(o, name)) and getattr(o, name) >= 0):
+                raise ConfigError(f"optimizer.{name} must not be negative, got {getattr(o, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(o, name) < 1:
+                raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(o, name)}")
+        for name, weight in self.range_weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"range_weights.{name} must not be negative, got {weight}")
 
     def rate_share(self, step: int, steps: int) -> float:
         """The share of the peak rate at step 0 .. steps - 1: a pure function, so nothing of it is saved."""

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from mmseq.config import to_yaml
-from mmseq.data.mixture import Mixture, load_mix, save_mix
+from mmseq.data.mixture import Mixture, load_mix, save_mix, task_name
 from mmseq.errors import ConfigError, MMSeqError, require
 from mmseq.model.attention import choose_backend
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch, collate
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
+from mmseq.training.checkpoint import replace_folder
 from mmseq.training.config import TrainConfig
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog
@@ -74,10 +75,6 @@ def train(config: TrainConfig) -> Path:
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
     objective = Objective(model, len(mixture.task_names), dict(config.range_weights), autocast=mixed)
     engine = _engine(deepspeed, config, objective, world)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(to_yaml(config))
-        (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
     identity = {
         "seed": config.seed,
         "mix": to_yaml(mix),
@@ -97,6 +94,16 @@ def train(config: TrainConfig) -> Path:
             group.update(current)  # the recipe decides the rates and the decay, not what was saved
         if not state.fitted:
             state.steps = config.steps
+        if state.step > state.steps:
+            raise ConfigError(
+                f"{found[-1]} is at step {state.step}, beyond steps={state.steps}",
+                fix="raise steps, or use another out=",
+            )
+    if rank == 0:  # only now: a run that is refused must not touch what an earlier one wrote
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(to_yaml(config))
+        (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+    barrier()
     log = RunLog(out, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     log.say(
         f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
@@ -217,7 +224,12 @@ def _engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: in
         if not isinstance(given, dict):
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
         _merge(settings, given, where=config.deepspeed.settings)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    except ValueError as error:  # pydantic's too
+        raise ConfigError(f"DeepSpeed refuses its settings: {error}") from error
     if config.deepspeed.zero_stage == 3:
         # the loss reads slices of the output matrix outside the module that owns it
         transformer = objective.model.transformer
@@ -348,13 +360,13 @@ def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, di
     if model.transformer.code_projection is not None:
         copy.learn_codes()
     copy.load_state_dict(weights)
+    copy.tasks = {task_name(t): t.task for t in mix.tasks}
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy.save_pretrained(partial)
     save_mix(mix, partial / "mix.yaml")
     (partial / "train.yaml").write_text(to_yaml(config))
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    replace_folder(partial, directory)
 
 
 def leave(code: int = 0) -> None:

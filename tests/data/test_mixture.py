@@ -202,6 +202,8 @@ def test_a_step_knows_where_its_samples_came_from(world):
         ({"tasks": [TaskConfig(task="policy"), TaskConfig(task="policy")]}, ConfigError, "two tasks are named"),
         ({"tasks": [TaskConfig(task="image -> text", weight=0)]}, ConfigError, "all weights are zero"),
         ({"tasks": [TaskConfig(task="image -> text", weight=-1)]}, ConfigError, "negative"),
+        ({"tasks": [TaskConfig(task="image -> text", weight=float("nan"))]}, ConfigError, "got nan"),
+        ({"tasks": [TaskConfig(task="image -> text", weight=float("inf"))]}, ConfigError, "got inf"),
     ],
 )
 def test_a_mix_that_cannot_work_says_why(world, changes, error, says):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmseq.errors import TaskError
+from mmseq.errors import ConfigError, TaskError
 from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
 from mmseq.packing import collate
 from mmseq.sequence import NOTHING
@@ -71,6 +71,18 @@ def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
             if sequence.copies[at] != NOTHING:
                 full[sequence.copies[at] - ids.start] += model.transformer.copy_gate(hidden[at])[0]
             assert (found[0] - full).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf"), 1e-300])
+def test_a_temperature_that_cannot_be_is_refused(model, temperature):
+    with pytest.raises(ConfigError, match="temperature is"):
+        Decoder(model, temperature=temperature)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 70])
+def test_a_seed_that_cannot_be_is_refused(model, seed):
+    with pytest.raises(ConfigError, match="seed is"):
+        Decoder(model).decode(Task.parse("-> text"), [request(model, seed=seed)])
 
 
 def test_the_best_code_is_the_median_bin_and_else_the_likeliest(model):

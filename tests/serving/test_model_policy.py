@@ -154,6 +154,7 @@ def test_blanked_images_change_nothing_else(checkpoint):
             "a second time",
         ),
         ("demo[2], image -> action[5]", {}, "which no observation holds"),
+        ("image -> action[1000]", {}, "at most 2048 are decoded at once"),
         ("video[4] -> text", {}, "needs the last 4 frames, the observation has 1"),
         ("image, action[4] -> image@+4", {}, "it has no action"),
         ("policy", {"embodiment": "amr"}, "did you mean 'arm'"),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,23 @@ def test_every_zero_stage_learns_the_same(data, tmp_path, stage, tied):
     assert exported_bits(data, tmp_path / "ranks") == pytest.approx(validation(tmp_path / "ranks"), rel=1e-4)
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), (2, 3)])
+def test_bf16_weights_learn_nearly_the_same(data, single_adamw, tmp_path, ranks, stage):
+    more = [settings_without_persistence(tmp_path / "settings.json")] if stage == 3 else []
+    done = run(data, tmp_path / "run", ranks, "deepspeed.dtype=bf16", f"deepspeed.zero_stage={stage}", *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = list(losses(tmp_path / "run").values())
+    assert found == pytest.approx(list(losses(single_adamw).values()), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def single_adamw(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("adamw") / "run"
+    done = run(data, out, 1, "deepspeed.dtype=fp32", "deepspeed.zero_stage=0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
 def validation(out: Path) -> dict[str, float]:
     """The last held-out bits per token by task."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -155,6 +173,37 @@ def exported_bits(data: Path, out: Path) -> dict[str, float]:
     objective = Objective(model, len(held.task_names), {}, autocast=False)
     nats, counts = sum(objective(batch)[1] for batch in batches).tolist()
     return {name: nats[i] / counts[i] / math.log(2) for i, name in enumerate(held.task_names) if counts[i]}
+
+
+def test_a_refused_or_damaged_resume_changes_nothing(data, single, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(single, out)
+    kept = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for change, message in (
+        (["seed=7"], "belongs to another run (seed: 0 there, 7 here)"),
+        (["steps=5"], "is at step 10, beyond steps=5"),
+    ):
+        done = run(data, out, 1, *SINGLE, *change)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == kept
+    for path in out.rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    done = run(data, out, 1, *SINGLE, "steps=12")
+    assert done.returncode == 2
+    assert "step_00000010 is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optimizer.beta1=2", "optimizer.gradient_clip=-1", "range_weights.vision=.nan", "seed=-1", "validation_samples=0"],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(data, tmp_path, change):
+    done = run(data, tmp_path / "run", 1, change)
+    assert done.returncode == 2
+    assert change.split("=")[0] in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_recipe_is_refused_before_training(data, tmp_path):
