@@ -78,7 +78,7 @@ def test_it_runs_as_a_module_and_exits_with_2():
         env=environment,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("mmseq: error: nowhere is not a checkpoint")
+    assert done.stderr.startswith("mmseq: error: nowhere does not exist")
     assert len(done.stderr.splitlines()) == 1
 
 

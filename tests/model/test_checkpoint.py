@@ -86,8 +86,8 @@ def test_a_damaged_file_is_an_error_that_a_user_can_read(saved, file, damage):
 
 
 def test_a_wrong_directory_says_what_to_name(tmp_path):
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    for path, message in ((tmp_path, "is not a checkpoint"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(CheckpointError, match=message):
             SequenceModel.from_pretrained(path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="model_type is 'llama'"):
