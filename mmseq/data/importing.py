@@ -153,6 +153,8 @@ def import_episodes(
     """
     if size is not None and size < 8:
         raise DataError(f"size is {size} pixels", fix="give at least 8")
+    if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
+        raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
     source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment)
     robot = source.embodiment()
     stored = robot
@@ -244,7 +246,12 @@ class EpisodeShardReader:
         self.shards = ShardReader(directory, kind="episodes")
         self.directory = self.shards.directory
         self.embodiments: dict[str, Embodiment] = {}
-        for name, fingerprint in (self.shards.manifest.get("embodiments") or {}).items():
+        listed = self.shards.manifest.get("embodiments") or {}
+        if not isinstance(listed, dict):
+            raise DataError(
+                f"{self.directory}: the manifest lists embodiments as {listed!r:.80}", fix="import it again"
+            )
+        for name, fingerprint in listed.items():
             file = f"embodiments/{_file_name(name)}.json"
             try:
                 robot = Embodiment.from_dict(json.loads(self.shards.read_file(file)))

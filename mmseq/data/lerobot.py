@@ -101,7 +101,8 @@ class LeRobotReader:
         stored = self.path / "meta" / "embodiment.json"
         if self._given is None and stored.exists():
             self._given = Embodiment.load(stored)
-        self.rate_hz = float(rate_hz or (embodiment.rate_hz if embodiment else self.fps))
+        wanted = (embodiment.rate_hz if embodiment else self.fps) if rate_hz is None else rate_hz
+        self.rate_hz = float(wanted)
         if not 0 < self.rate_hz <= self.fps + 1e-6:
             raise DataError(
                 f"{self.path}: rate_hz={self.rate_hz:g}, but the dataset has {self.fps:g} steps per second",
@@ -139,6 +140,10 @@ class LeRobotReader:
         fps, features = info.get("fps"), info.get("features")
         if not isinstance(fps, (int, float)) or not (math.isfinite(fps) and fps > 0) or not isinstance(features, dict):
             raise DataError(f"{path} has fps={fps!r} and features of type {type(features).__name__}", fix=_REFETCH)
+        for name, feature in features.items():
+            shape = feature.get("shape", []) if isinstance(feature, dict) else None
+            if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+                raise DataError(f"{path}: feature {name!r} is {feature!r:.200}", fix=_REFETCH)
         return info
 
     def _find_cameras(self) -> list[tuple[str, str]]:

@@ -536,6 +536,8 @@ class ShardReader:
     def read_file(self, name: str) -> bytes:
         """A file that stands in the directory by itself, checked. Raises: DataError."""
         files = self.manifest.get("files") or {}
+        if not isinstance(files, dict):
+            raise DataError(f"{self.directory}: the manifest lists files as {files!r:.80}", fix=_RESTORE)
         if name not in files:
             raise DataError(f"{self.directory} has no file {name!r}: {did_you_mean(name, files)}")
         path = self.directory / name

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmseq import Embodiment, Episode
+from mmseq.data.importing import import_episodes
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.embodiment import Camera
 from mmseq.errors import DataError, EmbodimentError, EpisodeError, MMSeqError
@@ -236,6 +237,21 @@ def test_a_wrong_total_and_a_wrong_shape(dataset):
     edit_info(dataset, total_frames=34, features=info["features"])
     with pytest.raises(MMSeqError, match="action"):
         LeRobotReader(dataset)[0]
+
+
+@pytest.mark.parametrize("feature", [None, "float32", {"dtype": "float32", "shape": "x"}, {"shape": [-3]}])
+def test_a_feature_that_is_none_is_named(dataset, feature):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    edit_info(dataset, features=info["features"] | {"action": feature})
+    with pytest.raises(DataError, match="feature 'action' is"):
+        LeRobotReader(dataset)
+
+
+@pytest.mark.parametrize("rate_hz", [0, -1, 0.0001, float("nan")])
+def test_a_rate_that_cannot_be_is_refused(dataset, tmp_path, rate_hz):
+    with pytest.raises(DataError, match="rate_hz is"):
+        import_episodes(dataset, tmp_path / "out", rate_hz=rate_hz)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
