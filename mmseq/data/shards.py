@@ -143,6 +143,16 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a complete folder in the place of another, which is gone only once the new one stands there."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 class ShardWriter:
     """Writes a directory of shards. Until `close()` everything stands in `<directory>.partial`.
 
@@ -308,14 +318,7 @@ class ShardWriter:
         }
         (self.partial / "manifest.json").write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
         self._check_target()
-        old = None
-        if self.directory.exists():
-            old = self.directory.with_name(self.directory.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.directory.rename(old)
-        self.partial.rename(self.directory)
-        if old is not None:
-            shutil.rmtree(old)
+        replace_folder(self.partial, self.directory)
         self._release()
         return self.manifest
 

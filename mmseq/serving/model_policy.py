@@ -226,9 +226,10 @@ class ModelPolicy:
 
 def _check_servable(task: Task) -> None:
     """Raises: ConfigError when an observation of now cannot fill what the arrow is given."""
+    repeats = any(isinstance(part, Group) for part in task.parts)
     for segment in task.given:
         known = segment.stream in ("text", "image") or (segment.stream == "proprio" and segment.offset is None)
-        if not known or segment.repeat or any(isinstance(part, Group) for part in task.parts):
+        if repeats or not known:
             raise ConfigError(
                 f"the arrow {task} cannot be served as the policy: it is given {segment}",
                 fix="use one that is given text, image, proprio and goals such as image@+16; "

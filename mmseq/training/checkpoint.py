@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mmseq.data.mixture import DataState
+from mmseq.data.shards import replace_folder
 from mmseq.errors import CheckpointError
 
 STATE_FILE = "state.json"
@@ -68,16 +69,6 @@ def save(engine, state: RunState, folder: Path, *, rank: int, barrier, keep: int
             shutil.rmtree(old)
     barrier()
     return final
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Put a complete folder in the place of another, which is gone only once the new one stands there."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _difference(key: str, there: object, here: object) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mmseq.data.importing import EpisodeSource
 from mmseq.data.mixture import held_out
+from mmseq.data.shards import replace_folder
 from mmseq.data.sources import embodiments_of, open_source
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError, FingerprintError, MMSeqError
@@ -70,9 +71,7 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
     shutil.rmtree(partial, ignore_errors=True)
     tokenizers.save(partial)
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(out)
+    replace_folder(partial, out)
     return report
 
 

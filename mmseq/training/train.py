@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix, save_mix, task_name
+from mmseq.data.shards import replace_folder
 from mmseq.errors import ConfigError, MMSeqError, require
 from mmseq.model.attention import choose_backend
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch, collate
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
-from mmseq.training.checkpoint import replace_folder
 from mmseq.training.config import TrainConfig
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog
