@@ -405,7 +405,8 @@ def _print_report(report: dict[str, Any]) -> None:
 def _train(args: argparse.Namespace) -> int:
     from mmseq.config import load_config
     from mmseq.training.config import TrainConfig
-    from mmseq.training.train import leave, train
+    from mmseq.training.distributed import leave
+    from mmseq.training.train import train
 
     try:
         print(train(load_config(TrainConfig, args.recipe, args.overrides)))

@@ -10,33 +10,33 @@ from, and `checkpoint/`, the finished model. Running the same command again resu
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix, save_mix, task_name
 from mmseq.data.shards import replace_folder
-from mmseq.errors import ConfigError, MMSeqError, require
+from mmseq.errors import ConfigError, MMSeqError
 from mmseq.model.attention import choose_backend
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.packing import Batch, collate
+from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
 from mmseq.training.config import TrainConfig
+from mmseq.training.distributed import start_deepspeed
+from mmseq.training.engine import Objective, build_engine
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog
-from mmseq.training.optimizer import build_optimizer
+from mmseq.training.validation import validate, validation_batches
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
 
@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     if unknown:
         raise ConfigError(f"range_weights names unknown ranges: {', '.join(sorted(unknown))}")
 
-    deepspeed = _start_deepspeed(world)
+    deepspeed = start_deepspeed(world)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     barrier = torch.distributed.barrier
     model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Path:
     backend, why = choose_backend(device, config.model.attention, half=config.deepspeed.dtype == "bf16")
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
     objective = Objective(model, len(mixture.task_names), dict(config.range_weights), autocast=mixed)
-    engine = _engine(deepspeed, config, objective, world)
+    engine = build_engine(deepspeed, config, objective, world)
     identity = {
         "seed": config.seed,
         "mix": to_yaml(mix),
@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> Path:
         world=world,
         prefetch=config.data.prefetch,
     )
-    validation = _validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
+    validation = validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
     last = min(state.steps, config.stop_after or state.steps)
@@ -156,7 +156,7 @@ def train(config: TrainConfig) -> Path:
         }
         log.step(record, every=config.log_every)
         if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
-            log.validation(state.step, _validate(engine, validation, mixture.task_names))
+            log.validation(state.step, validate(engine, validation, mixture.task_names))
         if state.step % config.save_every == 0 or state.step == last:
             checkpoints.save(
                 engine,
@@ -175,109 +175,6 @@ def train(config: TrainConfig) -> Path:
     barrier()
     log.close()
     return out / "checkpoint"
-
-
-def _start_deepspeed(world: int) -> Any:
-    """Import DeepSpeed and join the process group; a single process makes one of its own."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    deepspeed = require("deepspeed", "train")
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-        }
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return deepspeed
-
-
-def _engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
-    optimizer = build_optimizer(config.optimizer, objective.model)
-    rows = config.data.rows_per_step // world
-    passes = max(1, rows // min(config.data.rows_per_pass, rows))
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
-        "train_batch_size": passes * world,
-        "gradient_clipping": config.optimizer.gradient_clip,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage > 0},
-        "steps_per_print": 1 << 40,
-    }
-    if config.deepspeed.settings:
-        try:
-            given = json.loads(Path(config.deepspeed.settings).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"deepspeed.settings {config.deepspeed.settings}: {error}") from error
-        if not isinstance(given, dict):
-            raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
-        _merge(settings, given, where=config.deepspeed.settings)
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=settings, dist_init_required=False
-        )
-    except ValueError as error:  # pydantic's too
-        raise ConfigError(f"DeepSpeed refuses its settings: {error}") from error
-    if config.deepspeed.zero_stage == 3:
-        # the loss reads slices of the output matrix outside the module that owns it
-        transformer = objective.model.transformer
-        owner = transformer.embed if config.model.tie_embeddings else transformer.head
-        deepspeed.zero.register_external_parameter(objective, owner.weight)
-    return engine
-
-
-def _merge(settings: dict[str, Any], given: dict[str, Any], *, where: str, prefix: str = "") -> None:
-    """Lay a user's DeepSpeed settings over the recipe's; what the recipe decides may not contradict it."""
-    for key, value in given.items():
-        mine = settings.get(key)
-        if isinstance(mine, dict) and isinstance(value, dict):
-            _merge(mine, value, where=where, prefix=f"{prefix}{key}.")
-        elif mine is not None and mine != value:
-            raise ConfigError(f"{where} sets {prefix}{key}={value!r}, the recipe {mine!r}", fix="set it in the recipe")
-        else:
-            settings[key] = value
-
-
-class Objective(nn.Module):
-    """What DeepSpeed runs: a packed batch to the loss and its statistics.
-
-    Returns (the sum of weighted losses (), nats and counts (2, tasks + 1)); the last column holds the
-    weighted nats. Always these two tensors, whatever ranges a batch predicts: with ZeRO 3 each output
-    that carries a gradient gathers weights on its way back, so ranks must have equally many.
-    autocast: compute in bf16; entered here because DeepSpeed leaves an outer one on a GPU.
-    """
-
-    def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float], *, autocast: bool):
-        super().__init__()
-        self.model, self.tasks, self.range_weights, self.autocast = model, tasks, range_weights, autocast
-
-    def weight(self, range_name: str) -> float:
-        return self.range_weights.get(range_name, 1.0)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss = torch.zeros((), device=batch.ids.device)
-        sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
-            groups = self.model.losses(batch)
-        for name, (nll, objective, task) in groups.items():
-            loss = loss + self.weight(name) * objective.sum()
-            detached = nll.detach().double()
-            sums[0].index_add_(0, task, detached)
-            sums[1].index_add_(0, task, torch.ones_like(detached))
-            sums[0, -1] += self.weight(name) * detached.sum()
-        return loss, sums
 
 
 def _step(engine: Any, objective: Objective, passes: list[Batch], world: int, device: torch.device) -> dict[str, Any]:
@@ -319,31 +216,6 @@ def _fit_to_time(config: TrainConfig, timed: list[float], state: checkpoints.Run
     return int(steps)
 
 
-def _validation_batches(config: TrainConfig, mixture: Mixture, tokenizers: Tokenizers) -> list[Batch]:
-    """The same held-out samples each time, one batch per task."""
-    out = []
-    for stream in mixture.streams:
-        count = min(config.validation_samples, len(stream))
-        places = [round(i * (len(stream) - 1) / max(1, count - 1)) for i in range(count)]
-        samples = [stream.moment(p) for p in places]
-        sequences = [mixture.build(s) for s in samples]
-        out.append(collate(sequences, tokenizers.vocabulary, tasks=[s.task for s in samples]))
-    return out
-
-
-@torch.no_grad()
-def _validate(engine: Any, batches: list[Batch], names: list[str]) -> dict[str, float]:
-    """Held-out bits per token by task."""
-    engine.eval()
-    total = torch.zeros(2, len(names) + 1, device=engine.device, dtype=torch.float64)
-    for batch in batches:
-        _, sums = engine(batch.to(engine.device))
-        total += sums
-    engine.train()
-    nats, counts = total.tolist()
-    return {n: nats[i] / counts[i] / math.log(2) for i, n in enumerate(names) if counts[i]}
-
-
 def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, directory: Path, rank: int) -> None:
     """Write the finished model from the fp32 master weights, complete or not at all."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -367,11 +239,3 @@ def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, di
     save_mix(mix, partial / "mix.yaml")
     (partial / "train.yaml").write_text(to_yaml(config))
     replace_folder(partial, directory)
-
-
-def leave(code: int = 0) -> None:
-    """Leave the process at once: ZeRO-3's threads can abort a normal interpreter exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if torch.distributed.is_initialized():
-        os._exit(code)

@@ -16,7 +16,8 @@ from mmseq.data.mixture import Mixture, load_mix
 from mmseq.data.tokens import write_token_shards
 from mmseq.testing import tiny
 from mmseq.training.config import TrainConfig
-from mmseq.training.train import Objective, _validation_batches
+from mmseq.training.engine import Objective
+from mmseq.training.validation import validation_batches
 
 MIX = """
 name: tiny
@@ -169,7 +170,7 @@ def exported_bits(data: Path, out: Path) -> dict[str, float]:
     model = SequenceModel.from_pretrained(out / "checkpoint")
     mix = load_mix(data / "holdout.yaml")
     held = Mixture(mix, data / "tokens", model.tokenizers, row_tokens=256, seed=0, split="holdout")
-    batches = _validation_batches(TrainConfig(), held, model.tokenizers)
+    batches = validation_batches(TrainConfig(), held, model.tokenizers)
     objective = Objective(model, len(held.task_names), {}, autocast=False)
     nats, counts = sum(objective(batch)[1] for batch in batches).tolist()
     return {name: nats[i] / counts[i] / math.log(2) for i, name in enumerate(held.task_names) if counts[i]}

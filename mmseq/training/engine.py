@@ -1,0 +1,94 @@
+"""The engine: the objective that DeepSpeed runs, and the settings it gets from a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmseq.errors import ConfigError
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.packing import Batch
+from mmseq.training.config import TrainConfig
+from mmseq.training.optimizer import build_optimizer
+
+
+def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
+    optimizer = build_optimizer(config.optimizer, objective.model)
+    rows = config.data.rows_per_step // world
+    passes = max(1, rows // min(config.data.rows_per_pass, rows))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": passes,
+        "train_batch_size": passes * world,
+        "gradient_clipping": config.optimizer.gradient_clip,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage > 0},
+        "steps_per_print": 1 << 40,
+    }
+    if config.deepspeed.settings:
+        try:
+            given = json.loads(Path(config.deepspeed.settings).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"deepspeed.settings {config.deepspeed.settings}: {error}") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
+        _merge(settings, given, where=config.deepspeed.settings)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+    except ValueError as error:  # pydantic's too
+        raise ConfigError(f"DeepSpeed refuses its settings: {error}") from error
+    if config.deepspeed.zero_stage == 3:
+        # the loss reads slices of the output matrix outside the module that owns it
+        transformer = objective.model.transformer
+        owner = transformer.embed if config.model.tie_embeddings else transformer.head
+        deepspeed.zero.register_external_parameter(objective, owner.weight)
+    return engine
+
+
+def _merge(settings: dict[str, Any], given: dict[str, Any], *, where: str, prefix: str = "") -> None:
+    """Lay a user's DeepSpeed settings over the recipe's; what the recipe decides may not contradict it."""
+    for key, value in given.items():
+        mine = settings.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            _merge(mine, value, where=where, prefix=f"{prefix}{key}.")
+        elif mine is not None and mine != value:
+            raise ConfigError(f"{where} sets {prefix}{key}={value!r}, the recipe {mine!r}", fix="set it in the recipe")
+        else:
+            settings[key] = value
+
+
+class Objective(nn.Module):
+    """What DeepSpeed runs: a packed batch to the loss and its statistics.
+
+    Returns (the sum of weighted losses (), nats and counts (2, tasks + 1)); the last column holds the
+    weighted nats. Always these two tensors, whatever ranges a batch predicts: with ZeRO 3 each output
+    that carries a gradient gathers weights on its way back, so ranks must have equally many.
+    autocast: compute in bf16; entered here because DeepSpeed leaves an outer one on a GPU.
+    """
+
+    def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float], *, autocast: bool):
+        super().__init__()
+        self.model, self.tasks, self.range_weights, self.autocast = model, tasks, range_weights, autocast
+
+    def weight(self, range_name: str) -> float:
+        return self.range_weights.get(range_name, 1.0)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), device=batch.ids.device)
+        sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
+            groups = self.model.losses(batch)
+        for name, (nll, objective, task) in groups.items():
+            loss = loss + self.weight(name) * objective.sum()
+            detached = nll.detach().double()
+            sums[0].index_add_(0, task, detached)
+            sums[1].index_add_(0, task, torch.ones_like(detached))
+            sums[0, -1] += self.weight(name) * detached.sum()
+        return loss, sums
