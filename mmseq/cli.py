@@ -405,12 +405,16 @@ def _print_report(report: dict[str, Any]) -> None:
 def _train(args: argparse.Namespace) -> int:
     from mmseq.config import load_config
     from mmseq.training.config import TrainConfig
-    from mmseq.training.distributed import leave
+    from mmseq.training.distributed import EXIT_PREEMPTED, Preempted, leave
     from mmseq.training.train import train
 
     try:
         print(train(load_config(TrainConfig, args.recipe, args.overrides)))
-    except MMSeqError as error:
+    except Preempted as reason:
+        print(f"mmseq: {reason}", file=sys.stderr, flush=True)
+        leave(EXIT_PREEMPTED)
+        return EXIT_PREEMPTED
+    except (MMSeqError, OSError) as error:
         if getattr(args, "debug", False):
             raise
         rank = os.environ.get("RANK", "0")

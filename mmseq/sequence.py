@@ -414,6 +414,14 @@ class Draft:
         )
 
 
+def void_sequence(vocabulary: Vocabulary, layout: Layout) -> TokenSequence:
+    """A sequence that says nothing and teaches nothing."""
+    none = np.zeros(0, dtype=np.int64)
+    ids = np.array([vocabulary.structure(t) for t in ("<bos>", "<no_embodiment>", "<eos>")], dtype=np.int64)
+    patches = np.zeros((0, layout.merge**2), dtype=np.int64)
+    return TokenSequence(ids, np.zeros(3, np.int64), np.full(3, NOTHING), none, patches, none, none)
+
+
 def merge_codes(codes: np.ndarray, layout: Layout) -> np.ndarray:
     """(frames, tokens) codes in raster order -> (frames, positions, merge * merge)."""
     rows, columns = layout.grid

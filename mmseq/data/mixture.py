@@ -287,6 +287,7 @@ class Mixture:
         """
         mix.check()
         self.mix, self.tokenizers, self.row_tokens, self.seed = mix, tokenizers, row_tokens, seed
+        self.tokens = Path(tokens)
         self.builder = tokenizers.builder()
         self.tasks = [Task.parse(t.task) for t in mix.tasks]
         self.task_names = [task_name(t) for t in mix.tasks]

@@ -1,7 +1,11 @@
-"""Training state on disk: written beside its name and renamed when complete; the newest complete one wins.
+"""Training state on disk, independent of how it was sharded; the newest complete one wins.
 
-checkpoints/step_00000500/deepspeed/...   what DeepSpeed needs to go on (ranks write their shards)
-checkpoints/step_00000500/state.json      step, data state, total steps; written last
+checkpoints/step_00000500/rank_00000.safetensors   the fragments that a rank held (`fragments.py`)
+checkpoints/step_00000500/state.json               step, data state, where each fragment lies; written last
+
+Everything is written beside its name and renamed when it is complete, so a run that is killed at any moment
+leaves the checkpoints before it as they were. Any number of ranks at any ZeRO stage can go on from it, and
+the weights can be read without DeepSpeed. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -10,12 +14,22 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mmseq.data.mixture import DataState
 from mmseq.data.shards import replace_folder
 from mmseq.errors import CheckpointError
+from mmseq.training.distributed import agree
+from mmseq.training.fragments import WEIGHT, Fragment, base_optimizer, create_states, local_fragments, refresh_weights
+from mmseq.training.optimizer import AVERAGE
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -23,13 +37,23 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass
 class RunState:
-    """Where a run is. steps: its planned length, which `max_minutes` may have shortened."""
+    """Where a run is. steps: its planned length, which `max_minutes` may have shortened.
+
+    updates: steps that changed the weights. skipped, skipped_in_a_row: those that did not, because the loss
+    or its gradient was not finite, or a spike. recent_losses: what a spike is judged by. bad_samples: samples
+    that could not be read.
+    """
 
     step: int = 0
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     fitted: bool = False  # whether max_minutes has decided `steps`
+    updates: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    bad_samples: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     data: DataState = field(default_factory=DataState)
 
 
@@ -40,35 +64,211 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
 
 
-def read_state(checkpoint: Path) -> RunState:
+def _read(checkpoint: Path) -> dict[str, Any]:
     try:
-        data = json.loads((checkpoint / STATE_FILE).read_text())
+        return json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, str(error)) from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} is damaged: {reason}", fix="remove that folder; an older one beside it is then resumed"
+    )
+
+
+def read_state(checkpoint: Path) -> RunState:
+    data = _read(checkpoint)
+    try:
         return RunState(**{**data["run"], "data": DataState(**data["run"]["data"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE} is damaged: {error}", fix="remove that folder") from error
+    except (KeyError, TypeError) as error:
+        raise _damaged(checkpoint, f"{STATE_FILE}: {error}") from error
 
 
-def save(engine, state: RunState, folder: Path, *, rank: int, barrier, keep: int, identity: dict) -> Path:
-    """Write a checkpoint from all ranks. identity: what must be the same when it is loaded."""
+def save(
+    engine: Any,
+    model: nn.Module,
+    state: RunState,
+    folder: Path,
+    *,
+    identity: dict,
+    keep: int,
+    milestone_every: int = 0,
+) -> Path:
+    """Write a checkpoint from all ranks. identity: what must be the same when it is loaded.
+
+    keep: how many to keep; those whose step is a multiple of `milestone_every` stay besides.
+    Raises: CheckpointError on every rank when one cannot write; what was there before is untouched.
+    """
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(partial / "deepspeed"), tag="state", save_latest=False)
-    barrier()
-    if rank == 0:
-        text = json.dumps({"run": asdict(state), "identity": identity}, indent=2)
-        with (partial / STATE_FILE).open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_folder(partial, final)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    barrier()
+    rank = torch.distributed.get_rank()
+
+    def begin() -> None:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("step_*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def write() -> None:
+        _write_fragments(partial / _file_of(rank), local_fragments(engine, model))
+
+    def finish() -> None:
+        if rank == 0:
+            shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters() if p.requires_grad}
+            index = _index(partial, shapes)
+            _write_text(
+                partial / STATE_FILE, json.dumps({"run": asdict(state), "identity": identity, **index}, indent=1)
+            )
+            replace_folder(partial, final)
+            _sync(folder)
+            _rotate(folder, keep, milestone_every)
+
+    for part in (begin, write, finish):
+        problem = _attempt(part)
+        if agree(problem is not None):
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            newest = complete_checkpoints(folder) if folder.is_dir() else []
+            raise CheckpointError(
+                f"the checkpoint {final} could not be written: {problem or 'another rank could not write its part'}",
+                fix=f"free space, then run the same command again; {_newest(newest)}",
+            )
     return final
+
+
+def _newest(found: list[Path]) -> str:
+    return f"it goes on from {found[-1]}" if found else "there is no earlier checkpoint"
+
+
+def _attempt(part: Callable[[], None]) -> str | None:
+    """Why it could not be done; None when it was."""
+    try:
+        part()
+    except Exception as error:  # safetensors has its own for a full disk
+        return str(error) or type(error).__name__
+    return None
+
+
+def _file_of(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _write_fragments(path: Path, fragments: list[Fragment]) -> None:
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for f in fragments:
+        starts[f.name] = f.start
+        for key, view in f.tensors.items():
+            tensors[f"{f.name}|{key}"] = view.detach().to("cpu", torch.float32).contiguous()
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    _sync(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Make sure that what was written survives the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _index(directory: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Where each parameter lies: `fragments` {name: [[start, length, file], ...]}, and what is kept of it."""
+    found: dict[str, list[list[int]]] = {name: [] for name in shapes}
+    keys: dict[str, set[str]] = {name: set() for name in shapes}
+    files = sorted(directory.glob("rank_*.safetensors"))
+    for number, path in enumerate(files):
+        with safe_open(path, "pt") as file:
+            starts = json.loads(file.metadata()["starts"])
+            for full in file.keys():  # noqa: SIM118 (it is no dict)
+                name, key = full.rsplit("|", 1)
+                keys[name].add(key)
+                if key == WEIGHT:
+                    found[name].append([starts[name], file.get_slice(full).get_shape()[0], number])
+    for name, shape in shapes.items():
+        size = 1
+        for n in shape:
+            size *= n
+        if sum(length for _, length, _ in found[name]) != size:
+            raise CheckpointError(f"the ranks hold {found[name]} of {name}, which has {size} elements")
+    return {
+        "files": {path.name: path.stat().st_size for path in files},
+        "shapes": shapes,
+        "keys": {name: sorted(k) for name, k in keys.items()},
+        "fragments": {name: sorted(pieces) for name, pieces in found.items()},
+    }
+
+
+def _rotate(folder: Path, keep: int, milestone_every: int) -> None:
+    found = complete_checkpoints(folder)
+    for old in found[:-keep]:
+        if milestone_every and int(old.name.removeprefix("step_")) % milestone_every == 0:
+            continue
+        (old / STATE_FILE).unlink()  # first: from here on it does not count, whatever happens
+        shutil.rmtree(old)
+    for broken in folder.iterdir():  # left by a rotation that was interrupted
+        if _NAME.fullmatch(broken.name) and broken not in found and not (broken / STATE_FILE).is_file():
+            shutil.rmtree(broken)
+
+
+class StoredTensors:
+    """Reads any piece of any parameter of a checkpoint, whatever ranks wrote it."""
+
+    def __init__(self, checkpoint: Path):
+        """Raises: CheckpointError when a file is missing or cut short."""
+        self.checkpoint = checkpoint
+        data = _read(checkpoint)
+        try:
+            self.shapes: dict[str, list[int]] = data["shapes"]
+            self.keys: dict[str, list[str]] = data["keys"]
+            self._fragments = data["fragments"]
+            files = dict(data["files"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(checkpoint, f"{STATE_FILE} lacks {error}") from error
+        for name, size in files.items():
+            path = checkpoint / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise _damaged(checkpoint, f"{name} is missing or does not have its {size} bytes")
+        self._paths = [checkpoint / name for name in files]
+        self._open: dict[int, Any] = {}
+
+    def piece(self, name: str, key: str, start: int, length: int) -> Tensor:
+        """fp32 (length,): elements start .. start + length - 1 of a flattened parameter or its state."""
+        out = torch.empty(length)
+        filled = 0
+        for first, count, number in self._fragments[name]:
+            low, high = max(start, first), min(start + length, first + count)
+            if low < high:
+                try:
+                    if number not in self._open:
+                        self._open[number] = safe_open(self._paths[number], "pt")
+                    stored = self._open[number].get_slice(f"{name}|{key}")
+                    out[low - start : high - start] = stored[low - first : high - first]
+                except Exception as error:  # of safetensors: it has several
+                    raise _damaged(self.checkpoint, f"{name} {key}: {error}") from error
+                filled += high - low
+        if filled != length:
+            raise _damaged(self.checkpoint, f"{name} {key} has {filled} of {length} elements")
+        return out
+
+    def whole(self, name: str, key: str = WEIGHT) -> Tensor:
+        shape = self.shapes[name]
+        return self.piece(name, key, 0, int(torch.Size(shape).numel())).view(shape)
+
+    def weights(self, *, averaged: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in fp32. averaged: the moving average where one was kept."""
+        for name, keys in self.keys.items():
+            yield name, self.whole(name, AVERAGE if averaged and AVERAGE in keys else WEIGHT)
 
 
 def _difference(key: str, there: object, here: object) -> str:
@@ -76,23 +276,25 @@ def _difference(key: str, there: object, here: object) -> str:
     return f"the {key} differs" if long else f"{key}: {there} there, {here} here"
 
 
-def load(engine, checkpoint: Path, identity: dict) -> RunState:
-    """Raises: CheckpointError when the checkpoint is of another model, seed or mix."""
-    read_state(checkpoint)  # a damaged file has its own message
-    stored = json.loads((checkpoint / STATE_FILE).read_text()).get("identity", {})
+def load(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> RunState:
+    """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it.
+
+    Raises: CheckpointError when it is of another model, seed or mix, or damaged.
+    """
+    state = read_state(checkpoint)
+    stored = _read(checkpoint).get("identity", {})
     wrong = [_difference(k, stored.get(k), v) for k, v in identity.items() if stored.get(k) != v]
     if wrong:
         raise CheckpointError(
             f"{checkpoint} belongs to another run ({'; '.join(wrong)})",
             fix="use another out= folder, or the old settings",
         )
-    try:
-        path, _ = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
-    except Exception as error:  # whatever torch and DeepSpeed make of a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {reason}", fix="remove that folder; an older one beside it is then resumed"
-        ) from error
-    if path is None:
-        raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed", fix="remove that folder")
-    return read_state(checkpoint)
+    tensors = StoredTensors(checkpoint)
+    unwanted = {WEIGHT} if base_optimizer(engine).average_decay else {WEIGHT, AVERAGE}
+    create_states(engine, model, {name: set(keys) - unwanted for name, keys in tensors.keys.items()}, state.updates)
+    for f in local_fragments(engine, model):
+        for key, view in f.tensors.items():
+            if key in tensors.keys.get(f.name, ()):
+                view.copy_(tensors.piece(f.name, key, f.start, f.length))
+    refresh_weights(engine)
+    return state

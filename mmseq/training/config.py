@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from mmseq.errors import ConfigError
+from mmseq.errors import ConfigError, did_you_mean
 from mmseq.model.transformer import ModelConfig
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(kw_only=True)
@@ -15,7 +17,9 @@ class DataConfig:
 
     row_tokens: length of a packed row. rows_per_step: rows of one optimiser step over all ranks;
     the global batch does not depend on the number of ranks. rows_per_pass: rows that one rank puts
-    through the model at once. prefetch: steps built ahead.
+    through the model at once. prefetch: steps built ahead. workers: processes of each rank that build
+    sequences; 0 builds them on a thread. max_bad_samples: how many samples of the whole run may be
+    unreadable, each logged and left out, before the run stops.
     """
 
     mix: str = "???"
@@ -25,6 +29,8 @@ class DataConfig:
     rows_per_step: int = 8
     rows_per_pass: int = 4
     prefetch: int = 2
+    workers: int = 0
+    max_bad_samples: int = 0
 
 
 @dataclass(kw_only=True)
@@ -32,6 +38,7 @@ class OptimizerConfig:
     """Linear warm-up, then a cosine to `final_share` of the peak learning rates.
 
     kind: `adamw`, or `muon` for the matrices inside the layers (with AdamW for the rest).
+    average_decay: keep an exponential moving average of the weights, which the finished model then has; 0 none.
     """
 
     kind: str = "adamw"
@@ -44,6 +51,7 @@ class OptimizerConfig:
     warmup_steps: int = 50
     final_share: float = 0.05
     gradient_clip: float = 1.0
+    average_decay: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -63,6 +71,11 @@ class TrainConfig:
     max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
     no limit. stop_after: save and end after this step, to go on later with the same settings; 0 is never.
     range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
+
+    A step whose loss or gradient is not finite changes nothing; so does, with `skip_spikes`, one whose loss
+    lies 6 standard deviations above the mean of the last 128. max_skipped_in_a_row: more than these stop the run.
+    keep_checkpoints: the newest; those at multiples of `milestone_every` steps stay besides (0: none).
+    loggers: besides metrics.jsonl: tensorboard, wandb, trackio. peak_tflops: of one rank, for MFU; 0 looks it up.
     """
 
     name: str = "run"
@@ -79,6 +92,11 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
+    milestone_every: int = 0
+    skip_spikes: bool = False
+    max_skipped_in_a_row: int = 10
+    loggers: list[str] = field(default_factory=list)
+    peak_tflops: float = 0.0
     validate_every: int = 0
     validation_samples: int = 32
 
@@ -87,13 +105,24 @@ class TrainConfig:
         for name in ("steps", "log_every", "save_every", "keep_checkpoints", "validation_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "max_minutes", "stop_after", "validate_every"):
+        for name in (
+            "seed",
+            "max_minutes",
+            "stop_after",
+            "validate_every",
+            "milestone_every",
+            "max_skipped_in_a_row",
+            "peak_tflops",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         d = self.data
         for name in ("row_tokens", "rows_per_step", "rows_per_pass", "prefetch"):
             if getattr(d, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(d, name)}")
+        for name in ("workers", "max_bad_samples"):
+            if getattr(d, name) < 0:
+                raise ConfigError(f"data.{name} must not be negative, got {getattr(d, name)}")
         if d.rows_per_step % world_size:
             raise ConfigError(
                 f"data.rows_per_step {d.rows_per_step} cannot be shared by {world_size} ranks",
@@ -123,9 +152,12 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_steps", "final_share", "gradient_clip"):
             if not (math.isfinite(getattr(o, name)) and getattr(o, name) >= 0):
                 raise ConfigError(f"optimizer.{name} must not be negative, got {getattr(o, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "average_decay"):
             if not 0 <= getattr(o, name) < 1:
                 raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(o, name)}")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ConfigError(f"loggers names {name!r}: {did_you_mean(name, LOGGERS)}")
         for name, weight in self.range_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ConfigError(f"range_weights.{name} must not be negative, got {weight}")

@@ -24,10 +24,14 @@ def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, worl
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": passes,
         "train_batch_size": passes * world,
-        "gradient_clipping": config.optimizer.gradient_clip,
+        # at stage 0 the loop clips, after it has seen that the gradients are finite
+        "gradient_clipping": config.optimizer.gradient_clip if config.deepspeed.zero_stage else 0.0,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage > 0},
+        "bf16": {
+            "enabled": config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage > 0,
+            "check_grad_overflow": True,
+        },
         "steps_per_print": 1 << 40,
     }
     if config.deepspeed.settings:
@@ -79,6 +83,10 @@ class Objective(nn.Module):
 
     def weight(self, range_name: str) -> float:
         return self.range_weights.get(range_name, 1.0)
+
+    def targets(self, batches: list[Batch]) -> float:
+        """How many tokens batches predict, weighted by range."""
+        return sum(self.weight(name) * len(at) for b in batches for name, (at, _, _) in b.targets.items())
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=batch.ids.device)

@@ -1,68 +1,134 @@
-"""Loader: the next step's batches for one rank, built ahead on a thread.
+"""Loader: the next step's batches for one rank, built ahead on a thread or in processes.
 
 Every rank follows the same order of rows and builds its own share: row r of a step belongs to rank
 r mod world size. Each step comes with the data state after it, so saving is writing that down.
+A sample that cannot be read is left out of its row and reported with the step; the others stay in their places.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from mmseq.data.mixture import DataState, Mixture, RowOrder, Sample
+from mmseq.data.mixture import DataState, MixConfig, Mixture, RowOrder, Sample
+from mmseq.errors import MMSeqError
 from mmseq.packing import Batch, collate
+from mmseq.sequence import TokenSequence, void_sequence
+from mmseq.tokenization.bundle import Tokenizers
 
 
 @dataclass
 class StepData:
-    """passes: the batches of this rank. state: of the data after this step. samples: of this rank."""
+    """passes: the batches of this rank. state: of the data after this step. samples: of all ranks.
+
+    bad: samples of this rank that could not be read, with the reason.
+    """
 
     passes: list[Batch]
     state: DataState
     samples: list[Sample]
     used_tokens: int
     slot_tokens: int
+    bad: list[tuple[Sample, str]] = field(default_factory=list)
 
 
-def build_step(
-    mixture: Mixture, rows: list[list[Sample]], state: DataState, *, rank: int, world: int, rows_per_pass: int
-) -> StepData:
-    mine = rows[rank::world]
-    passes = []
-    for i in range(0, len(mine), rows_per_pass):
-        chosen = [s for row in mine[i : i + rows_per_pass] for s in row]
-        sequences = [mixture.build(s) for s in chosen]
-        tasks = [s.task for s in chosen]
-        size = mixture.row_tokens * len(mine[i : i + rows_per_pass])
-        passes.append(collate(sequences, mixture.tokenizers.vocabulary, tasks=tasks, pad_to=size))
-    used = sum(b.used_tokens for b in passes)
-    return StepData(passes, state, [s for row in mine for s in row], used, mixture.row_tokens * len(mine))
+@dataclass
+class _Built:
+    """The sequences of one row, in order, and what could not be read."""
+
+    tasks: list[int]
+    sequences: list[TokenSequence]
+    bad: list[tuple[Sample, str]]
+
+
+def build_row(mixture: Mixture, row: list[Sample]) -> _Built:
+    built = _Built([], [], [])
+    for sample in row:
+        try:
+            built.sequences.append(mixture.build(sample))
+            built.tasks.append(sample.task)
+        except MMSeqError as error:
+            built.bad.append((sample, str(error)))
+    return built
+
+
+def _collate(mixture: Mixture, rows: list[_Built]) -> Batch:
+    vocabulary = mixture.tokenizers.vocabulary
+    sequences = [s for row in rows for s in row.sequences]
+    tasks = [t for row in rows for t in row.tasks]
+    if not sequences:  # every sample of the pass is bad: the rank still takes part in the step
+        sequences, tasks = [void_sequence(vocabulary, mixture.tokenizers.layout)], [0]
+    return collate(sequences, vocabulary, tasks=tasks, pad_to=mixture.row_tokens * len(rows))
 
 
 def steps(
-    mixture: Mixture, state: DataState, *, rows_per_step: int, rows_per_pass: int, rank: int, world: int, prefetch: int
+    mixture: Mixture,
+    state: DataState,
+    *,
+    rows_per_step: int,
+    rows_per_pass: int,
+    rank: int,
+    world: int,
+    prefetch: int,
+    workers: int = 0,
 ) -> Iterator[StepData]:
-    """Steps for ever, from `state` on."""
+    """Steps for ever, from `state` on. They are the same for every `prefetch` and number of `workers`."""
     order = RowOrder(mixture, state)
-    with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-        ahead: deque[Future[StepData]] = deque()
+    pool = _processes(mixture, workers) if workers else ThreadPoolExecutor(1, thread_name_prefix="builder")
+    build = _build_in_worker if workers else lambda row: build_row(mixture, row)
 
-        def submit() -> None:
-            # the order advances on the worker too: one thread, so submissions run in order
-            def work() -> StepData:
-                rows = order.take(rows_per_step)
-                return build_step(mixture, rows, order.state, rank=rank, world=world, rows_per_pass=rows_per_pass)
+    def prepare() -> tuple[list[list[Sample]], DataState, list[Future[_Built]]]:
+        rows = order.take(rows_per_step)
+        return rows, order.state, [pool.submit(build, row) for row in rows[rank::world]]
 
-            ahead.append(pool.submit(work))
+    def finish(prepared: Future[tuple[list[list[Sample]], DataState, list[Future[_Built]]]]) -> StepData:
+        rows, after, futures = prepared.result()
+        built = [f.result() for f in futures]
+        passes = [_collate(mixture, built[i : i + rows_per_pass]) for i in range(0, len(built), rows_per_pass)]
+        return StepData(
+            passes,
+            after,
+            [s for row in rows for s in row],
+            sum(b.used_tokens for b in passes),
+            mixture.row_tokens * len(built),
+            [b for row in built for b in row.bad],
+        )
 
-        try:
-            for _ in range(prefetch):
-                submit()
-            while True:
-                submit()
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+    # a thread of its own for the order: packing a block then delays no step that is already prepared
+    ordering = ThreadPoolExecutor(1, thread_name_prefix="order")
+    finishing = ThreadPoolExecutor(1, thread_name_prefix="collate")
+    ahead = deque(finishing.submit(finish, ordering.submit(prepare)) for _ in range(prefetch))
+    try:
+        while True:
+            ahead.append(finishing.submit(finish, ordering.submit(prepare)))
+            yield ahead.popleft().result()
+    finally:
+        for executor in (ordering, pool, finishing):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+_mixture: Mixture | None = None  # of a worker process
+
+
+def _processes(mixture: Mixture, workers: int) -> Executor:
+    # spawned, not forked: the parent has threads (torch, gloo) that a fork would leave in any state
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(mixture.mix, mixture.tokens, mixture.tokenizers, mixture.row_tokens, mixture.seed),
+    )
+
+
+def _start_worker(mix: MixConfig, tokens: Path, tokenizers: Tokenizers, row_tokens: int, seed: int) -> None:
+    global _mixture
+    _mixture = Mixture(mix, tokens, tokenizers, row_tokens=row_tokens, seed=seed)
+
+
+def _build_in_worker(row: list[Sample]) -> _Built:
+    assert _mixture is not None
+    return build_row(_mixture, row)

@@ -1,18 +1,118 @@
-"""RunLog: metrics.jsonl always, and a readable line to the console now and then."""
+"""RunLog: metrics.jsonl always, a readable line to the console now and then, and what the recipe asks for besides."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import resource
 import time
+import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
+
+import torch
+from rich.console import Console
+
+from mmseq.data.mixture import Sample
+from mmseq.errors import require
+from mmseq.training.config import TrainConfig
+
+SAID_SAMPLES = 1000  # of a step that was skipped
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most this process has held so far: on the GPU where there is one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Logger(Protocol):
+    """Where numbers go besides metrics.jsonl."""
+
+    def write(self, step: int, numbers: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `<out>/tensorboard`; what an earlier try wrote after the step it resumes from is hidden."""
+
+    def __init__(self, out: Path, config: TrainConfig, after: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=after + 1 if after else None)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Tracker:
+    """wandb or trackio, which share an interface. The run has the recipe's name, and goes on when it is resumed."""
+
+    def __init__(self, package: str, out: Path, config: TrainConfig, after: int):
+        from omegaconf import OmegaConf
+
+        self.module = importlib.import_module(package)
+        settings = OmegaConf.to_container(OmegaConf.structured(config))
+        project = os.environ.get(f"{package.upper()}_PROJECT", "mmseq")
+        options: dict[str, Any] = {"project": project, "name": config.name, "config": settings, "resume": "allow"}
+        if package == "wandb":
+            options |= {"dir": str(out), "id": _run_id(out)}
+        self.module.init(**options)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self.module.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def _run_id(out: Path) -> str:
+    """One identity for all tries of a run: kept in its folder."""
+    path = out / "run_id.txt"
+    if not path.is_file():
+        path.write_text(os.urandom(4).hex())
+    return path.read_text().strip()
+
+
+def require_loggers(names: list[str]) -> None:
+    """Raises: DependencyError for a logger whose package is not installed."""
+    for name in names:
+        require(name, {"tensorboard": "train"}.get(name, name))
+
+
+def _open_loggers(out: Path, config: TrainConfig, after: int) -> list[Logger]:
+    made: list[Logger] = []
+    for name in config.loggers:
+        made.append(TensorBoard(out, config, after) if name == "tensorboard" else Tracker(name, out, config, after))
+    return made
 
 
 def _open(path: Path, after: int) -> IO[str]:
     kept = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= after]
-    path.write_text("".join(line + "\n" for line in kept))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
     return path.open("a")
+
+
+def _numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Nested numbers as `prefix/name`."""
+    out: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            out |= _numbers(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            out[f"{prefix}/{key}"] = float(value)
+    return out
 
 
 class RunLog:
@@ -20,9 +120,11 @@ class RunLog:
 
     Bits per token are averaged by task between two records."""
 
-    def __init__(self, out: Path, tasks: list[str], *, total: int, enabled: bool, after: int = 0):
+    def __init__(self, out: Path, config: TrainConfig, tasks: list[str], *, total: int, enabled: bool, after: int = 0):
         self.tasks, self.total, self.enabled = tasks, total, enabled
         self.file = _open(out / "metrics.jsonl", after) if enabled else None
+        self.loggers = _open_loggers(out, config, after) if enabled else []
+        self.console = Console(highlight=False, soft_wrap=True)
         self._nats = [0.0] * len(tasks)
         self._counts = [0.0] * len(tasks)
         self._records: list[dict[str, Any]] = []
@@ -30,45 +132,75 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.enabled:
-            print(text, flush=True)
+            self.console.print(text, markup=False)
 
-    def step(self, record: dict[str, Any], *, every: int) -> None:
-        """Gather one step; write a line every `every` steps."""
+    def _write(self, kind: str, record: dict[str, Any]) -> None:
+        assert self.file is not None
+        self.file.write(json.dumps({"kind": kind, **record}) + "\n")
+        self.file.flush()
+        for logger in self.loggers:
+            logger.write(record["step"], _numbers({k: v for k, v in record.items() if k != "step"}, kind))
+
+    def step(self, record: dict[str, Any], samples: list[Sample], *, every: int) -> None:
+        """Gather one step; write a line every `every` steps. samples: what the step read, of all ranks."""
         if self.file is None:
             return
         bits, counts = record.pop("bits_per_token"), record.pop("targets")
-        for i, (b, n) in enumerate(zip(bits, counts)):
-            self._nats[i] += b * n
-            self._counts[i] += n
+        if not record["skipped"]:
+            for i, (b, n) in enumerate(zip(bits, counts)):
+                self._nats[i] += b * n
+                self._counts[i] += n
         self._records.append(record)
         if record["step"] % every and record["step"] != self.total:
             return
         rows = self._records
         mean = lambda key: sum(r[key] for r in rows) / len(rows)
         line = {
-            **record,
-            **{k: mean(k) for k in ("loss", "fill", "tokens_per_s", "data_wait_s")},
+            **{k: v for k, v in record.items() if k not in ("skipped", "spike") and v is not None},
+            **{k: mean(k) for k in ("loss", "fill", "tokens_per_s", "tflops", "data_wait_s")},
             "bits_per_token": {t: n / c for t, n, c in zip(self.tasks, self._nats, self._counts) if c},
+            "samples_crc": zlib.crc32(repr(samples).encode()),  # two runs that read the same have the same
         }
-        self.file.write(json.dumps({"kind": "train", **line}) + "\n")
-        self.file.flush()
+        if "mfu" in line:
+            line["mfu"] = mean("mfu")
+        self._write("train", line)
         self._nats, self._counts, self._records = [0.0] * len(self.tasks), [0.0] * len(self.tasks), []
         if time.perf_counter() - self._said > 5 or record["step"] == self.total:
             self._said = time.perf_counter()
-            left = record["seconds"] / record["step"] * (self.total - record["step"])
-            worst = ", ".join(f"{t} {b:.2f}" for t, b in line["bits_per_token"].items())
-            self.say(
-                f"step {record['step']}/{self.total}  loss {line['loss']:.3f}  "
-                f"{line['tokens_per_s'] / 1e3:.1f}k tokens/s  "
-                f"fill {line['fill']:.1%}  {left / 60:.1f} min left  bits/token: {worst}"
-            )
+            self._say_progress(line)
 
-    def validation(self, step: int, bits: dict[str, float]) -> None:
+    def _say_progress(self, line: dict[str, Any]) -> None:
+        left = line["seconds"] / line["step"] * (self.total - line["step"])
+        busy = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
+        waiting = line["data_wait_s"] > 0.01
+        self.console.print(
+            f"step {line['step']}/{self.total}  loss {line['loss']:.3f}  {line['tokens_per_s'] / 1e3:.1f}k tokens/s"
+            f"{busy}, {line['fill']:.1%} useful  "
+            + (f"waiting {line['data_wait_s']:.2f} s for data  " if waiting else "")
+            + f"{line['memory_gib']:.1f} GiB  {left / 60:.1f} min left  bits/token: "
+            + ", ".join(f"{t} {b:.2f}" for t, b in line["bits_per_token"].items()),
+            markup=False,
+        )
+
+    def unusual(self, step: int, record: dict[str, Any], samples: list[str]) -> None:
+        """A step that was skipped, or a spike that was not, with what it was made of."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"kind": "validation", "step": step, "bits_per_token": bits}) + "\n")
-        self.file.flush()
+        reason = record["skipped"] or "spike"
+        what = "skipped" if record["skipped"] else "not skipped"
+        found = {"reason": reason, "loss": str(record["loss"]), "gradient_norm": str(record["gradient_norm"])}
+        self._write(what.replace(" ", "_"), {"step": step, **found, "samples": samples[:SAID_SAMPLES]})
+        self.say(
+            f"step {step} {what}: its {reason} is out of bounds (loss {found['loss']}, gradient norm "
+            f"{found['gradient_norm']}); metrics.jsonl names its {len(samples)} samples, the first is {samples[0]}"
+        )
+
+    def validation(self, step: int, measures: dict[str, Any]) -> None:
+        if self.file is not None:
+            self._write("validation", {"step": step, **measures})
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+        for logger in self.loggers:
+            logger.close()

@@ -13,41 +13,47 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmseq.config import to_yaml
-from mmseq.data.mixture import Mixture, load_mix, save_mix, task_name
-from mmseq.data.shards import replace_folder
-from mmseq.errors import ConfigError, MMSeqError
+from mmseq.data.mixture import Mixture, load_mix
+from mmseq.errors import ConfigError, DataError, MMSeqError
 from mmseq.model.attention import choose_backend
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
+from mmseq.training import stability
 from mmseq.training.config import TrainConfig
-from mmseq.training.distributed import start_deepspeed
+from mmseq.training.distributed import Preempted, require_shared, start_deepspeed
 from mmseq.training.engine import Objective, build_engine
+from mmseq.training.finish import write_model
+from mmseq.training.flops import peak_tflops, training_flops
+from mmseq.training.fragments import base_optimizer
+from mmseq.training.loader import StepData
 from mmseq.training.loader import steps as loader_steps
-from mmseq.training.logging import RunLog
+from mmseq.training.logging import RunLog, memory_gib, require_loggers
+from mmseq.training.signals import StopRequest
 from mmseq.training.validation import validate, validation_batches
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
+HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
 
 
 def train(config: TrainConfig) -> Path:
     """Run `config` to its end, resuming what is there; returns the folder of the finished model.
 
-    Raises: MMSeqError before any training when something in the configuration or data is wrong.
+    Raises: MMSeqError before any training when something in the configuration or data is wrong; Preempted
+    when the process was asked to stop, after saving.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     config.check(world)
+    require_loggers(config.loggers)
     out = Path(config.out)
     tokenizers = Tokenizers.load(config.data.tokenizers)
     mix = load_mix(config.data.mix)
@@ -55,16 +61,7 @@ def train(config: TrainConfig) -> Path:
         mix, config.data.tokens, tokenizers, row_tokens=config.data.row_tokens, seed=config.seed, split=split
     )
     mixture = make("train")
-    for stream in mixture.streams:
-        longest = max(stream.longest(), key=lambda sample: sample.length)
-        if longest.length > config.data.row_tokens:
-            raise ConfigError(
-                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {config.data.row_tokens}",
-                fix="raise data.row_tokens or shorten the task",
-            )
-    unknown = set(config.range_weights) - set(tokenizers.vocabulary.ranges)
-    if unknown:
-        raise ConfigError(f"range_weights names unknown ranges: {', '.join(sorted(unknown))}")
+    _check_mixture(mixture, config)
 
     deepspeed = start_deepspeed(world)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
@@ -80,18 +77,14 @@ def train(config: TrainConfig) -> Path:
         "mix": to_yaml(mix),
         "tokens": {name: shards.reader.manifest["index"]["sha256"] for name, shards in mixture.shards.items()},
         "tokenizers": tokenizers.fingerprints(),
-        "model": model.config.to_dict(),
-        "engine": [config.optimizer.kind, config.deepspeed.zero_stage, config.deepspeed.dtype],
-        "ranks": world if config.deepspeed.zero_stage else None,  # DeepSpeed's shards are per rank
+        "model": {k: v for k, v in model.config.to_dict().items() if k not in HOW},
+        "optimizer": config.optimizer.kind,
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
     found = checkpoints.complete_checkpoints(out / "checkpoints")
     state = checkpoints.RunState(steps=config.steps)
     if found:
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-        state = checkpoints.load(engine, found[-1], identity)
-        for group, current in zip(engine.optimizer.param_groups, settings):
-            group.update(current)  # the recipe decides the rates and the decay, not what was saved
+        state = checkpoints.load(engine, model, found[-1], identity)
         if not state.fitted:
             state.steps = config.steps
         if state.step > state.steps:
@@ -103,108 +96,192 @@ def train(config: TrainConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(to_yaml(config))
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-    barrier()
-    log = RunLog(out, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
+    require_shared(out)
+    log = RunLog(out, config, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
+    peak, machine = (config.peak_tflops or None, "peak_tflops") if config.peak_tflops else peak_tflops(device)
     log.say(
         f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
         f"{config.deepspeed.zero_stage}, {config.deepspeed.dtype}, attention {backend} ({why})"
+        + (f", MFU of {peak:g} TFLOP/s ({machine})" if peak else "")
         + (f", resumed at step {state.step}" if found else "")
     )
     rows = config.data.rows_per_step
-    rows_per_pass = min(config.data.rows_per_pass, rows // world)
     data = loader_steps(
         mixture,
         state.data,
         rows_per_step=rows,
-        rows_per_pass=rows_per_pass,
+        rows_per_pass=min(config.data.rows_per_pass, rows // world),
         rank=rank,
         world=world,
         prefetch=config.data.prefetch,
+        workers=config.data.workers,
     )
     validation = validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
     last = min(state.steps, config.stop_after or state.steps)
-    while state.step < last:
-        waited = time.perf_counter()
-        step_data = next(data)
-        began = time.perf_counter()
-        share = config.rate_share(state.step, state.steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        record = _step(engine, objective, step_data.passes, world, device)
-        if not math.isfinite(record["loss"]):
-            named = "; ".join(mixture.provenance(s) for s in step_data.samples[:5])
-            raise MMSeqError(f"the loss of step {state.step} is {record['loss']}; its first samples: {named}")
-        state.step += 1
-        state.data = step_data.state
-        state.tokens += int(record.pop("targets_all"))
-        timed.append(time.perf_counter() - waited)
-        state.seconds = time.perf_counter() - started
-        if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
-            state.fitted = True
-            state.steps = _fit_to_time(config, timed, state, world)
-            log.total = state.steps
-            last = min(state.steps, config.stop_after or state.steps)
-        record |= {
-            "step": state.step,
-            "learning_rate": config.optimizer.learning_rate * share,
-            "fill": step_data.used_tokens / step_data.slot_tokens,
-            "tokens_per_s": step_data.slot_tokens * world / timed[-1],
-            "data_wait_s": began - waited,
-            "seconds": state.seconds,
-        }
-        log.step(record, every=config.log_every)
-        if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
-            log.validation(state.step, validate(engine, validation, mixture.task_names))
-        if state.step % config.save_every == 0 or state.step == last:
-            checkpoints.save(
-                engine,
-                state,
-                out / "checkpoints",
-                rank=rank,
-                barrier=barrier,
-                keep=config.keep_checkpoints,
-                identity=identity,
-            )
+    saved = found[-1] if found else None
+    with StopRequest() as stop:
+        while state.step < last:
+            waited = time.perf_counter()
+            step_data = next(data)
+            began = time.perf_counter()
+            targets, stopping, bad = _over_ranks(objective.targets(step_data.passes), stop.asked, len(step_data.bad))
+            _count_bad_samples(step_data, int(bad), state, mixture, config)
+            share = config.rate_share(state.step, state.steps)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            record = _step(engine, objective, step_data.passes, targets, state, config)
+            state.step += 1
+            state.data = step_data.state
+            state.tokens += int(sum(record["targets"]))
+            timed.append(time.perf_counter() - waited)
+            state.seconds = time.perf_counter() - started
+            if record["skipped"] or record["spike"]:
+                log.unusual(state.step, record, [mixture.provenance(s) for s in step_data.samples])
+            if state.skipped_in_a_row > config.max_skipped_in_a_row:
+                raise MMSeqError(
+                    f"{state.skipped_in_a_row} steps in a row were skipped, the last for its {record['skipped']} "
+                    f"({record['loss']}); {out / 'metrics.jsonl'} names their samples",
+                    fix=f"lower optimizer.learning_rate or look at the samples; "
+                    f"{f'the last good checkpoint is {saved}' if saved else 'no checkpoint was written yet'}",
+                )
+            if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
+                state.fitted = True
+                state.steps = _fit_to_time(config, timed, state)
+                log.total = state.steps
+                last = min(state.steps, config.stop_after or state.steps)
+            flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
+            record |= {
+                "step": state.step,
+                "learning_rate": config.optimizer.learning_rate * share,
+                "fill": step_data.used_tokens / step_data.slot_tokens,
+                "tokens_per_s": step_data.slot_tokens * world / timed[-1],
+                "tflops": flops / timed[-1] / 1e12,
+                "mfu": flops / timed[-1] / 1e12 / peak if peak else None,
+                "memory_gib": memory_gib(device),
+                "data_wait_s": began - waited,
+                "seconds": state.seconds,
+            }
+            log.step(record, step_data.samples, every=config.log_every)
+            if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
+                log.validation(state.step, {"bits_per_token": validate(engine, validation, mixture.task_names)})
+            if state.step % config.save_every == 0 or state.step == last or stopping:
+                saved = checkpoints.save(
+                    engine,
+                    model,
+                    state,
+                    out / "checkpoints",
+                    identity=identity,
+                    keep=config.keep_checkpoints,
+                    milestone_every=config.milestone_every,
+                )
+            if stopping:
+                log.close()
+                raise Preempted(f"asked to stop: saved {saved}; run the same command again to go on")
     data.close()  # type: ignore[attr-defined]
     if state.step < state.steps:
         log.say(f"stopped after step {state.step} of {state.steps}; run the same command again to go on")
-    else:
-        _export(engine, model, config, mix, out / "checkpoint", rank)
+    elif rank == 0:
+        assert saved is not None
+        for name, averaged in (("checkpoint", True), ("checkpoint_last", False)):
+            if averaged or config.optimizer.average_decay:
+                write_model(saved, out / name, config, mix, tokenizers, averaged=averaged)
     barrier()
     log.close()
     return out / "checkpoint"
 
 
-def _step(engine: Any, objective: Objective, passes: list[Batch], world: int, device: torch.device) -> dict[str, Any]:
-    """One optimiser step over all ranks. The loss is the mean over the *global* batch's targets."""
-    local = sum(objective.weight(name) * len(at) for b in passes for name, (at, _, _) in b.targets.items())
-    total = torch.tensor([float(local)], device=device, dtype=torch.float64)
-    torch.distributed.all_reduce(total)
-    scale = world * len(passes) / float(total)  # DeepSpeed averages over ranks and passes
-    sums = torch.zeros(2, objective.tasks + 1, device=device, dtype=torch.float64)
-    for batch in passes:
-        loss, part = engine(batch.to(device))
+def _check_mixture(mixture: Mixture, config: TrainConfig) -> None:
+    for stream in mixture.streams:
+        longest = max(stream.longest(), key=lambda sample: sample.length)
+        if longest.length > config.data.row_tokens:
+            raise ConfigError(
+                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {config.data.row_tokens}",
+                fix="raise data.row_tokens or shorten the task",
+            )
+    unknown = set(config.range_weights) - set(mixture.tokenizers.vocabulary.ranges)
+    if unknown:
+        raise ConfigError(f"range_weights names unknown ranges: {', '.join(sorted(unknown))}")
+
+
+def _over_ranks(*numbers: float) -> list[float]:
+    """The sums of numbers over all ranks."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sums = torch.tensor([float(n) for n in numbers], device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def _count_bad_samples(
+    step_data: StepData, bad: int, state: checkpoints.RunState, mixture: Mixture, config: TrainConfig
+) -> None:
+    """Say which samples of this step could not be read. Raises: DataError on all ranks beyond the budget."""
+    for sample, reason in step_data.bad:
+        print(f"mmseq: warning: left out {mixture.provenance(sample)}: {reason}", file=sys.stderr, flush=True)
+    state.bad_samples += bad
+    if bad and state.bad_samples > config.data.max_bad_samples:
+        named = step_data.bad[0][1] if step_data.bad else "another rank says which"
+        raise DataError(
+            f"{state.bad_samples} samples could not be read, data.max_bad_samples is {config.data.max_bad_samples} "
+            f"({named})",
+            fix="repair the shards with `mmseq data tokenize --overwrite`, or allow more",
+        )
+
+
+def _step(
+    engine: Any,
+    objective: Objective,
+    passes: list[Batch],
+    targets: float,
+    state: checkpoints.RunState,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """One optimiser step over all ranks. The loss is the mean over the *global* batch's targets.
+
+    targets: their weighted number over all ranks. Leaves the weights alone when the loss or its gradient is
+    not finite, or the loss is a spike and the recipe says to skip those.
+    """
+    optimizer = base_optimizer(engine)
+    optimizer.updates, optimizer.skip = state.updates, False
+    scale = torch.distributed.get_world_size() * len(passes) / max(targets, 1.0)  # DeepSpeed averages over both
+    sums = torch.zeros(2, objective.tasks + 1, device=engine.device, dtype=torch.float64)
+    for i, batch in enumerate(passes):
+        loss, part = engine(batch.to(engine.device))
         sums += part
         engine.backward(loss * scale)
-        engine.step()
+        if i < len(passes) - 1:
+            engine.step()
     torch.distributed.all_reduce(sums)
+    mean = float(sums[0, -1]) / max(targets, 1.0)
+    wrong = stability.why_skip(mean, state)
+    skipped = wrong if wrong == "loss" or config.skip_spikes else None
+    norm = None
+    if (
+        engine.zero_optimization_stage() == 0
+    ):  # its gradients are whole, and DeepSpeed would apply them whatever they are
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = stability.clip_gradients(gradients, config.optimizer.gradient_clip)
+        skipped = skipped or (None if math.isfinite(norm) else "gradient")
+    optimizer.skip = skipped is not None
+    engine.step()
+    if norm is None:
+        found = engine.get_global_grad_norm()
+        norm = None if found is None else float(found)
+        skipped = skipped or (None if engine.was_step_applied() else "gradient")
+    stability.record(mean, state, applied=skipped is None)
     nats, counts = sums[0, :-1], sums[1, :-1]
     return {
-        "loss": float(sums[0, -1] / total),
+        "loss": mean,
         "bits_per_token": (nats / counts.clamp_min(1) / math.log(2)).tolist(),
         "targets": counts.tolist(),
-        "targets_all": float(counts.sum()),
-        "gradient_norm": _number(engine.get_global_grad_norm()),
+        "gradient_norm": norm,
+        "skipped": skipped,
+        "spike": wrong == "spike",
     }
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _fit_to_time(config: TrainConfig, timed: list[float], state: checkpoints.RunState, world: int) -> int:
+def _fit_to_time(config: TrainConfig, timed: list[float], state: checkpoints.RunState) -> int:
     """How many steps fit into max_minutes at the speed of the first steps; rank 0 decides."""
     late = sorted(timed[len(timed) // 2 :])  # the first steps fill caches
     typical = late[len(late) // 2]
@@ -214,28 +291,3 @@ def _fit_to_time(config: TrainConfig, timed: list[float], state: checkpoints.Run
         steps = steps.cuda()
     torch.distributed.broadcast(steps, 0)
     return int(steps)
-
-
-def _export(engine: Any, model: SequenceModel, config: TrainConfig, mix: Any, directory: Path, rank: int) -> None:
-    """Write the finished model from the fp32 master weights, complete or not at all."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if rank == 0:
-            weights[name] = (full if full is not None else parameter.data).detach().float().cpu().clone()
-    if rank != 0:
-        return
-    assert model.tokenizers is not None
-    copy = SequenceModel(model.config, model.vocabulary, model.tokenizers)
-    if model.transformer.code_projection is not None:
-        copy.learn_codes()
-    copy.load_state_dict(weights)
-    copy.tasks = {task_name(t): t.task for t in mix.tasks}
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.save_pretrained(partial)
-    save_mix(mix, partial / "mix.yaml")
-    (partial / "train.yaml").write_text(to_yaml(config))
-    replace_folder(partial, directory)

@@ -1,0 +1,43 @@
+"""Finish: from the training state of a run to a directory that `predict`, `serve` and `export` load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from mmseq.config import to_yaml
+from mmseq.data.mixture import MixConfig, save_mix, task_name
+from mmseq.data.shards import replace_folder
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.tokenization.bundle import Tokenizers
+from mmseq.training.checkpoint import StoredTensors
+from mmseq.training.config import TrainConfig
+
+
+def write_model(
+    checkpoint: Path,
+    directory: Path,
+    config: TrainConfig,
+    mix: MixConfig,
+    tokenizers: Tokenizers,
+    *,
+    averaged: bool,
+) -> None:
+    """Write the model of a training checkpoint to `directory`, complete or not at all. One rank does it.
+
+    averaged: with the moving average of the weights. Raises: CheckpointError when the checkpoint is damaged.
+    """
+    model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in StoredTensors(checkpoint).weights(averaged=averaged):
+            own[name].copy_(weight)
+    model.tasks = {task_name(t): t.task for t in mix.tasks}
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    save_mix(mix, partial / "mix.yaml")
+    (partial / "train.yaml").write_text(to_yaml(config))
+    replace_folder(partial, directory)
