@@ -417,6 +417,8 @@ def _train(args: argparse.Namespace) -> int:
     except (MMSeqError, OSError) as error:
         if getattr(args, "debug", False):
             raise
+        if isinstance(error, OSError):
+            error = f"{error.filename}: {error.strerror}" if error.filename else error
         rank = os.environ.get("RANK", "0")
         print(f"mmseq: error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
         # other ranks may wait in a collective for this one: the launcher ends them when this process is gone

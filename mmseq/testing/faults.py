@@ -72,7 +72,7 @@ class NotFinite:
             if objective.training:
                 if made in self.passes and int(os.environ["RANK"]) == self.rank:
                     if self.where == "loss":
-                        loss, sums = loss * float("nan"), sums * float("nan")
+                        loss, sums = loss * float("nan"), sums * torch.tensor([[float("nan")], [1.0]])
                     else:
                         loss = loss + (loss * torch.inf - (loss * torch.inf).detach())
                 made += 1

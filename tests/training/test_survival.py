@@ -1,0 +1,162 @@
+"""What a run survives: being killed, asked to stop, a full disk, losses that are not finite, unreadable samples."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from mmseq.testing.faults import KillAt, NotFinite, SmallDisk
+from mmseq.testing.ranks import wait_for
+from mmseq.training.checkpoint import complete_checkpoints
+from mmseq.training.distributed import EXIT_PREEMPTED
+
+FP32 = ["deepspeed.dtype=fp32", "deepspeed.zero_stage=1", "save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    return trainer.done(tmp_path_factory.mktemp("whole") / "run", 1, *FP32)
+
+
+def same_as(whole, out, losses) -> None:
+    assert losses(out) == losses(whole)
+    assert (out / "checkpoint/model.safetensors").read_bytes() == (whole / "checkpoint/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 12, 20])
+def test_killed_inside_a_checkpoint_write(trainer, losses, whole, tmp_path, count):
+    out = tmp_path / "run"
+    killed = trainer.run(out, 1, *FP32, fault=KillAt(str(out / "checkpoints"), count))
+    assert killed.codes == [-signal.SIGKILL]
+    trainer.done(out, 1, *FP32)
+    same_as(whole, out, losses)
+
+
+@pytest.mark.slow
+def test_killed_at_two_hundred_points(trainer, losses, whole, tmp_path):
+    """At least a hundred of them inside checkpoint writes; the runs that follow each other share a folder."""
+    inside, killed, count = 0, 0, 0
+    generator = random.Random(0)
+    while killed < 200:
+        out = tmp_path / f"run{killed}"
+        for _ in range(3):  # a run is killed up to three times before it may end
+            count = count % 24 + 1
+            if killed % 2:
+                done = trainer.run(out, 1, *FP32, fault=KillAt(str(out / "checkpoints"), count))
+                inside += done.codes == [-signal.SIGKILL]
+            else:
+                processes, output = trainer.start(out, 1, *FP32)
+                time.sleep(generator.uniform(0.2, 4.0))
+                for p in processes:
+                    p.kill()
+                done = wait_for(processes, output)
+            assert done.codes in ([0], [-signal.SIGKILL]), done.output[-2000:]
+            killed += done.codes == [-signal.SIGKILL]
+        trainer.done(out, 1, *FP32)
+        same_as(whole, out, losses)
+        shutil.rmtree(out)
+    assert inside >= 100
+
+
+def test_one_rank_of_two_is_killed(trainer, losses, whole, tmp_path):
+    out = tmp_path / "run"
+    killed = trainer.run(out, 2, *FP32, fault=KillAt(str(out / "checkpoints"), 3, rank=1))
+    assert killed.codes[1] == -signal.SIGKILL
+    trainer.done(out, 2, *FP32)
+    assert list(losses(out).values()) == pytest.approx(list(losses(whole).values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_goes_on(trainer, losses, tmp_path, number):
+    more = ["deepspeed.dtype=fp32", "deepspeed.zero_stage=1", "steps=400", "optimizer.warmup_steps=1"]
+    out = tmp_path / "run"
+    processes, output = trainer.start(out, 2, *more)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() or not losses(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(processes[1].pid, number)  # one is enough
+    done = wait_for(processes, output)
+    assert done.codes == [EXIT_PREEMPTED] * 2, done.output[-2000:]
+    step = max(losses(out))
+    assert step < 400
+    assert complete_checkpoints(out / "checkpoints")[-1].name == f"step_{step:08d}"
+    assert f"saved {out}/checkpoints/step_{step:08d}; run the same command again" in done.output
+    finished = trainer.run(out, 1, *more, f"stop_after={step + 2}")
+    assert f"resumed at step {step}" in finished.output
+    assert max(losses(out)) == step + 2
+
+
+def test_a_full_disk_damages_nothing(trainer, losses, whole, tmp_path):
+    out = tmp_path / "run"
+    trainer.done(out, 2, *FP32, "stop_after=4")
+    kept = {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()}
+    done = trainer.run(out, 2, *FP32, fault=SmallDisk(200_000))
+    assert done.codes == [2, 2]
+    assert "step_00000006 could not be written" in done.output
+    assert f"it goes on from {out}/checkpoints/step_00000004" in done.output
+    assert "Traceback" not in done.output
+    assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()} == kept
+    trainer.done(out, 1, *FP32)
+    assert list(losses(out).values()) == pytest.approx(list(losses(whole).values()), rel=1e-6)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = trainer.run(tmp_path / "run", 1, *FP32, f"out={tmp_path}/file/run")
+    assert done.codes == [2]
+    assert f"mmseq: error: {tmp_path}/file/run: Not a directory" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_old_checkpoints_go_and_milestones_stay(trainer, tmp_path):
+    out = trainer.done(tmp_path / "run", 1, *FP32, "keep_checkpoints=1", "milestone_every=4")
+    assert [p.name for p in complete_checkpoints(out / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 10)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(trainer, metrics, tmp_path, stage, dtype, where):
+    if (stage in (1, 2) or dtype == "bf16") and where == "loss":
+        pytest.skip("the same as its gradient")
+    out = tmp_path / "run"
+    more = [f"deepspeed.dtype={dtype}", f"deepspeed.zero_stage={stage}", "data.rows_per_pass=4", "steps=6"]
+    done = trainer.run(out, 1, *more, fault=NotFinite((2, 3), where))
+    assert done.codes == [0], done.output[-2000:]
+    skipped = metrics(out, "skipped")
+    assert [s["step"] for s in skipped] == [3, 4]
+    assert all(s["samples"][0].startswith(("policy", "forward_dynamics", "value", "caption")) for s in skipped)
+    state = json.loads((complete_checkpoints(out / "checkpoints")[-1] / "state.json").read_text())["run"]
+    assert (state["updates"], state["skipped"], state["step"]) == (4, 2, 6)
+    assert all(abs(r["loss"]) < 10 for r in metrics(out) if r["step"] in (1, 2, 5, 6))
+
+
+def test_too_many_bad_steps_stop_the_run(trainer, tmp_path):
+    out = tmp_path / "run"
+    passes = tuple(range(12, 100))
+    done = trainer.run(out, 2, *FP32, "max_skipped_in_a_row=2", fault=NotFinite(passes, rank=1))
+    assert done.codes == [2, 2]
+    assert "3 steps in a row were skipped, the last for its loss (nan)" in done.output
+    assert f"the last good checkpoint is {out}/checkpoints/step_" in done.output
+
+
+def test_unreadable_samples_have_a_budget(trainer, losses, metrics, tmp_path):
+    tokens = tmp_path / "tokens"
+    shutil.copytree(trainer.root / "tokens", tokens)
+    (shard,) = (tokens / "human").glob("*.tar")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
+    shard.write_bytes(bytes(content))
+    more = [f"data.tokens={tokens}", "deepspeed.dtype=fp32"]
+    refused = trainer.run(tmp_path / "refused", 2, *more)
+    assert 2 in refused.codes
+    assert "data.max_bad_samples is 0" in refused.output
+    assert "warning: left out " in refused.output
+    assert "Traceback" not in refused.output
+    trainer.done(tmp_path / "run", 2, *more, "data.max_bad_samples=1000")
+    assert len(losses(tmp_path / "run")) == 10
