@@ -33,18 +33,15 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         "vocabulary": len(model.vocabulary),
         "fingerprints": model.tokenizers.fingerprints(),
         "embodiments": [e.to_dict() for e in model.tokenizers.embodiments.values()],
+        "tasks": model.tasks,
         "mix": None,
         "measured": None,
     }
     if (directory / "mix.yaml").is_file():
-        from mmseq.data.mixture import load_mix, task_name
+        from mmseq.data.mixture import load_mix
 
         mix = load_mix(directory / "mix.yaml")
-        out["mix"] = {
-            "name": mix.name,
-            "sources": list(mix.sources),
-            "tasks": {task_name(t): t.task for t in mix.tasks},
-        }
+        out["mix"] = {"name": mix.name, "sources": list(mix.sources)}
     for path in (directory / "results.json", directory.parent / "results.json"):
         if path.is_file():
             try:
@@ -69,8 +66,10 @@ def inspect_recipe(path: str | Path, overrides: list[str] | None = None) -> dict
     from mmseq.model.transformer import Transformer
     from mmseq.tokenization.bundle import FILE, Tokenizers
     from mmseq.training.config import TrainConfig
+    from mmseq.training.start import model_shape
 
     config = load_config(TrainConfig, path, overrides or [])
+    config.model = model_shape(config)
     if (Path(config.data.tokenizers) / FILE).is_file():
         tokenizers = Tokenizers.load(config.data.tokenizers)
         m = config.model.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
@@ -126,8 +125,8 @@ def print_checkpoint(found: dict[str, Any]) -> None:
                 say(f"  {stream}: " + ", ".join(f"{n} {low:g} to {high:g} {u}" for n, u, low, high in axes))
     if found["mix"]:
         say(f"\ntrained on the mix {found['mix']['name']!r} of {', '.join(found['mix']['sources'])}")
-        for name, task in found["mix"]["tasks"].items():
-            say(f"  {name}: {task}")
+    for name, task in found["tasks"].items():
+        say(f"  {name}: {task}")
     if found["measured"] is None:
         say("\nnothing is measured yet: there is no results.json in or beside the checkpoint")
     else:

@@ -102,7 +102,7 @@ def _serve_and_drive(
     config.execute = min(config.execute, policy.horizon)
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:
-        options = {"tasks": policy.tasks, "arrow": str(policy.arrow), "name": policy.name}
+        options = {"arrow": str(policy.arrow), "name": policy.name}
         blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}

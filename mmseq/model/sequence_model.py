@@ -1,6 +1,6 @@
 """SequenceModel: the transformer with its tokenizers. One directory holds it all.
 
-config.json  model.safetensors  tokenizers/  [mix.yaml  train.yaml  README.md]
+config.json  model.safetensors (in shards when large)  tokenizers/  [mix.yaml  train.yaml  README.md]
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmseq.errors import CheckpointError, ConfigError
 from mmseq.model.attention import choose_backend, documents_of
+from mmseq.model.config import ModelConfig
 from mmseq.model.range_loss import range_losses
-from mmseq.model.transformer import ModelConfig, Transformer
+from mmseq.model.transformer import Transformer
+from mmseq.model.weights import StoredWeights, save_weights
 from mmseq.packing import Batch
 from mmseq.sequence import RANGES
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.vocabulary import Vocabulary
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZERS_FOLDER = "tokenizers"
 FORMAT = 2
 
@@ -128,7 +128,7 @@ class SequenceModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizers.save(directory / TOKENIZERS_FOLDER)
         weights = self.transformer.plain_state()
-        save_file(weights, directory / WEIGHTS_FILE, metadata={"format": f"mmseq-{FORMAT}"})
+        save_weights(weights, directory, metadata={"format": f"mmseq-{FORMAT}"})
         config = {
             "model_type": "mmseq",
             "format": FORMAT,
@@ -173,12 +173,12 @@ class SequenceModel(nn.Module):
                 )
             if tuple(config["range_names"]) != RANGES:
                 raise CheckpointError(f"{directory / CONFIG_FILE} has other ranges: {config['range_names']}")
-            model_config = ModelConfig(**config["model"])
+            model_config = ModelConfig.from_dict(config["model"])
             model_config.check()
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
             fingerprints = dict(config["tokenizers"])
             tasks = {str(name): str(arrow) for name, arrow in config.get("tasks", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: {error}") from error
         if config.get("ranges") != vocabulary.layout():
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: its ranges are not those of its vocabulary")
@@ -190,14 +190,11 @@ class SequenceModel(nn.Module):
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
         model.tasks = tasks
-        try:
-            weights = load_file(directory / WEIGHTS_FILE)
-        except Exception as error:
-            raise CheckpointError(f"{directory / WEIGHTS_FILE} cannot be read: {error}") from error
+        weights = dict(StoredWeights(directory))
         try:
             model.transformer.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise CheckpointError(f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from error
+            raise CheckpointError(f"the weights of {directory} do not fit its {CONFIG_FILE}: {error}") from error
         try:
             dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
             return model.to(device=device, dtype=dtype).eval()

@@ -2,7 +2,7 @@
 
 Two ways through the same weights: `forward` over a packed line of tokens (training, T axis) and
 `extend` over a static key/value cache (decoding, B x S axes). Block for block it is Qwen3's layout,
-so weights map to and from Hugging Face checkpoints.
+so weights map to and from Hugging Face checkpoints (`families.py`).
 
 Axes: T packed tokens, B sequences, S new tokens of each, D width, H query heads, G key/value
 heads, K head size, C cache length.
@@ -11,7 +11,7 @@ heads, K head size, C cache length.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,59 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseq.errors import ConfigError
 from mmseq.model.attention import Documents, attend, repeat_heads
+from mmseq.model.config import ModelConfig
+from mmseq.model.rope import rope_table, rotate
 from mmseq.sequence import SLOTS
 
 EMBED_STD = 0.02 * math.sqrt(2)
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Size and form of the transformer. kv_heads: key/value heads, `heads` must be a multiple.
-
-    mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
-    frame or chunk. copying: a predicted vision token may repeat the one at its place in the frame before.
-    Both off for weights that go to a language model. vocabulary: of a recipe, a forecast for
-    `mmseq inspect`; the tokenizers decide. merge: theirs too, 0 takes it from them.
-    """
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 4
-    head_size: int = 32
-    mlp: int = 384
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    qk_norm: bool = True
-    tie_embeddings: bool = True
-    slot_embeddings: bool = True
-    copying: bool = True
-    merge: int = 0
-    vocabulary: int = 0
-    attention: str = "auto"
-    activation_checkpointing: bool = False
-    z_loss: float = 1e-4
-
-    def check(self) -> None:
-        """Raises: ConfigError naming the field."""
-        for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
-        if self.head_size % 2:
-            raise ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
-
-    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
-        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
-        if self.merge not in (0, merge):
-            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
-        return replace(self, vocabulary=vocabulary, merge=merge)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+SLOT_STD = 0.02
+# of a code's vector: mostly shared, a little of its own; 0.9^2 + 0.4^2 is about 1, so that it keeps its length
+SHARED, OWN = 0.9, 0.4
 
 
 class RMSNorm(nn.Module):
@@ -84,19 +40,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
-def rope_table(positions: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., 1, K / 2) for positions (...), with a head axis to broadcast over."""
-    frequencies = theta ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
-    angle = positions.float()[..., None, None] * frequencies
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) in the half-split layout that Hugging Face uses."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 @dataclass
@@ -115,11 +58,13 @@ class Cache:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """rope: whether queries and keys are rotated."""
+
+    def __init__(self, config: ModelConfig, *, rope: bool):
         super().__init__()
-        self.config = config
+        self.config, self.rope = config, rope
         H, G, K = config.heads, config.kv_heads, config.head_size
-        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=False)
+        self.qkv = nn.Linear(config.width, (H + 2 * G) * K, bias=config.qkv_bias)
         self.out = nn.Linear(H * K, config.width, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(K, config.norm_eps)
@@ -131,6 +76,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (-1, c.head_size)).split([c.heads, c.kv_heads, c.kv_heads], dim=-2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if not self.rope:
+            return q, k, v
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents: Documents, backend: str) -> Tensor:
@@ -165,10 +112,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, rope=config.has_rope(index))
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -204,7 +151,7 @@ class Transformer(nn.Module):
             self.copied = nn.Linear(config.width, config.width, bias=False)
             self.copy_gate = nn.Linear(config.width, 1, bias=False)
         self.code_projection: nn.Linear | None = None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocabulary, bias=False)
@@ -222,9 +169,8 @@ class Transformer(nn.Module):
                 projection.weight.zero_()
             else:
                 generator = torch.Generator().manual_seed(seed)
-                # mostly shared, a little of its own: 0.9^2 + 0.4^2 is about 1, so that a vector keeps its length
-                projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * 0.9 * EMBED_STD)
-                self.embed.weight[-len(features) :][features.any(1)] *= 0.4
+                projection.weight.copy_(torch.randn(projection.weight.shape, generator=generator) * SHARED * EMBED_STD)
+                self.embed.weight[-len(features) :][features.any(1)] *= OWN
         self.code_projection = projection.to(self.embed.weight)
         rows = F.pad(features, (0, 0, 1, 0)).to(self.embed.weight)  # row 0 is for ids that are no codes
         self.register_buffer("code_features", rows, persistent=False)
@@ -270,23 +216,25 @@ class Transformer(nn.Module):
         return self.config.vocabulary - len(codes)
 
     def initialise(self, seed: int) -> None:
-        """Normal weights; residual outputs are scaled down by depth (GPT-2)."""
+        """Normal weights, zero biases; residual outputs are scaled down by depth (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in self.named_parameters():
+                if name.endswith(".bias"):
+                    p.zero_()
                 if p.dim() < 2:
                     continue
-                if name.startswith("slots"):
-                    std = 0.02
-                elif name.startswith("copy_gate"):
-                    std = 0.0
-                elif name.startswith(("embed", "head")):
-                    std = 1 / math.sqrt(self.config.width) if name.startswith("head") else EMBED_STD
-                else:
-                    std = 1 / math.sqrt(p.shape[1])
-                if name.endswith(("out.weight", "down.weight")):
-                    std /= math.sqrt(2 * self.config.layers)
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                p.copy_(torch.randn(p.shape, generator=generator) * self.initial_std(name, p))
+
+    def initial_std(self, name: str, matrix: Tensor) -> float:
+        if name.startswith("slots"):
+            return SLOT_STD
+        if name.startswith("copy_gate"):
+            return 0.0
+        if name.startswith("embed"):
+            return EMBED_STD
+        std = 1 / math.sqrt(matrix.shape[1])
+        return std / math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else std
 
     def inputs(
         self,
@@ -328,7 +276,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "T D"]:
         """Hidden states after the last norm, attention within each document. codes: `code_vectors`."""
         x = self.inputs(ids, slots, patch_at, patch_ids, copy_at, copy_ids, codes)
-        cos, sin = rope_table(positions, self.config.head_size, self.config.rope_theta, x.dtype)
+        cos, sin = rope_table(positions, self.config, x.dtype)
         for layer in self.layers:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, documents, backend, use_reentrant=False)
@@ -343,7 +291,7 @@ class Transformer(nn.Module):
         share a batch: what lies beyond is padding that later tokens overwrite.
         longest: one more than the largest position.
         """
-        cos, sin = rope_table(positions_BS, self.config.head_size, self.config.rope_theta, x_BSD.dtype)
+        cos, sin = rope_table(positions_BS, self.config, x_BSD.dtype)
         mask = torch.arange(longest, device=x_BSD.device)[None, None] <= positions_BS[:, :, None]
         for layer, keys, values in zip(self.layers, cache.keys, cache.values):
             x_BSD = layer.extend(x_BSD, cos, sin, keys, values, positions_BS, mask)  # type: ignore[operator]

@@ -120,16 +120,15 @@ def _stack(image: Any) -> np.ndarray:
 class ModelPolicy:
     """Serves one checkpoint. Implements `mmseq.serving.Policy`.
 
-    tasks: arrows by name, as a mix has them. arrow: the task that `infer` runs; default: the one named
-    `policy`, else the first with the shape of a policy. blank_images: replaces every frame by mid-grey,
-    for measuring what a policy does without seeing.
+    arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
+    else the first with the shape of a policy. blank_images: replaces every frame by mid-grey, for measuring
+    what a policy does without seeing.
     """
 
     def __init__(
         self,
         model: SequenceModel,
         *,
-        tasks: dict[str, str] | None = None,
         arrow: str | None = None,
         name: str = "model",
         blank_images: bool = False,
@@ -137,7 +136,7 @@ class ModelPolicy:
         tokenizers = model.tokenizers
         assert tokenizers is not None
         self.model, self.tokenizers, self.name, self.blank_images = model, tokenizers, name, blank_images
-        self.tasks = dict(tasks or {})
+        self.tasks = dict(model.tasks)
         chosen = (
             arrow
             or self.tasks.get("policy")
@@ -158,13 +157,8 @@ class ModelPolicy:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str = "cpu", **options: Any) -> ModelPolicy:
-        """Load a checkpoint directory, with the tasks of the mix it was trained on."""
-        from mmseq.data.mixture import load_mix, task_name
-
+        """Load a checkpoint directory."""
         model = SequenceModel.from_pretrained(directory, device=device)
-        mix = Path(directory) / "mix.yaml"
-        if mix.is_file():
-            options["tasks"] = {task_name(t): t.task for t in load_mix(mix).tasks}
         return cls(model, name=str(Path(directory).name), **options)
 
     def contract(self) -> dict[str, Any]:

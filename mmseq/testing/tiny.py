@@ -11,8 +11,8 @@ import torch
 
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.episode import Episode
+from mmseq.model.config import ModelConfig
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.model.transformer import ModelConfig
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.text import TextTokenizer
@@ -76,8 +76,10 @@ def video(seed: int = 0, length: int = 24, size: int = 16) -> Episode:
     )
 
 
-def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, seed: int = 0) -> Tokenizers:
-    """Untrained vision (4 x 4 tokens of 16 x 16 pixels), real text, bins."""
+def tokenizers(
+    robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, seed: int = 0, text: Path | None = None
+) -> Tokenizers:
+    """Untrained vision (4 x 4 tokens of 16 x 16 pixels), real text (or the tokenizer at `text`), bins."""
     import torch
 
     torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def tokenizers(robots: tuple[Embodiment, ...] | None = None, *, merge: int = 2, 
         size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1
     )
     return Tokenizers(
-        text=TextTokenizer.train(TEXTS, vocab_size=300),
+        text=TextTokenizer.load(text) if text else TextTokenizer.train(TEXTS, vocab_size=300),
         vision=VisionTokenizer(config, FSQAutoencoder(config)),
         action=BinTokenizer(32),
         proprio=BinTokenizer(32),
@@ -100,6 +102,41 @@ def model(bundle: Tokenizers | None = None, *, seed: int = 0, **changes) -> Sequ
     made = SequenceModel.new(config, bundle or tokenizers(), seed=seed).eval()
     if made.config.copying:  # it begins at zero, and would hide mistakes in what may be copied
         torch.nn.init.normal_(made.transformer.copy_gate.weight, generator=torch.Generator().manual_seed(seed))
+    return made
+
+
+def language_model(directory: str | Path, family: str = "llama", *, seed: int = 0, padding: int = 7, **changes):
+    """A random language model as Hugging Face publishes them, written to `directory`: config.json,
+    model.safetensors, tokenizer.json. Biases and norms are random too.
+
+    padding: rows of the embedding beyond the tokenizer's pieces. changes: fields of its config.
+    Returns: the model of transformers, in evaluation mode.
+    """
+    import transformers
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text = Tokenizer(models.BPE())
+    text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    text.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    text.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    fields = {**shape, **heads, **ids, "vocab_size": text.get_vocab_size() + padding, **changes}
+    config = transformers.AutoConfig.for_model(family, **fields)
+    torch.manual_seed(seed)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    made.save_pretrained(directory)
+    text.save(str(Path(directory, "tokenizer.json")))
     return made
 
 

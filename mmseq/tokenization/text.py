@@ -30,7 +30,7 @@ class TextTokenizer:
                 from tokenizers import Tokenizer
 
                 self._hf = Tokenizer.from_str(data.decode())
-                self.size = self._hf.get_vocab_size()
+                self.size = max(self._hf.get_vocab().values(), default=-1) + 1  # ids may leave gaps
                 self.end = self._find_end()
             else:
                 import sentencepiece

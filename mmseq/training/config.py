@@ -68,6 +68,8 @@ class DeepSpeedConfig:
 class TrainConfig:
     """A training run. out: its folder.
 
+    init_from: a local directory to start from, a language model of Hugging Face or a checkpoint of ours, which
+    decides the shape of the model.
     max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
     no limit. stop_after: save and end after this step, to go on later with the same settings; 0 is never.
     range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
@@ -84,6 +86,7 @@ class TrainConfig:
     steps: int = 1000
     max_minutes: float = 0.0
     stop_after: int = 0
+    init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -11,25 +11,22 @@ from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, save_mix, task_name
 from mmseq.data.shards import replace_folder
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.checkpoint import StoredTensors
 from mmseq.training.config import TrainConfig
 
 
 def write_model(
-    checkpoint: Path,
-    directory: Path,
-    config: TrainConfig,
-    mix: MixConfig,
-    tokenizers: Tokenizers,
-    *,
-    averaged: bool,
+    checkpoint: Path, directory: Path, trained: SequenceModel, config: TrainConfig, mix: MixConfig, *, averaged: bool
 ) -> None:
     """Write the model of a training checkpoint to `directory`, complete or not at all. One rank does it.
 
-    averaged: with the moving average of the weights. Raises: CheckpointError when the checkpoint is damaged.
+    trained: the model of the run, for its shape; its weights may lie on other ranks. averaged: with the moving
+    average of the weights. Raises: CheckpointError when the checkpoint is damaged.
     """
-    model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
+    assert trained.tokenizers is not None
+    model = SequenceModel(trained.config, trained.vocabulary, trained.tokenizers)
+    if trained.transformer.code_projection is not None:
+        model.learn_codes()
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in StoredTensors(checkpoint).weights(averaged=averaged):

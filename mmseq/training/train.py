@@ -39,6 +39,7 @@ from mmseq.training.loader import StepData
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog, memory_gib, require_loggers
 from mmseq.training.signals import StopRequest
+from mmseq.training.start import build_model
 from mmseq.training.validation import validate, validation_batches
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
@@ -66,7 +67,8 @@ def train(config: TrainConfig) -> Path:
     deepspeed = start_deepspeed(world)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     barrier = torch.distributed.barrier
-    model = SequenceModel.new(config.model, tokenizers, seed=config.seed)
+    model = build_model(config, tokenizers)
+    config.model = model.config  # what it starts from decides the shape
     size = model.parameters_count  # ZeRO 3 leaves each rank a share
     backend, why = choose_backend(device, config.model.attention, half=config.deepspeed.dtype == "bf16")
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
@@ -186,7 +188,7 @@ def train(config: TrainConfig) -> Path:
         assert saved is not None
         for name, averaged in (("checkpoint", True), ("checkpoint_last", False)):
             if averaged or config.optimizer.average_decay:
-                write_model(saved, out / name, config, mix, tokenizers, averaged=averaged)
+                write_model(saved, out / name, model, config, mix, averaged=averaged)
     barrier()
     log.close()
     return out / "checkpoint"

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
 from mmseq.errors import CheckpointError, ConfigError, TaskError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
@@ -21,12 +20,9 @@ ARROW = "text, image, proprio -> action[4]"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
-    tiny.model().save_pretrained(directory)
-    mix = MixConfig(
-        sources={"robot": SourceConfig(path="robot")},
-        tasks=[TaskConfig(task=ARROW, name="policy"), TaskConfig(task="image, action[4] -> image@+4")],
-    )
-    save_mix(mix, directory / "mix.yaml")
+    model = tiny.model()
+    model.tasks = {"policy": ARROW, "forward_dynamics": "image, action[4] -> image@+4"}
+    model.save_pretrained(directory)
     return directory
 
 

@@ -1,0 +1,140 @@
+"""ModelConfig: size and form of the transformer, in a recipe and in a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args, get_type_hints
+
+from mmseq.errors import ConfigError, did_you_mean
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE to longer contexts (`rope_type: llama3`), in Hugging Face's names.
+
+    Wavelengths beyond original_max_position_embeddings / low_freq_factor become `factor` times as long, those
+    below original_max_position_embeddings / high_freq_factor stay, those between are interpolated.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Size and form of the transformer. kv_heads: key/value heads, `heads` must be a multiple.
+
+    mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
+    frame or chunk. copying: a predicted vision token may repeat the one at its place in the frame before.
+    Both off for weights that are to be a plain language model. vocabulary: of a recipe, a forecast for
+    `mmseq inspect`; the tokenizers decide. merge: theirs too, 0 takes it from them.
+
+    Of language models (`init_from` fills them in): qkv_bias, of Qwen2; rope_scaling, of Llama 3.1; nope_every,
+    of SmolLM3: each n-th layer has no RoPE, 0 is none; context_tokens: the context it was made for, which an
+    export repeats, 0 is unknown.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_size: int = 32
+    mlp: int = 384
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    nope_every: int = 0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    context_tokens: int = 0
+    slot_embeddings: bool = True
+    copying: bool = True
+    merge: int = 0
+    vocabulary: int = 0
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+    z_loss: float = 1e-4
+
+    def check(self) -> None:
+        """Raises: ConfigError naming the field."""
+        for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("nope_every", "context_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
+        positive: dict[str, float] = {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps}
+        if self.rope_scaling:
+            positive |= {f"rope_scaling.{k}": v for k, v in asdict(self.rope_scaling).items()}
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"model.{name} must be positive, got {value}")
+        if self.rope_scaling and self.rope_scaling.high_freq_factor <= self.rope_scaling.low_freq_factor:
+            raise ConfigError("model.rope_scaling.high_freq_factor must be larger than low_freq_factor")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+        if self.head_size % 2:
+            raise ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
+
+    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
+        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
+        if self.merge not in (0, merge):
+            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
+        return replace(self, vocabulary=vocabulary, merge=merge)
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether layer 0 .. layers - 1 rotates its queries and keys."""
+        return not self.nope_every or (layer + 1) % self.nope_every != 0
+
+    def adopt(self, theirs: ModelConfig, names: tuple[str, ...], *, where: str) -> ModelConfig:
+        """This recipe's config with the fields `names` of what it starts from.
+
+        Raises: ConfigError when the recipe sets one of them to something else.
+        """
+        default = ModelConfig()
+        for name in names:
+            mine, other = getattr(self, name), getattr(theirs, name)
+            if mine not in (getattr(default, name), other):
+                raise ConfigError(
+                    f"the recipe has model.{name}={mine}, {where} has {other}", fix=f"leave model.{name} out"
+                )
+        return replace(self, **{name: getattr(theirs, name) for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ModelConfig:
+        """Of a config.json; what it lacks has its default. Raises: ConfigError naming the field."""
+        return _typed(cls, data, "model")
+
+
+# What a language model decides, and what a checkpoint of ours decides.
+LANGUAGE_MODEL_FIELDS = (
+    *("width", "layers", "heads", "kv_heads", "head_size", "mlp", "rope_theta", "rope_scaling", "nope_every"),
+    *("norm_eps", "qk_norm", "qkv_bias", "tie_embeddings", "context_tokens"),
+)
+CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge")
+
+
+def _typed[T](schema: type[T], data: Any, where: str) -> T:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must hold fields, it holds {data!r:.80}")
+    hints = get_type_hints(schema)
+    values = {}
+    for name, value in data.items():
+        if name not in hints:
+            raise ConfigError(f"{where}.{name} is unknown to this version of mmseq: {did_you_mean(name, hints)}")
+        kind = hints[name]
+        if RopeScaling in get_args(kind):
+            values[name] = None if value is None else _typed(RopeScaling, value, f"{where}.{name}")
+            continue
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise ConfigError(f"{where}.{name} must be {kind.__name__}, got {value!r:.80}")
+        values[name] = kind(value)
+    return schema(**values)

@@ -1,0 +1,94 @@
+"""What a run starts from: fresh weights, a language model (`init_from`), or a checkpoint of ours.
+
+Every rank builds the whole model in fp32 on its CPU before DeepSpeed shares it out, also with ZeRO 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mmseq.errors import CheckpointError, ConfigError
+from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
+from mmseq.model.families import read_config
+from mmseq.model.language_model import from_language_model, read_json
+from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
+from mmseq.tokenization.bundle import Tokenizers
+from mmseq.training.config import TrainConfig
+from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
+
+
+def build_model(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
+    """The model of a recipe before its first step, in fp32 on the CPU. Its `config` is the whole shape.
+
+    Raises: ConfigError, CheckpointError, FingerprintError when recipe, tokenizers and what it starts from
+    contradict each other.
+    """
+    if config.init_from is None:
+        return SequenceModel.new(config.model, tokenizers, seed=config.seed)
+    directory = Path(config.init_from)
+    if _is_ours(directory):
+        return from_checkpoint(directory, config.model, tokenizers)
+    return from_language_model(directory, config.model, tokenizers, seed=config.seed)
+
+
+def model_shape(config: TrainConfig) -> ModelConfig:
+    """The recipe's model with what `init_from` decides, read from config.json alone. Raises: as `build_model`."""
+    if config.init_from is None:
+        return config.model
+    path = Path(config.init_from) / CONFIG_FILE
+    if not _is_ours(path.parent):
+        return config.model.adopt(
+            read_config(read_json(path), str(path)), LANGUAGE_MODEL_FIELDS, where=config.init_from
+        )
+    try:
+        theirs = ModelConfig.from_dict(read_json(path).get("model"))
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return config.model.adopt(theirs, CHECKPOINT_FIELDS, where=config.init_from)
+
+
+def _is_ours(directory: Path) -> bool:
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"init_from: {directory} does not exist", fix="name a local directory; nothing is downloaded"
+        )
+    data = read_json(directory / CONFIG_FILE)
+    return isinstance(data, dict) and data.get("model_type") == "mmseq"
+
+
+def from_checkpoint(directory: Path, recipe: ModelConfig, tokenizers: Tokenizers) -> SequenceModel:
+    """A checkpoint of ours under other embodiments: those that it knows keep their tokens, new ones get spare ones.
+
+    Raises: FingerprintError when a tokenizer or a known embodiment is another.
+    """
+    old = SequenceModel.from_pretrained(directory, dtype=torch.float32)
+    assert old.tokenizers is not None
+    config = recipe.adopt(old.config, CHECKPOINT_FIELDS, where=str(directory))
+    config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+    tokenizers.vocabulary.require_same_ranges(old.vocabulary, mine="the tokenizers", theirs=str(directory))
+    kept = {k: v for k, v in old.tokenizers.fingerprints().items() if k in tokenizers.fingerprints()}
+    tokenizers.require_fingerprints(
+        kept, what=str(directory), fix="keep its tokenizers and give a changed embodiment another name"
+    )
+    state = old.transformer.state_dict()
+    tokens = old.vocabulary.ranges["embodiment"]
+    rows = torch.tensor(_embodiment_rows(old.vocabulary, tokenizers.vocabulary))
+    for name in ("embed.weight", "head.weight"):
+        if name in state:
+            state[name][tokens.start : tokens.stop] = state[name][tokens.start : tokens.stop][rows]
+    with torch.device("meta"):
+        model = SequenceModel(config, tokenizers.vocabulary, tokenizers)
+    model.transformer.load_state_dict(state, assign=True)
+    model.learn_codes()
+    return model
+
+
+def _embodiment_rows(old: Vocabulary, new: Vocabulary) -> list[int]:
+    """For each embodiment token of `new`, the one of `old` whose row it begins with."""
+    known = {name: old.embodiments.index(name) for name in new.embodiments if name in old.embodiments}
+    free = [i for i in range(EMBODIMENT_SLOTS) if i not in known.values()]
+    spare = iter(sorted(free, key=lambda i: i < len(old.embodiments)))  # rows of forgotten robots last
+    names = [*new.embodiments, *[None] * (EMBODIMENT_SLOTS - len(new.embodiments))]
+    return [known[name] if name in known else next(spare) for name in names]
