@@ -165,6 +165,13 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--device", default="cpu")
     c.add_argument("--json", metavar="FILE", help="write the results there")
 
+    c = add(commands, "export", _export, "a checkpoint becomes a language model that transformers and its servers load")
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("format", metavar="FORMAT", choices=("hf",), help="hf")
+    c.add_argument("out", metavar="OUT", help="a new folder")
+    c.add_argument("--dtype", default="fp32", help="of the weights: fp32 (default), bf16 or fp16")
+    c.add_argument("--text-only", action="store_true", help="leave out the ids after those of text")
+
     c = add(commands, "inspect", _inspect, "what a checkpoint is, or the size of a recipe's model")
     c.add_argument("path", metavar="CHECKPOINT|RECIPE")
     c.add_argument("overrides", nargs="*", metavar="key=value", help="for a recipe")
@@ -466,6 +473,12 @@ def _episode_address(text: str) -> tuple[Path, int]:
     if colon and not Path(text).exists():
         raise ConfigError(f"--episode {text!r}: {number!r} is not a number", fix="write SRC:N, such as shards/robot:3")
     return Path(text), 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from mmseq.model.export import export_hf
+
+    print(export_hf(args.checkpoint, args.out, dtype=args.dtype, text_only=args.text_only))
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from mmseq.model.attention import choose_backend, documents_of
 from mmseq.model.config import ModelConfig
 from mmseq.model.range_loss import range_losses
 from mmseq.model.transformer import Transformer
-from mmseq.model.weights import StoredWeights, save_weights
+from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
 from mmseq.packing import Batch
 from mmseq.sequence import RANGES
 from mmseq.tokenization.bundle import Tokenizers
@@ -121,14 +121,17 @@ class SequenceModel(nn.Module):
 
         return embed_span(self, arrow, episode, t)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config, weights and tokenizers. The directory needs nothing else."""
+    def save_pretrained(self, directory: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write config, weights and tokenizers. The directory needs nothing else.
+
+        shard_bytes: weights beyond it are written in files of at most that size.
+        """
         assert self.tokenizers is not None
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizers.save(directory / TOKENIZERS_FOLDER)
         weights = self.transformer.plain_state()
-        save_weights(weights, directory, metadata={"format": f"mmseq-{FORMAT}"})
+        save_weights(weights, directory, metadata={"format": f"mmseq-{FORMAT}"}, shard_bytes=shard_bytes)
         config = {
             "model_type": "mmseq",
             "format": FORMAT,

@@ -91,6 +91,10 @@ class TextTokenizer:
             ids = ids[: ids.index(self.end)]
         return self._hf.decode(ids) if self.huggingface else self._sp.decode(ids)
 
+    def piece(self, code: int) -> str:
+        """How the tokenizer writes one code."""
+        return self._hf.id_to_token(code) if self.huggingface else self._sp.id_to_piece(code)
+
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.data).hexdigest()[:16]
