@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmseq.errors import CheckpointError, ConfigError
 from mmseq.model.attention import choose_backend, documents_of
 from mmseq.model.config import ModelConfig
-from mmseq.model.range_loss import range_losses
+from mmseq.model.range_loss import range_loss
 from mmseq.model.transformer import Transformer
 from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
 from mmseq.packing import Batch
@@ -77,7 +77,9 @@ class SequenceModel(nn.Module):
         )
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Per range: (nats (N,), minimised loss (N,), task index (N,)) of every predicted token."""
+        """Per range: nats (N,) of every predicted token, their sum with the z-loss (), and task index (N,).
+
+        Only the sum carries a gradient, and only once."""
         codes = self.transformer.code_vectors()
         hidden = self._hidden(batch, codes)
         groups = batch.targets
@@ -91,8 +93,8 @@ class SequenceModel(nn.Module):
             chosen, copies = hidden.index_select(0, at), None
             if name == "vision" and self.config.copying:
                 copies = self._copies(batch, chosen, at)
-            nll, loss = range_losses(chosen, rows, targets, self.config.z_loss, copies)
-            out[name] = (nll, loss, task)
+            nats, total = range_loss(chosen, rows, targets, self.config.z_loss, copies)
+            out[name] = (nats, total, task)
         return out
 
     def _copies(self, batch: Batch, hidden_ND: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,10 +93,10 @@ class Objective(nn.Module):
         sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
             groups = self.model.losses(batch)
-        for name, (nll, objective, task) in groups.items():
-            loss = loss + self.weight(name) * objective.sum()
-            detached = nll.detach().double()
-            sums[0].index_add_(0, task, detached)
-            sums[1].index_add_(0, task, torch.ones_like(detached))
-            sums[0, -1] += self.weight(name) * detached.sum()
+        for name, (nats, total, task) in groups.items():
+            loss = loss + self.weight(name) * total
+            nats = nats.double()
+            sums[0].index_add_(0, task, nats)
+            sums[1].index_add_(0, task, torch.ones_like(nats))
+            sums[0, -1] += self.weight(name) * nats.sum()
         return loss, sums
