@@ -53,7 +53,7 @@ def _memory() -> str:
 def _torch() -> list[Finding]:
     import torch
 
-    from mmseq.model.attention import choose_backend
+    from mmseq.model.attention import BACKENDS, choose_backend, why_not
 
     found = [Finding("torch", "info", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
@@ -74,7 +74,13 @@ def _torch() -> list[Finding]:
         found.append(Finding("bf16", "ok" if fast else "info", text))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend, why = choose_backend(device)
-    return [*found, Finding("attention", "ok", f"{backend} ({why})")]
+    able = [name for name in BACKENDS if why_not(name, device) is None]
+    unable = [f"{name} needs {why_not(name, device)}" for name in BACKENDS if name not in able]
+    return [
+        *found,
+        Finding("attention", "ok", f"{backend} ({why})"),
+        Finding("attention backends", "info", "; ".join([f"{', '.join(able)} can run", *unable])),
+    ]
 
 
 def _extras() -> list[Finding]:

@@ -4,7 +4,8 @@
               padded block and multiplied there. Padding comes last, so the causal mask hides it.
 - `sdpa`      the same blocks through torch's scaled_dot_product_attention.
 - `flex`      torch FlexAttention with a document mask (GPU, compiled).
-- `flash`     flash-attn's variable-length kernel (GPU, when the package imports).
+- `flash`     flash-attn's variable-length kernel (GPU, bf16 or fp16, when the package imports).
+- `varlen`    the same kernel as torch 2.10 and later bring it (GPU from sm_80 on, bf16 or fp16).
 
 Axes: T tokens, H query heads, G key/value heads, K head size, N documents in a block, L its length.
 """
@@ -12,9 +13,11 @@ Axes: T tokens, H query heads, G key/value heads, K head size, N documents in a 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,8 @@ from torch import Tensor
 
 from mmseq.errors import ConfigError, DependencyError
 
-BACKENDS = ("document", "sdpa", "flex", "flash")
+BACKENDS = ("document", "sdpa", "flex", "flash", "varlen")
+HALF_ONLY = ("flash", "varlen")
 _BUCKET = 16  # documents whose lengths agree up to this many tokens share a block
 
 
@@ -94,9 +98,9 @@ class Documents:
 
 
 def choose_backend(device: torch.device | str, requested: str = "auto", *, half: bool = True) -> tuple[str, str]:
-    """The backend that will run and why. half: whether it computes in bf16 or fp16, without which flash cannot.
+    """The backend that will run and why. half: whether it computes in bf16 or fp16, without which two cannot.
 
-    Raises: ConfigError for an unknown name or flash in fp32, DependencyError when the requested one cannot run.
+    Raises: ConfigError for an unknown name or one that has no fp32, DependencyError when the requested one cannot run.
     """
     kind = torch.device(device).type
     if requested == "auto":
@@ -109,14 +113,28 @@ def choose_backend(device: torch.device | str, requested: str = "auto", *, half:
         raise ConfigError(
             f"attention backend {requested!r} is unknown", fix=f"use auto or one of {', '.join(BACKENDS)}"
         )
-    if requested == "flash" and (kind == "cpu" or _flash_attention() is None):
+    missing = why_not(requested, device)
+    if missing:
+        fix = "set model.attention=auto"
         raise DependencyError(
-            "the flash attention backend needs a GPU and the flash-attn package",
-            fix="install it with: pip install 'mmseq[flash]', or set model.attention=auto",
+            f"the {requested} attention backend needs {missing}",
+            fix=f"install it with: pip install 'mmseq[flash]', or {fix}" if requested == "flash" else fix,
         )
-    if requested == "flash" and not half:
-        raise ConfigError("the flash attention backend has no fp32", fix="use bf16, or model.attention=flex")
+    if requested in HALF_ONLY and not half:
+        raise ConfigError(f"the {requested} attention backend has no fp32", fix="use bf16, or model.attention=flex")
     return requested, "requested"
+
+
+def why_not(backend: str, device: torch.device | str) -> str | None:
+    """What a backend lacks on a device; None when it can run there."""
+    on_gpu = torch.device(device).type == "cuda"
+    if backend == "flash" and not (on_gpu and _flash_attention() is not None):
+        return "a GPU and the flash-attn package"
+    if backend == "varlen" and _varlen_attention() is None:
+        return "torch 2.10 or later"
+    if backend == "varlen" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
+        return "a GPU of compute capability 8.0 or later"
+    return None
 
 
 @functools.cache
@@ -127,6 +145,17 @@ def _flash_attention():
         return flash_attn_varlen_func
     except ImportError:
         return None
+
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        return functools.partial(varlen_attn, window_size=(-1, 0))  # what is causal, since torch 2.11
+    return functools.partial(varlen_attn, is_causal=True)
 
 
 @functools.cache
@@ -145,13 +174,22 @@ def attend(
 ) -> Float[Tensor, "T H K"]:
     """Causal attention within each document."""
     q_THK, k_TGK = q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)  # under autocast norms and RoPE leave them in fp32
-    if backend == "flash":
-        function = _flash_attention()
-        assert function is not None
+    if backend in HALF_ONLY:
         longest = max(documents.lengths)
         bounds = documents.boundaries
-        return function(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, causal=True)
+        if backend == "flash":
+            function = _flash_attention()
+            assert function is not None
+            return function(q_THK, k_TGK, v_TGK, bounds, bounds, longest, longest, causal=True)
+        function = _varlen_attention()
+        assert function is not None
+        k_THK, v_THK = (
+            repeat_heads(x.transpose(0, 1)[None], q_THK.shape[1])[0].transpose(0, 1) for x in (k_TGK, v_TGK)
+        )
+        return function(q_THK, k_THK, v_THK, bounds, bounds, longest, longest)
     if backend == "flex":
+        if not q_THK.is_cuda and torch.is_grad_enabled() and q_THK.requires_grad:
+            raise ConfigError("the flex attention backend cannot train on a CPU", fix="set model.attention=auto")
         run = _flex_attention(q_THK.is_cuda)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
         out = run(q, k, v, block_mask=documents.flex_mask, enable_gqa=q.shape[1] != k.shape[1])
