@@ -194,10 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_Usage, MMSeqError) as error:
         if debug:
             raise
-        rank = os.environ.get("RANK", "0")
-        where = f" (rank {rank})" if rank != "0" else ""
         message = " ".join(str(error).split("\n"))
-        print(f"mmseq: error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"mmseq: error{_rank_note()}: {message}", file=sys.stderr, flush=True)
         return EXIT_ERROR
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if debug:
@@ -409,6 +407,17 @@ def _print_report(report: dict[str, Any]) -> None:
         print(f"{name}: {value}")
 
 
+def _rank_note() -> str:
+    """Which rank an error is of, where there are several."""
+    from mmseq.training.ranks import find_ranks
+
+    try:
+        ranks = find_ranks(os.environ)
+    except MMSeqError:
+        return ""
+    return f" (rank {ranks.rank})" if ranks.rank else ""
+
+
 def _train(args: argparse.Namespace) -> int:
     from mmseq.config import load_config
     from mmseq.training.config import TrainConfig
@@ -419,17 +428,17 @@ def _train(args: argparse.Namespace) -> int:
         print(train(load_config(TrainConfig, args.recipe, args.overrides)))
     except Preempted as reason:
         print(f"mmseq: {reason}", file=sys.stderr, flush=True)
-        leave(EXIT_PREEMPTED)
+        leave(EXIT_PREEMPTED, f"mmseq: {reason}")
         return EXIT_PREEMPTED
     except (MMSeqError, OSError) as error:
         if getattr(args, "debug", False):
             raise
         if isinstance(error, OSError):
             error = f"{error.filename}: {error.strerror}" if error.filename else error
-        rank = os.environ.get("RANK", "0")
-        print(f"mmseq: error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr, flush=True)
+        line = f"mmseq: error{_rank_note()}: {' '.join(str(error).splitlines())}"
+        print(line, file=sys.stderr, flush=True)
         # other ranks may wait in a collective for this one: the launcher ends them when this process is gone
-        leave(EXIT_ERROR)
+        leave(EXIT_ERROR, line)
         return EXIT_ERROR
     leave(0)
     return 0

@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmseq.errors import ConfigError, require
+from mmseq.training.ranks import Ranks
 
-EXIT_PREEMPTED = 85  # asked to stop, saved, to be started again
+EXIT_PREEMPTED = 85  # asked to end, saved, wants to be started again: what train/launch/ requeues on
 
 
 class Preempted(Exception):
     """The run was asked to stop and has saved; the same command goes on from there."""
 
 
-def start_deepspeed(world: int) -> Any:
-    """Import DeepSpeed and join the process group; a single process makes one of its own."""
+def device_of(ranks: Ranks) -> torch.device:
+    """The GPU of this rank, else the CPU. Raises: ConfigError when the machine has fewer GPUs than processes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1:  # `srun --gpus-per-task 1` shows each process its own
+        return torch.device("cuda", 0)
+    if ranks.local_rank >= count:
+        raise ConfigError(
+            f"this is process {ranks.local_rank} (from 0) of a machine that shows {count} GPUs",
+            fix="start one process per GPU",
+        )
+    return torch.device("cuda", ranks.local_rank)
+
+
+def start_deepspeed(ranks: Ranks) -> Any:
+    """Import DeepSpeed and join the process group; a single process makes one of its own.
+
+    DeepSpeed and libraries below it read the variables of torchrun, so these are set for every launcher.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     deepspeed = require("deepspeed", "train")
     import logging
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-        }
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = device_of(ranks)
+    os.environ |= {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world),
+        "LOCAL_RANK": str(device.index or 0) if device.type == "cuda" else str(ranks.local_rank),
+        "MASTER_ADDR": ranks.address or "127.0.0.1",
+        "MASTER_PORT": str(ranks.port or _free_port()),
+    }
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 
 
@@ -71,8 +89,21 @@ def require_shared(folder: Path) -> None:
         mark.unlink()
 
 
-def leave(code: int = 0) -> None:
-    """Leave the process at once: ZeRO-3's threads can abort a normal interpreter exit."""
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def leave(code: int = 0, message: str | None = None) -> None:
+    """Leave the process at once: ZeRO-3's threads can abort a normal interpreter exit.
+
+    message: why, for the table that torchrun prints last, which would hide what was printed before it.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if message and report:
+        Path(report).parent.mkdir(parents=True, exist_ok=True)
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():

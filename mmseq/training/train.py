@@ -30,7 +30,7 @@ from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
 from mmseq.training import stability
 from mmseq.training.config import TrainConfig
-from mmseq.training.distributed import Preempted, require_shared, start_deepspeed
+from mmseq.training.distributed import Preempted, device_of, require_shared, start_deepspeed
 from mmseq.training.engine import Objective, build_engine
 from mmseq.training.finish import write_model
 from mmseq.training.flops import peak_tflops, training_flops
@@ -38,6 +38,7 @@ from mmseq.training.fragments import base_optimizer
 from mmseq.training.loader import StepData
 from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog, memory_gib, require_loggers
+from mmseq.training.ranks import find_ranks
 from mmseq.training.signals import StopRequest
 from mmseq.training.start import build_model
 from mmseq.training.validation import validate, validation_batches
@@ -52,7 +53,8 @@ def train(config: TrainConfig) -> Path:
     Raises: MMSeqError before any training when something in the configuration or data is wrong; Preempted
     when the process was asked to stop, after saving.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks = find_ranks(os.environ)
+    world, rank = ranks.world, ranks.rank
     config.check(world)
     require_loggers(config.loggers)
     out = Path(config.out)
@@ -64,8 +66,8 @@ def train(config: TrainConfig) -> Path:
     mixture = make("train")
     _check_mixture(mixture, config)
 
-    deepspeed = start_deepspeed(world)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    deepspeed = start_deepspeed(ranks)
+    device = device_of(ranks)
     barrier = torch.distributed.barrier
     model = build_model(config, tokenizers)
     config.model = model.config  # what it starts from decides the shape
