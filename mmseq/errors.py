@@ -54,6 +54,15 @@ class ServeError(MMSeqError):
     """A server that cannot start, or a request that it must refuse."""
 
 
+def raise_all(problems: Iterable[MMSeqError]) -> None:
+    """Raise what was found, as one error of the kind of the first; nothing when there is none."""
+    found = list(problems)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise type(found[0])(f"{len(found)} problems: " + "; ".join(str(p).rstrip(".") for p in found))
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """A sentence naming the closest option, else all of them: `did you mean 'image'?`"""
     options = sorted(set(options))

@@ -72,7 +72,8 @@ class Batch:
 
     ids, slots, positions (T,); patch_at (M,), patch_ids (M, P); copy_at (R,) positions whose next id may
     repeat copy_ids (R,); lengths: tokens of each document in order, padding last as a document of its
-    own; targets by range: (at (N,), code (N,), document task index (N,)).
+    own; targets by range: (at (N,), code (N,), document task index (N,)). parts: how many ranks share the
+    line (`model/sequence_parallel.py`); tensors hold this rank's tokens, lengths the whole line's documents.
     """
 
     ids: Int[Tensor, " T"]
@@ -85,6 +86,7 @@ class Batch:
     lengths: list[int]
     targets: dict[str, tuple[Tensor, Tensor, Tensor]]
     used_tokens: int
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
@@ -103,6 +105,7 @@ class Batch:
             self.lengths,
             {name: tuple(move(t) for t in group) for name, group in self.targets.items()},  # type: ignore[misc]
             self.used_tokens,
+            self.parts,
         )
 
 

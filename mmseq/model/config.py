@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_type_hints
 
-from mmseq.errors import ConfigError, did_you_mean
+from mmseq.errors import ConfigError, did_you_mean, raise_all
 
 
 @dataclass(kw_only=True)
@@ -60,25 +61,29 @@ class ModelConfig:
     z_loss: float = 1e-4
 
     def check(self) -> None:
-        """Raises: ConfigError naming the field."""
+        """Raises: ConfigError naming every field that cannot be."""
+        raise_all(self.problems())
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Everything that cannot be."""
         for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+                yield ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("nope_every", "context_tokens"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
+                yield ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
         positive: dict[str, float] = {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps}
         if self.rope_scaling:
             positive |= {f"rope_scaling.{k}": v for k, v in asdict(self.rope_scaling).items()}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"model.{name} must be positive, got {value}")
+                yield ConfigError(f"model.{name} must be positive, got {value}")
         if self.rope_scaling and self.rope_scaling.high_freq_factor <= self.rope_scaling.low_freq_factor:
-            raise ConfigError("model.rope_scaling.high_freq_factor must be larger than low_freq_factor")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+            yield ConfigError("model.rope_scaling.high_freq_factor must be larger than low_freq_factor")
+        if self.kv_heads > 0 and self.heads % self.kv_heads:
+            yield ConfigError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.head_size % 2:
-            raise ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
+            yield ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
 
     def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
         """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mmseq.errors import CheckpointError, ConfigError
-from mmseq.model.attention import choose_backend, documents_of
+from mmseq.model.attention import choose_backend
 from mmseq.model.config import ModelConfig
 from mmseq.model.range_loss import range_loss
+from mmseq.model.sequence_parallel import documents_across, share
 from mmseq.model.transformer import Transformer
 from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
 from mmseq.packing import Batch
@@ -39,6 +40,7 @@ class SequenceModel(nn.Module):
         self.tokenizers = tokenizers
         self.tasks: dict[str, str] = {}  # names of what it was trained on, which `predict` understands
         self.transformer = Transformer(config)
+        self.sequence_group: Any = None  # the ranks that share a line of tokens with this one, when it is shared
 
     @classmethod
     def new(cls, config: ModelConfig, tokenizers: Tokenizers, *, seed: int = 0) -> SequenceModel:
@@ -63,6 +65,14 @@ class SequenceModel(nn.Module):
         """Of the model as it is saved."""
         return sum(p.numel() for name, p in self.named_parameters() if "code_projection" not in name)
 
+    def share(self, batch: Batch) -> Batch:
+        """What this rank keeps of a line of tokens that its `sequence_group` shares: all where there is none."""
+        group = self.sequence_group
+        if group is None:
+            return batch
+        index, parts = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        return share(batch, index, parts, pad=self.vocabulary.structure("<pad>"))
+
     def hidden(self, batch: Batch, backend: str | None = None) -> Tensor:
         """Hidden states (T, D) of a packed batch."""
         return self._hidden(batch, self.transformer.code_vectors(), backend)
@@ -71,7 +81,7 @@ class SequenceModel(nn.Module):
         b, weight = batch, self.transformer.embed.weight
         half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
         backend = backend or choose_backend(self.device, self.config.attention, half=half)[0]
-        documents = documents_of(batch.lengths, self.device)
+        documents = documents_across(batch, self.device, self.sequence_group)
         return self.transformer(
             b.ids, b.slots, b.positions, b.patch_at, b.patch_ids, b.copy_at, b.copy_ids, codes, documents, backend
         )

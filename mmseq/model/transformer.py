@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseq.model.attention import Documents, attend, repeat_heads
+from mmseq.model.attention import Documents, repeat_heads
 from mmseq.model.config import ModelConfig
 from mmseq.model.rope import rope_table, rotate
+from mmseq.model.sequence_parallel import attend
 from mmseq.sequence import SLOTS
 
 EMBED_STD = 0.02 * math.sqrt(2)

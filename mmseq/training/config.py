@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from mmseq.errors import ConfigError, did_you_mean
+from mmseq.errors import ConfigError, did_you_mean, raise_all
 from mmseq.model.transformer import ModelConfig
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -57,11 +59,13 @@ class OptimizerConfig:
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
     """zero_stage 0 to 3. dtype: fp32, or bf16 with fp32 master weights (autocast at stage 0, DeepSpeed's
-    bf16 optimizer above). settings: a DeepSpeed JSON that is merged over what the recipe gives."""
+    bf16 optimizer above). settings: a DeepSpeed JSON that is merged over what the recipe gives.
+    sequence_parallel: so many consecutive ranks share each line of tokens (Ulysses), for long video."""
 
     zero_stage: int = 1
     dtype: str = "bf16"
     settings: str | None = None
+    sequence_parallel: int = 1
 
 
 @dataclass(kw_only=True)
@@ -104,66 +108,85 @@ class TrainConfig:
     validation_samples: int = 32
 
     def check(self, world_size: int) -> None:
-        """Raises: ConfigError naming the field that cannot work."""
-        for name in ("steps", "log_every", "save_every", "keep_checkpoints", "validation_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "seed",
-            "max_minutes",
-            "stop_after",
-            "validate_every",
-            "milestone_every",
-            "max_skipped_in_a_row",
-            "peak_tflops",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        d = self.data
-        for name in ("row_tokens", "rows_per_step", "rows_per_pass", "prefetch"):
-            if getattr(d, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(d, name)}")
-        for name in ("workers", "max_bad_samples"):
-            if getattr(d, name) < 0:
-                raise ConfigError(f"data.{name} must not be negative, got {getattr(d, name)}")
-        if d.rows_per_step % world_size:
-            raise ConfigError(
-                f"data.rows_per_step {d.rows_per_step} cannot be shared by {world_size} ranks",
-                fix=f"use a multiple of {world_size}",
-            )
-        per_rank = d.rows_per_step // world_size
-        if per_rank % min(d.rows_per_pass, per_rank):
-            raise ConfigError(
-                f"data.rows_per_pass {d.rows_per_pass} does not divide the {per_rank} rows of each rank",
-                fix="use a divisor",
-            )
-        if self.deepspeed.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {self.deepspeed.zero_stage}")
-        if self.deepspeed.dtype not in ("bf16", "fp32"):
-            raise ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {self.deepspeed.dtype!r}")
-        if self.optimizer.kind not in ("adamw", "muon"):
-            raise ConfigError(f"optimizer.kind must be adamw or muon, got {self.optimizer.kind!r}")
-        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage:
-            raise ConfigError(
-                f"optimizer.kind=muon needs whole matrices, ZeRO {self.deepspeed.zero_stage} splits them",
-                fix="set deepspeed.zero_stage=0 or optimizer.kind=adamw",
-            )
+        """Raises: ConfigError naming every field that cannot work."""
+        raise_all(self.problems(world_size))
+
+    def groups(self, world_size: int) -> int:
+        """How many groups of ranks take rows of their own; the ranks of a group share each line of tokens."""
+        return max(1, world_size // max(1, self.deepspeed.sequence_parallel))
+
+    def problems(self, world_size: int) -> Iterator[ConfigError]:
+        """Everything in the settings that cannot work on so many ranks."""
+        at_least_one = ("steps", "log_every", "save_every", "keep_checkpoints", "validation_samples")
+        yield from _below(self, 1, *at_least_one)
+        yield from _below(self, 0, "seed", "max_minutes", "stop_after", "validate_every", "milestone_every")
+        yield from _below(self, 0, "max_skipped_in_a_row", "peak_tflops")
+        yield from _below(self.data, 1, "row_tokens", "rows_per_step", "rows_per_pass", "prefetch", prefix="data.")
+        yield from _below(self.data, 0, "workers", "max_bad_samples", prefix="data.")
+        # the tokenizers will decide what is 0
+        model = replace(self.model, vocabulary=self.model.vocabulary or 1, merge=self.model.merge or 1)
+        yield from model.problems()
+        yield from self._engine_problems(world_size)
+        yield from self._sharing_problems(world_size)
         o = self.optimizer
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             if not (math.isfinite(getattr(o, name)) and getattr(o, name) > 0):
-                raise ConfigError(f"optimizer.{name} must be positive, got {getattr(o, name)}")
+                yield ConfigError(f"optimizer.{name} must be positive, got {getattr(o, name)}")
         for name in ("weight_decay", "warmup_steps", "final_share", "gradient_clip"):
             if not (math.isfinite(getattr(o, name)) and getattr(o, name) >= 0):
-                raise ConfigError(f"optimizer.{name} must not be negative, got {getattr(o, name)}")
+                yield ConfigError(f"optimizer.{name} must not be negative, got {getattr(o, name)}")
         for name in ("beta1", "beta2", "average_decay"):
             if not 0 <= getattr(o, name) < 1:
-                raise ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(o, name)}")
+                yield ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(o, name)}")
         for name in self.loggers:
             if name not in LOGGERS:
-                raise ConfigError(f"loggers names {name!r}: {did_you_mean(name, LOGGERS)}")
+                yield ConfigError(f"loggers names {name!r}: {did_you_mean(name, LOGGERS)}")
         for name, weight in self.range_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"range_weights.{name} must not be negative, got {weight}")
+                yield ConfigError(f"range_weights.{name} must not be negative, got {weight}")
+
+    def _engine_problems(self, world_size: int) -> Iterator[ConfigError]:
+        d, ranks = self.deepspeed, self.deepspeed.sequence_parallel
+        if d.zero_stage not in (0, 1, 2, 3):
+            yield ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {d.zero_stage}")
+        if d.dtype not in ("bf16", "fp32"):
+            yield ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {d.dtype!r}")
+        if self.optimizer.kind not in ("adamw", "muon"):
+            yield ConfigError(f"optimizer.kind must be adamw or muon, got {self.optimizer.kind!r}")
+        if self.optimizer.kind == "muon" and d.zero_stage:
+            yield ConfigError(
+                f"optimizer.kind=muon needs whole matrices, ZeRO {d.zero_stage} splits them",
+                fix="set deepspeed.zero_stage=0 or optimizer.kind=adamw",
+            )
+        if ranks < 1:
+            yield ConfigError(f"deepspeed.sequence_parallel must be at least 1, got {ranks}")
+            return
+        if world_size % ranks:
+            yield ConfigError(
+                f"deepspeed.sequence_parallel {ranks} does not divide {world_size} ranks", fix="use a divisor"
+            )
+        if self.model.heads % ranks:
+            yield ConfigError(
+                f"deepspeed.sequence_parallel {ranks} does not divide model.heads {self.model.heads}",
+                fix="ranks that share a line share its heads, so use a divisor of model.heads",
+            )
+
+    def _sharing_problems(self, world_size: int) -> Iterator[ConfigError]:
+        d, groups = self.data, self.groups(world_size)
+        if d.rows_per_step < 1 or d.rows_per_pass < 1:
+            return
+        if d.rows_per_step % groups:
+            takers = f"{groups} ranks" if groups == world_size else f"{groups} groups of ranks"
+            yield ConfigError(
+                f"data.rows_per_step {d.rows_per_step} cannot be shared by {takers}", fix=f"use a multiple of {groups}"
+            )
+            return
+        each = d.rows_per_step // groups
+        if each % min(d.rows_per_pass, each):
+            yield ConfigError(
+                f"data.rows_per_pass {d.rows_per_pass} does not divide the {each} rows of each rank",
+                fix="use a divisor",
+            )
 
     def rate_share(self, step: int, steps: int) -> float:
         """The share of the peak rate at step 0 .. steps - 1: a pure function, so nothing of it is saved."""
@@ -173,3 +196,10 @@ class TrainConfig:
             return (step + 1) / warmup
         share = (step - warmup) / max(1, steps - warmup)
         return o.final_share + (1 - o.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def _below(settings: Any, least: int, *names: str, prefix: str = "") -> Iterator[ConfigError]:
+    for name in names:
+        if not getattr(settings, name) >= least:
+            rule = f"be at least {least}" if least else "not be negative"
+            yield ConfigError(f"{prefix}{name} must {rule}, got {getattr(settings, name)}")

@@ -89,6 +89,11 @@ def require_shared(folder: Path) -> None:
         mark.unlink()
 
 
+def sequence_group(size: int) -> Any:
+    """The process group of the `size` consecutive ranks that share lines of tokens with this one; None for 1."""
+    return None if size == 1 else torch.distributed.new_subgroups(group_size=size)[0]
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from mmseq.training.optimizer import build_optimizer
 
 def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
     optimizer = build_optimizer(config.optimizer, objective.model)
-    rows = config.data.rows_per_step // world
+    rows = config.data.rows_per_step // config.groups(world)
     passes = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

@@ -24,13 +24,12 @@ from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError
 from mmseq.model.attention import choose_backend
-from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
 from mmseq.training import stability
 from mmseq.training.config import TrainConfig
-from mmseq.training.distributed import Preempted, device_of, require_shared, start_deepspeed
+from mmseq.training.distributed import Preempted, device_of, require_shared, sequence_group, start_deepspeed
 from mmseq.training.engine import Objective, build_engine
 from mmseq.training.finish import write_model
 from mmseq.training.flops import peak_tflops, training_flops
@@ -71,6 +70,8 @@ def train(config: TrainConfig) -> Path:
     barrier = torch.distributed.barrier
     model = build_model(config, tokenizers)
     config.model = model.config  # what it starts from decides the shape
+    model.sequence_group = sequence_group(config.deepspeed.sequence_parallel)
+    groups = config.groups(world)  # ranks that share lines of tokens take the same rows
     size = model.parameters_count  # ZeRO 3 leaves each rank a share
     backend, why = choose_backend(device, config.model.attention, half=config.deepspeed.dtype == "bf16")
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
@@ -114,9 +115,9 @@ def train(config: TrainConfig) -> Path:
         mixture,
         state.data,
         rows_per_step=rows,
-        rows_per_pass=min(config.data.rows_per_pass, rows // world),
-        rank=rank,
-        world=world,
+        rows_per_pass=min(config.data.rows_per_pass, rows // groups),
+        rank=rank * groups // world,
+        world=groups,
         prefetch=config.data.prefetch,
         workers=config.data.workers,
     )
@@ -130,12 +131,14 @@ def train(config: TrainConfig) -> Path:
             waited = time.perf_counter()
             step_data = next(data)
             began = time.perf_counter()
-            targets, stopping, bad = _over_ranks(objective.targets(step_data.passes), stop.asked, len(step_data.bad))
-            _count_bad_samples(step_data, int(bad), state, mixture, config)
+            passes = [model.share(b) for b in step_data.passes]
+            unread = len(step_data.bad) * groups / world
+            targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
+            _count_bad_samples(step_data, round(bad), state, mixture, config)
             share = config.rate_share(state.step, state.steps)
             for group in engine.optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            record = _step(engine, objective, step_data.passes, targets, state, config)
+            record = _step(engine, objective, passes, targets, state, config)
             state.step += 1
             state.data = step_data.state
             state.tokens += int(sum(record["targets"]))
@@ -156,11 +159,12 @@ def train(config: TrainConfig) -> Path:
                 log.total = state.steps
                 last = min(state.steps, config.stop_after or state.steps)
             flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
+            flops *= groups / world
             record |= {
                 "step": state.step,
                 "learning_rate": config.optimizer.learning_rate * share,
                 "fill": step_data.used_tokens / step_data.slot_tokens,
-                "tokens_per_s": step_data.slot_tokens * world / timed[-1],
+                "tokens_per_s": step_data.slot_tokens * groups / timed[-1],
                 "tflops": flops / timed[-1] / 1e12,
                 "mfu": flops / timed[-1] / 1e12 / peak if peak else None,
                 "memory_gib": memory_gib(device),

@@ -30,9 +30,12 @@ def validate(engine: Any, batches: list[Batch], names: list[str]) -> dict[str, f
     """Held-out bits per token by task."""
     engine.eval()
     total = torch.zeros(2, len(names) + 1, device=engine.device, dtype=torch.float64)
+    model = engine.module.model
     for batch in batches:
-        _, sums = engine(batch.to(engine.device))
+        _, sums = engine(model.share(batch).to(engine.device))
         total += sums
     engine.train()
+    if model.sequence_group is not None:
+        torch.distributed.all_reduce(total, group=model.sequence_group)
     nats, counts = total.tolist()
     return {n: nats[i] / counts[i] / math.log(2) for i, n in enumerate(names) if counts[i]}
