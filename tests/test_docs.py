@@ -57,6 +57,7 @@ def place(tmp_path_factory):
     bundle.save(demo / "tokenizers")
     tiny.model(bundle).save_pretrained(demo / "checkpoint")
     tokenize_mix(demo / "mix.yaml", demo / "tokens", bundle, root=demo / "data")
+    tiny.language_model(root / "models/SmolLM2-135M")
     for folder in ("train", "data_mixes", "tokenizers"):
         shutil.copytree(ROOT / folder, root / folder)
     programs = root / "bin"

@@ -153,9 +153,9 @@ def _varlen_attention() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        return functools.partial(varlen_attn, window_size=(-1, 0))  # what is causal, since torch 2.11
-    return functools.partial(varlen_attn, is_causal=True)
+    since_2_11 = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if since_2_11 else {"is_causal": True}
+    return functools.partial(varlen_attn, **causal)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Fields that change what is computed, and the only values that our transformer has.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
+    "hidden_act": ("silu", "swish", None),
     "attention_bias": (False, None),  # Llama's is on all four projections; Qwen2's has no field
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
@@ -44,19 +44,18 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def read_config(data: Any, where: str) -> ModelConfig:
     """The transformer of a language model's config.json, without `vocabulary` and `merge`, and without what only
     our models have. Raises: CheckpointError naming the field that is absent, wrong or cannot be represented."""
-    if not isinstance(data, dict) or data.get("model_type") not in ARCHITECTURES:
-        kind = data.get("model_type") if isinstance(data, dict) else None
+    family = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise CheckpointError(
-            f"{where}: model_type is {kind!r}",
+            f"{where}: model_type is {family!r}",
             fix=f"start from one of {', '.join(ARCHITECTURES)}, or from a checkpoint",
         )
-    family = data["model_type"]
     fields = {**_DEFAULTS[family], **{k: v for k, v in data.items() if v is not None}}
     for name, allowed in _ONLY.items():
         if fields.get(name) not in allowed:
             raise _unsupported(where, name, fields[name])
-    _refuse_sliding_windows(fields, where)
     try:
+        _refuse_sliding_windows(fields, where)
         heads, width, layers = (fields[k] for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
         theta, scaling = _rope(fields, where)
         shape = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmseq import SequenceModel
-from mmseq.errors import CheckpointError, FingerprintError, MMSeqError
+from mmseq.errors import CheckpointError, FingerprintError
 from mmseq.testing import tiny
 
 
@@ -118,10 +118,27 @@ def test_exchanged_tokenizers_are_refused(saved, tmp_path, exchange):
 
 def test_a_config_that_contradicts_the_weights_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
-    for changes in ({"layers": 3}, {"width": 64}, {"heads": 3}, {"wheels": 4}, {"width": "wide"}):
+    wrong_types = ({"width": "wide"}, {"rope_theta": "x"}, {"qk_norm": 1}, {"rope_scaling": 3}, {"layers": 2.5})
+    for changes in ({"layers": 3}, {"width": 64}, {"heads": 3}, {"wheels": 4}, {"qkv_bias": True}, *wrong_types):
         (saved / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **changes}}))
-        with pytest.raises(MMSeqError):
+        with pytest.raises(CheckpointError, match=rf"model\.{next(iter(changes))}|do not fit"):
             SequenceModel.from_pretrained(saved)
+
+
+def test_a_config_of_before_a_field_was_added_still_loads(model, saved):
+    config = json.loads((saved / "config.json").read_text())
+    for name in ("rope_scaling", "nope_every", "qkv_bias", "context_tokens"):
+        del config["model"][name]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert SequenceModel.from_pretrained(saved).config == model.config
+
+
+def test_a_checkpoint_may_be_saved_over_itself(saved):
+    model = SequenceModel.from_pretrained(saved)
+    before = {k: v.clone() for k, v in model.transformer.plain_state().items()}
+    model.save_pretrained(saved)
+    after = SequenceModel.from_pretrained(saved).transformer.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
 def test_weights_are_never_unpickled(saved):

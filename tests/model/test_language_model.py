@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmseq.errors import CheckpointError, ConfigError, FingerprintError, MMSeqError
+from mmseq.model import families
 from mmseq.model.attention import documents_of
 from mmseq.model.config import ModelConfig
 from mmseq.model.language_model import from_language_model
@@ -144,6 +145,34 @@ def test_what_cannot_be_represented_is_refused_by_name(tmp_path, family, changes
     (tmp_path / "config.json").write_text(json.dumps({**data, **changes}))
     with pytest.raises(CheckpointError, match=message):
         start(tmp_path)
+
+
+WRONG = (None, "x", [], ["x"], [None], {}, {"rope_type": []}, -1, 0, 1.5, True, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("family", families.ARCHITECTURES)
+def test_a_damaged_config_is_read_or_refused_whatever_it_holds(tmp_path, family):
+    tiny.language_model(tmp_path, family, rope_parameters=LLAMA3)
+    data = json.loads((tmp_path / "config.json").read_text())
+    legacy = {"rope_scaling": LLAMA3, "use_sliding_window": True, "sliding_window": 4, "no_rope_layer_interval": 2}
+    messages, read = [], 0
+    for values in (data, {**data, **legacy}):
+        for name in (*values, *(f"rope_parameters.{k}" for k in LLAMA3)):
+            for wrong in WRONG:
+                changed = json.loads(json.dumps(values))
+                outer, _, inner = name.partition(".")
+                if inner:
+                    changed[outer][inner] = wrong
+                else:
+                    changed[outer] = wrong
+                try:
+                    families.read_config(changed, "config.json")
+                    read += 1
+                except CheckpointError as error:
+                    messages.append(str(error))
+    assert read > 100
+    assert len(messages) > 100
+    assert all("config.json" in text for text in messages)
 
 
 def test_a_recipe_may_be_silent_about_the_shape_but_not_contradict_it(tmp_path):

@@ -1,25 +1,28 @@
-"""Ranks that share a line of tokens compute what one rank with the whole line computes."""
+"""Slices of a line of tokens; tests/training/test_sequence_parallel.py trains on them."""
 
 import pytest
 import torch
 
 from mmseq.data.mixture import Mixture, load_mix
+from mmseq.data.tokens import write_token_shards
 from mmseq.errors import ConfigError
 from mmseq.model.sequence_parallel import share
 from mmseq.packing import collate
-from mmseq.testing import tiny, tiny_run
+from mmseq.testing import tiny
 from mmseq.training.config import TrainConfig
 
+MIX = """
+sources: {robot: {path: robot}}
+tasks: [{task: "text, image, proprio -> action[4]"}, {task: "image, action[4] -> image@+4"}, {task: "video[4] -> text"}]
+"""
+
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_run.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def batch(data):
-    bundle = tiny.tokenizers()
-    mixture = Mixture(load_mix(data / "mix.yaml"), data / "tokens", bundle, row_tokens=256, seed=0)
+def batch(tmp_path_factory):
+    root, bundle = tmp_path_factory.mktemp("data"), tiny.tokenizers()
+    write_token_shards([tiny.episode(i) for i in range(4)], root / "tokens/robot", bundle, name="robot")
+    (root / "mix.yaml").write_text(MIX)
+    mixture = Mixture(load_mix(root / "mix.yaml"), root / "tokens", bundle, row_tokens=256, seed=0)
     sequences = [mixture.build(stream.moment(0)) for stream in mixture.streams]
     made = collate(sequences, bundle.vocabulary, tasks=list(range(len(sequences))))
     assert len(made.patch_at) and len(made.copy_at) and len(made.targets) > 2  # noqa: PT018
@@ -53,36 +56,6 @@ def test_every_slice_has_the_ranges_of_the_line(batch):
     slices = [share(batch, i, 12, pad=0) for i in range(12)]
     assert all(s.targets.keys() == batch.targets.keys() for s in slices)
     assert any(len(group[0]) == 0 for s in slices for group in s.targets.values())
-
-
-# row_tokens 255 is odd, so the last slice of two ranks ends in padding
-SAME = ["model.activation_checkpointing=true", "model.kv_heads=1", "data.row_tokens=255", "data.rows_per_step=2"]
-
-
-@pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone") / "run"
-    tiny_run.train(data, out, 1, *SAME, "validate_every=2", f"data.mix={data}/holdout.yaml")
-    assert len(tiny_run.losses(out)) == 4
-    return out
-
-
-@pytest.mark.parametrize(
-    ("ranks", "stage"), [(2, 1), pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)]
-)
-def test_ranks_that_share_lines_learn_the_same(data, alone, tmp_path, ranks, stage):
-    """Four ranks are two groups of two, each with rows of its own. One key/value head is copied to both ranks."""
-    settings = tmp_path / "settings.json"
-    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}' if stage == 3 else "{}")
-    more = ["deepspeed.sequence_parallel=2", f"deepspeed.zero_stage={stage}", f"deepspeed.settings={settings}"]
-    more += ["validate_every=2", f"data.mix={data}/holdout.yaml"]
-    tiny_run.train(data, tmp_path / "run", ranks, *SAME, *more)
-    for kind in ("train", "validation"):
-        expected, found = tiny_run.metrics(alone, kind), tiny_run.metrics(tmp_path / "run", kind)
-        assert len(found) == len(expected)
-        for a, b in zip(expected, found):
-            assert b["bits_per_token"] == pytest.approx(a["bits_per_token"], rel=1e-5)
-    assert tiny_run.losses(tmp_path / "run") == pytest.approx(tiny_run.losses(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize(
