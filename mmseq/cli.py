@@ -123,6 +123,36 @@ def build_parser() -> argparse.ArgumentParser:
         "also: torchrun --nproc-per-node 2 -m mmseq train RECIPE",
     )
     _recipe(c)
+    c.add_argument("--dry-run", action="store_true", help="only say what it would cost, and everything that is wrong")
+    c.add_argument("--gpus", type=int, metavar="N", help="of a dry run: how many ranks (default: those there are)")
+    c.add_argument("--gpu", metavar="NAME", help="of a dry run: a100, h100, h200, b200, ...")
+    c.add_argument("--mfu", type=float, default=0.4, help="of a dry run: the share of its peak (default: 0.4)")
+
+    c = add(
+        commands,
+        "finetune",
+        _finetune,
+        "put a checkpoint on a new robot, from a LeRobot v3 dataset; the same command resumes",
+        "mmseq finetune runs/demo/checkpoint --dataset PATH --embodiment robot.yaml --lora --hours 2",
+    )
+    c.add_argument("checkpoint", metavar="CHECKPOINT")
+    c.add_argument("--dataset", required=True, metavar="LEROBOT_V3")
+    c.add_argument("--embodiment", metavar="FILE", help="what the dataset does not say: units, gripper (YAML)")
+    c.add_argument("--out", default="runs/finetune", metavar="DIR", help="default: runs/finetune")
+    c.add_argument("--lora", action="store_true", help="train adapters instead of every weight")
+    c.add_argument("--lora-rank", type=int, default=16, help="of the adapters (default: 16)")
+    c.add_argument("--hours", type=float, default=2.0, help="at most (default: 2)")
+    c.add_argument("--steps", type=int, default=20_000, help="at most (default: 20000)")
+    c.add_argument(
+        "--task", action="append", default=[], metavar="ARROW", help="instead of the checkpoint's; repeatable"
+    )
+    c.add_argument("--rate-hz", type=float, help="steps per second; default: the dataset's")
+    c.add_argument("--keep", type=float, default=0.2, help="share of rehearsed samples (default: 0.2)")
+    c.add_argument("--tokens", metavar="DIR", help="the checkpoint's own token shards; default: where they were")
+    c.add_argument("--ranks", type=int, help="processes on this machine; default: one per GPU")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--prepare-only", action="store_true", help="stop before training: OUT/recipe.yaml runs anywhere")
+    c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training recipe")
 
     c = add(
         commands,
@@ -421,6 +451,11 @@ def _rank_note() -> str:
 def _train(args: argparse.Namespace) -> int:
     from mmseq.config import load_config
     from mmseq.training.config import TrainConfig
+
+    if args.dry_run:
+        return _dry_run(args)
+    if args.gpus is not None or args.gpu is not None:
+        raise ConfigError("--gpus and --gpu are for --dry-run", fix="a run takes the ranks that its launcher starts")
     from mmseq.training.distributed import EXIT_PREEMPTED, Preempted, leave
     from mmseq.training.train import train
 
@@ -442,6 +477,63 @@ def _train(args: argparse.Namespace) -> int:
         return EXIT_ERROR
     leave(0)
     return 0
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from mmseq.progress import progress
+    from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
+    from mmseq.training.local import local_ranks, train_here
+
+    out = Path(args.out)
+    config = FinetuneConfig(
+        checkpoint=args.checkpoint,
+        dataset=args.dataset,
+        out=args.out,
+        embodiment=args.embodiment,
+        rate_hz=args.rate_hz,
+        tasks=args.task,
+        lora=args.lora,
+        lora_rank=args.lora_rank,
+        hours=args.hours,
+        steps=args.steps,
+        keep=args.keep,
+        tokens=args.tokens,
+        seed=args.seed,
+        settings=args.overrides,
+    )
+    if args.ranks is not None and args.ranks < 1:
+        raise ConfigError(f"--ranks is {args.ranks}", fix="give at least 1")
+    with progress(f"preparing {args.dataset}", "episodes") as update:
+        prepare(config, say=print, on_progress=lambda stage, done, total: update(done, total, note=stage))
+    print(f"{out / 'recipe.yaml'}: `mmseq train {out / 'recipe.yaml'}` runs it under any launcher")
+    if args.prepare_only:
+        return
+    train_here(out / "recipe.yaml", [], ranks=args.ranks or local_ranks(), log=out / "train.log")
+    report = before_and_after(out)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "before", "after", title=report["unit"], box=None, pad_edge=False)
+    for name, bits in report["tasks"].items():
+        before = "" if bits["before"] is None else f"{bits['before']:.3f}"
+        table.add_row(name, before, f"{bits['after']:.3f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"{out / 'checkpoint'}: `mmseq serve {out / 'checkpoint'}` serves it")
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from mmseq.config import load_config
+    from mmseq.training.config import TrainConfig
+    from mmseq.training.dry_run import dry_run, print_plan
+    from mmseq.training.ranks import find_ranks
+
+    config = load_config(TrainConfig, args.recipe, args.overrides)
+    gpus = find_ranks(os.environ).world if args.gpus is None else args.gpus
+    plan = dry_run(config, gpus=gpus, gpu=args.gpu, mfu=args.mfu)
+    print_plan(plan)
+    for problem in plan.problems:
+        print(f"mmseq: error: {problem}", file=sys.stderr)
+    return EXIT_ERROR if plan.problems else 0
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,17 +11,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmseq.errors import ConfigError, did_you_mean
+from mmseq.errors import ConfigError, did_you_mean, raise_all
 
 
 def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read `path`, apply `overrides` such as `model.width=256`, and return the dataclass.
 
-    Raises: ConfigError naming the key, the file and the closest known key.
+    Raises: ConfigError naming every unknown key, its file and the closest known key.
     """
     base = OmegaConf.structured(schema)
     where = str(path) if path is not None else "the command line"
-    parts = [base]
+    parts: list[Any] = [base]
+    problems: list[ConfigError] = []
     if path is not None:
         try:
             loaded = OmegaConf.load(path)
@@ -31,7 +32,7 @@ def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path} must hold keys and values, it holds a {type(loaded).__name__}")
-        _check_keys(schema, OmegaConf.to_container(loaded), where)
+        problems += _key_problems(schema, OmegaConf.to_container(loaded), where)
         parts.append(loaded)
     if overrides:
         for item in overrides:
@@ -41,8 +42,9 @@ def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence
             given = OmegaConf.from_dotlist(list(overrides))
         except Exception as error:
             raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
-        _check_keys(schema, OmegaConf.to_container(given), "the command line")
+        problems += _key_problems(schema, OmegaConf.to_container(given), "the command line")
         parts.append(given)
+    raise_all(problems)
     try:
         merged = OmegaConf.merge(*parts)
         result = OmegaConf.to_object(merged)
@@ -53,28 +55,30 @@ def load_config[T](schema: type[T], path: str | Path | None, overrides: Sequence
     return result  # type: ignore[return-value]
 
 
-def _check_keys(schema: Any, data: Any, where: str, prefix: str = "") -> None:
+def _key_problems(schema: Any, data: Any, where: str, prefix: str = "") -> Iterator[ConfigError]:
+    """Every key that the schema lacks, and every group that holds no keys."""
     if not is_dataclass(schema) or not isinstance(data, dict):
         return
     hints = get_type_hints(schema)
     known = [f.name for f in fields(schema)]
     for key, value in data.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}: {did_you_mean(str(key), known)}")
+            yield ConfigError(f"{where}: unknown key {prefix + str(key)!r}: {did_you_mean(str(key), known)}")
+            continue
         inner = hints[key]
         arguments = [a for a in get_args(inner) if is_dataclass(a)]
         group = is_dataclass(inner) or bool(arguments and get_origin(inner) in (dict, list))
         if group and value is not None and not isinstance(value, list if get_origin(inner) is list else dict):
             wanted = "a list" if get_origin(inner) is list else "keys and values"
-            raise ConfigError(f"{where}: {prefix}{key} must hold {wanted}, it holds {value!r}")
-        if is_dataclass(inner):
-            _check_keys(inner, value, where, f"{prefix}{key}.")
+            yield ConfigError(f"{where}: {prefix}{key} must hold {wanted}, it holds {value!r}")
+        elif is_dataclass(inner):
+            yield from _key_problems(inner, value, where, f"{prefix}{key}.")
         elif arguments and isinstance(value, dict):
             for name, item in value.items():
-                _check_keys(arguments[-1], item, where, f"{prefix}{key}.{name}.")
+                yield from _key_problems(arguments[-1], item, where, f"{prefix}{key}.{name}.")
         elif arguments and isinstance(value, list):
             for i, item in enumerate(value):
-                _check_keys(arguments[-1], item, where, f"{prefix}{key}[{i}].")
+                yield from _key_problems(arguments[-1], item, where, f"{prefix}{key}[{i}].")
 
 
 def to_yaml(config: Any) -> str:

@@ -10,11 +10,8 @@ runs/demo/data/{lerobot,human,episodes}   tokenizers/   tokens/   mix.yaml
 from __future__ import annotations
 
 import json
-import math
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +24,10 @@ from rich.console import Console
 
 from mmseq.config import load_config, to_yaml
 from mmseq.data.importing import EpisodeShardReader, import_episodes
-from mmseq.data.mixture import MixConfig, Mixture, held_out, holdout_rank, load_mix, save_mix, task_name
+from mmseq.data.mixture import MixConfig, Mixture, held_out, least_holdout, load_mix, save_mix, task_name
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.episode import Episode
-from mmseq.errors import ConfigError, DataError, MMSeqError
+from mmseq.errors import ConfigError, DataError
 from mmseq.progress import progress
 from mmseq.tasks import Task
 
@@ -173,7 +170,8 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
             for number in (8, 4, 2):
                 task.task = task.task.replace(f"[{number}]", f"[{min(number, limit)}]")
                 task.task = task.task.replace(f"@+{number}", f"@+{min(number, limit)}")
-    mix.holdout = max(mix.holdout, *(_holdout(name, reader) for name, reader in readers.items()))
+    names = [[f"{name}/{note['id']}" for note in reader.metadata] for name, reader in readers.items()]
+    mix.holdout = max(mix.holdout, *map(least_holdout, names))
     kept = []
     for task in mix.tasks:
         parsed = Task.parse(task.task)
@@ -182,16 +180,6 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
     mix.tasks = kept
     save_mix(mix, out / "mix.yaml")
     return mix
-
-
-def _holdout(name: str, reader: EpisodeShardReader) -> float:
-    """The share at which a source holds out four episodes, or as many as 40 % give, and at least one.
-
-    Which episodes are held out is decided by their ids, and those of a small dataset may choose none.
-    """
-    ranks = sorted(holdout_rank(f"{name}/{note['id']}") for note in reader.metadata)
-    wanted = min(0.4, math.nextafter(ranks[min(len(ranks) // 4, 4) - 1], 1)) if len(ranks) >= 4 else 0.0
-    return max(wanted, math.nextafter(ranks[0], 1))
 
 
 def _streams(reader: EpisodeShardReader, index: int) -> list[str]:
@@ -224,38 +212,22 @@ def _tokenize(config: DemoConfig, out: Path, mix: MixConfig, scale: float, stage
 
 def _train(config: DemoConfig, out: Path, stages: Stages) -> None:
     """Two ranks under torchrun where there are two cores, as a user would start it."""
-    ranks = 2 if (os.cpu_count() or 1) >= 2 else 1
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-        *("--master-addr", "127.0.0.1", "--master-port", str(_free_port()), "-m", "mmseq", "train"),
-        str(RECIPES / "demo_train.yaml"),
+    from mmseq.training.local import local_ranks, train_here
+
+    ranks = local_ranks()
+    settings = [
         *(f"data.mix={out / 'mix.yaml'}", f"data.tokens={out / 'tokens'}", f"data.tokenizers={out / 'tokenizers'}"),
         *(f"out={out / 'train'}", f"seed={config.seed}", f"max_minutes={config.minutes * TRAIN_SHARE:g}"),
     ]
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     with stages.stage(f"Training one model on every task, {ranks} ranks"):
-        log = out / "train.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                if line.startswith("step ") or "parameters" in line:
-                    stages.console.print("  " + line.rstrip(), soft_wrap=True)
-            code = process.wait()
-        if code:
-            tail = "\n".join(log.read_text().splitlines()[-15:])
-            raise MMSeqError(f"training ended with code {code}; the end of {log}:\n{tail}")
+        train_here(
+            RECIPES / "demo_train.yaml",
+            settings,
+            ranks=ranks,
+            log=out / "train.log",
+            say=lambda line: stages.console.print("  " + line, soft_wrap=True, markup=False),
+        )
     shutil.copytree(out / "train/checkpoint", out / "checkpoint")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _split(out: Path, mix: MixConfig) -> tuple[list[Episode], list[Episode], list[Episode]]:

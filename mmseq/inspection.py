@@ -7,11 +7,10 @@ mmseq inspect train/7b.yaml
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmseq.errors import CheckpointError, ConfigError
+from mmseq.errors import CheckpointError
 
 STATE_BYTES = 16  # per parameter in training: bf16 weight and gradient, fp32 master weight and Adam's two moments
 
@@ -21,13 +20,15 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     import torch
 
     from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
+    from mmseq.training.dry_run import sizes
 
     directory = Path(directory)
     model = SequenceModel.from_pretrained(directory, dtype=torch.bfloat16)
     assert model.tokenizers is not None
+    parameters, inner = sizes(model)
     out: dict[str, Any] = {
         "checkpoint": str(directory),
-        "model": {**model.config.to_dict(), **_sizes(model)},
+        "model": {**model.config.to_dict(), "parameters": parameters, "parameters_without_embeddings": inner},
         "dtype_on_disk": json.loads((directory / CONFIG_FILE).read_text()).get("dtype"),
         "ranges": {r.name: {"first": r.start, "size": r.size} for r in model.vocabulary.ranges.values()},
         "vocabulary": len(model.vocabulary),
@@ -60,48 +61,24 @@ def inspect_recipe(path: str | Path, overrides: list[str] | None = None) -> dict
     The vocabulary comes from the recipe's tokenizers where they exist, else from `model.vocabulary`.
     Raises: ConfigError when neither says it.
     """
-    import torch
-
     from mmseq.config import load_config
-    from mmseq.model.transformer import Transformer
-    from mmseq.tokenization.bundle import FILE, Tokenizers
     from mmseq.training.config import TrainConfig
-    from mmseq.training.start import model_shape
+    from mmseq.training.dry_run import attention_flops, recipe_model, sizes
 
     config = load_config(TrainConfig, path, overrides or [])
-    config.model = model_shape(config)
-    if (Path(config.data.tokenizers) / FILE).is_file():
-        tokenizers = Tokenizers.load(config.data.tokenizers)
-        m = config.model.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
-    elif not config.model.vocabulary:
-        raise ConfigError(
-            f"{path}: there are no tokenizers at {config.data.tokenizers}, so the vocabulary is unknown",
-            fix="train them, or pass model.vocabulary=65536",
-        )
-    else:
-        m = replace(config.model, merge=config.model.merge or 2)
-    with torch.device("meta"):
-        transformer = Transformer(m)
-    sizes = _sizes(transformer)
+    m = recipe_model(config)
+    parameters, inner = sizes(m)
     tokens = config.data.row_tokens * config.data.rows_per_step
-    attention = 6 * m.layers * m.heads * m.head_size * config.data.row_tokens  # an upper bound: rows of one document
     return {
         "recipe": str(path),
-        "model": {**m.to_dict(), **sizes},
+        "model": {**m.to_dict(), "parameters": parameters, "parameters_without_embeddings": inner},
         "tokens_per_step": tokens,
         "tokens": tokens * config.steps,
-        "gflops_per_token": (6 * sizes["parameters_without_embeddings"] + attention) / 1e9,
-        "training_state_gib": sizes["parameters"] * STATE_BYTES / 2**30,
+        # rows of one document are the upper bound
+        "gflops_per_token": (6 * inner + attention_flops(m, config.data.row_tokens)) / 1e9,
+        "training_state_gib": parameters * STATE_BYTES / 2**30,
         "cache_bytes_per_token": 2 * 2 * m.layers * m.kv_heads * m.head_size,
     }
-
-
-def _sizes(module: Any) -> dict[str, int]:
-    total = sum(p.numel() for p in module.parameters())
-    tables = sum(
-        p.numel() for n, p in module.named_parameters() if n.endswith(("embed.weight", "slots.weight", "head.weight"))
-    )
-    return {"parameters": total, "parameters_without_embeddings": total - tables}
 
 
 def print_checkpoint(found: dict[str, Any]) -> None:

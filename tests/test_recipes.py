@@ -7,6 +7,7 @@ import pytest
 from mmseq.config import load_config
 from mmseq.data.mixture import load_mix
 from mmseq.inspection import inspect_recipe
+from mmseq.testing import tiny
 from mmseq.tokenization.recipe import TokenizerConfig
 from mmseq.training.config import TrainConfig
 
@@ -18,9 +19,13 @@ relative = lambda path: path.relative_to(ROOT).as_posix()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").glob("*.yaml")), ids=relative)
-def test_a_training_recipe_fits_its_ranks_and_its_model_can_be_built(path):
-    load_config(TrainConfig, path, GIVEN).check(WORLDS.get(path.stem, 1))
-    overrides = GIVEN if load_config(TrainConfig, path, GIVEN).model.vocabulary else [*GIVEN, "model.vocabulary=2048"]
+def test_a_training_recipe_fits_its_ranks_and_its_model_can_be_built(path, tmp_path):
+    config = load_config(TrainConfig, path, GIVEN)
+    config.check(WORLDS.get(path.stem, 1))
+    overrides = GIVEN if config.model.vocabulary else [*GIVEN, "model.vocabulary=2048"]
+    if config.init_from:
+        tiny.language_model(tmp_path)
+        overrides = [*overrides, f"init_from={tmp_path}"]
     found = inspect_recipe(path, overrides)["model"]
     low, high = SIZES.get(path.stem, (1, 1e12))
     assert low <= found["parameters"] <= high

@@ -125,6 +125,16 @@ def holdout_rank(episode_id: str) -> float:
     return int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
 
 
+def least_holdout(episode_ids: Sequence[str]) -> float:
+    """The share at which a small source holds out four episodes, or as many as 40 % give, and at least one.
+
+    Which episodes are held out is decided by their ids, and those of a small source may choose none.
+    """
+    ranks = sorted(holdout_rank(i) for i in episode_ids)
+    wanted = min(0.4, math.nextafter(ranks[min(len(ranks) // 4, 4) - 1], 1)) if len(ranks) >= 4 else 0.0
+    return max(wanted, math.nextafter(ranks[0], 1))
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample before it is built: what to read and which task to fill."""

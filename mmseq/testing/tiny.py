@@ -135,6 +135,9 @@ def language_model(directory: str | Path, family: str = "llama", *, seed: int = 
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)
+        for name, p in made.named_parameters():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                p.add_(torch.randn(p.shape[1]) * 0.2)  # rows of language models share a direction
     made.save_pretrained(directory)
     text.save(str(Path(directory, "tokenizer.json")))
     return made

@@ -83,6 +83,18 @@ class Tokenizers:
             )
         return self.embodiments[name]
 
+    def with_embodiments(self, embodiments: Sequence[Embodiment]) -> Tokenizers:
+        """The same tokenizers for other robots; those that are here should come first, in their order."""
+        return Tokenizers(
+            text=self.text,
+            vision=self.vision,
+            action=self.action,
+            proprio=self.proprio,
+            progress=self.progress,
+            embodiments=embodiments,
+            merge=self.layout.merge,
+        )
+
     def fingerprints(self) -> dict[str, str]:
         """Of every part that token shards depend on; embodiments as `embodiment/<name>`."""
         return {

@@ -93,7 +93,7 @@ class TextTokenizer:
 
     def piece(self, code: int) -> str:
         """How the tokenizer writes one code."""
-        return self._hf.id_to_token(code) if self.huggingface else self._sp.id_to_piece(code)
+        return str(self._hf.id_to_token(code) if self.huggingface else self._sp.id_to_piece(code))
 
     @property
     def fingerprint(self) -> str:

@@ -69,6 +69,15 @@ class DeepSpeedConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """rank: of the adapters beside the matrices of the layers; 0 trains every weight. alpha: what they learn is
+    scaled by alpha / rank; 0 is the rank."""
+
+    rank: int = 0
+    alpha: float = 0.0
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """A training run. out: its folder.
 
@@ -91,6 +100,7 @@ class TrainConfig:
     max_minutes: float = 0.0
     stop_after: int = 0
     init_from: str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -126,6 +136,9 @@ class TrainConfig:
         # the tokenizers will decide what is 0
         model = replace(self.model, vocabulary=self.model.vocabulary or 1, merge=self.model.merge or 1)
         yield from model.problems()
+        yield from _below(self.lora, 0, "rank", "alpha", prefix="lora.")
+        if self.lora.rank and self.init_from is None:
+            yield ConfigError("lora.rank needs init_from: adapters to fresh weights learn nothing", fix="set init_from")
         yield from self._engine_problems(world_size)
         yield from self._sharing_problems(world_size)
         o = self.optimizer

@@ -16,9 +16,12 @@ from mmseq.training.config import TrainConfig
 from mmseq.training.optimizer import build_optimizer
 
 
-def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
-    optimizer = build_optimizer(config.optimizer, objective.model)
-    rows = config.data.rows_per_step // config.groups(world)
+def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
+    """What DeepSpeed is told: what the recipe says, with its file of settings laid over it.
+
+    Raises: ConfigError when the file is no JSON object, or contradicts the recipe.
+    """
+    rows = max(1, config.data.rows_per_step // config.groups(world))
     passes = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -42,6 +45,12 @@ def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, worl
         if not isinstance(given, dict):
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
         _merge(settings, given, where=config.deepspeed.settings)
+    return settings
+
+
+def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, world: int) -> Any:
+    settings = deepspeed_settings(config, world)
+    optimizer = build_optimizer(config.optimizer, objective.model)
     try:
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=settings, dist_init_required=False

@@ -13,6 +13,8 @@ from mmseq.data.shards import replace_folder
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.training.checkpoint import StoredTensors
 from mmseq.training.config import TrainConfig
+from mmseq.training.lora import merge_adapters
+from mmseq.training.start import build_model
 
 
 def write_model(
@@ -24,13 +26,18 @@ def write_model(
     average of the weights. Raises: CheckpointError when the checkpoint is damaged.
     """
     assert trained.tokenizers is not None
-    model = SequenceModel(trained.config, trained.vocabulary, trained.tokenizers)
-    if trained.transformer.code_projection is not None:
-        model.learn_codes()
+    if config.lora.rank:  # what was frozen is where it came from
+        model = build_model(config, trained.tokenizers)
+    else:
+        model = SequenceModel(trained.config, trained.vocabulary, trained.tokenizers)
+        if trained.transformer.code_projection is not None:
+            model.learn_codes()
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in StoredTensors(checkpoint).weights(averaged=averaged):
             own[name].copy_(weight)
+    if config.lora.rank:
+        merge_adapters(model)
     model.tasks = {task_name(t): t.task for t in mix.tasks}
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from mmseq.model.language_model import from_language_model, read_json
 from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
+from mmseq.training.lora import add_adapters
 from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
 
 
@@ -29,8 +30,12 @@ def build_model(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
         return SequenceModel.new(config.model, tokenizers, seed=config.seed)
     directory = Path(config.init_from)
     if _is_ours(directory):
-        return from_checkpoint(directory, config.model, tokenizers)
-    return from_language_model(directory, config.model, tokenizers, seed=config.seed)
+        model = from_checkpoint(directory, config.model, tokenizers)
+    else:
+        model = from_language_model(directory, config.model, tokenizers, seed=config.seed)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    return model
 
 
 def model_shape(config: TrainConfig) -> ModelConfig:

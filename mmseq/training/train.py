@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> Path:
         "tokenizers": tokenizers.fingerprints(),
         "model": {k: v for k, v in model.config.to_dict().items() if k not in HOW},
         "optimizer": config.optimizer.kind,
+        "lora": [config.lora.rank, config.lora.alpha, config.init_from] if config.lora.rank else None,
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
     found = checkpoints.complete_checkpoints(out / "checkpoints")
@@ -122,6 +123,8 @@ def train(config: TrainConfig) -> Path:
         workers=config.data.workers,
     )
     validation = validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
+    if validation and state.step == 0:
+        log.validation(0, {"bits_per_token": validate(engine, validation, mixture.task_names)})
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
     last = min(state.steps, config.stop_after or state.steps)

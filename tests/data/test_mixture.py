@@ -22,7 +22,7 @@ from mmseq.data.mixture import (
 from mmseq.data.tokens import write_token_shards
 from mmseq.errors import ConfigError, DataError, FingerprintError, TaskError
 from mmseq.testing import tiny
-from mmseq.training.loader import build_step, steps
+from mmseq.training.loader import steps
 
 TASKS = {"text, image, proprio -> action[4]": 3.0, "image, action[4] -> image@+4": 1.0, "video[2] -> text": 2.0}
 
@@ -86,7 +86,10 @@ def test_every_world_size_reads_the_same_rows(world, world_size):
         assert len({(p.state.block, p.state.row) for p in parts}) == 1
         wanted = reference[8 * step : 8 * step + 8]
         for rank, part in enumerate(parts):
-            assert part.samples == [s for row in wanted[rank::world_size] for s in row]
+            assert part.samples == [s for row in wanted for s in row]
+            own = [mixture.build(s).ids for row in wanted[rank::world_size] for s in row]
+            found = np.concatenate([b.ids[: b.used_tokens].numpy() for b in part.passes])
+            np.testing.assert_array_equal(found, np.concatenate(own))
     for stream in streams:
         stream.close()
 
@@ -178,10 +181,12 @@ def test_shares_add_up(world):
 
 def test_a_step_knows_where_its_samples_came_from(world):
     mixture = make(world)
-    order = RowOrder(mixture)
-    step = build_step(mixture, order.take(4), order.state, rank=0, world=2, rows_per_pass=2)
+    options = {"rows_per_step": 4, "rows_per_pass": 2, "prefetch": 1, "world": 2}
+    halves = [next(steps(mixture, DataState(), rank=r, **options)) for r in (0, 1)]
+    step = halves[0]
     assert step.slot_tokens == 512
-    assert step.used_tokens == sum(s.length for s in step.samples)
+    assert step.samples == halves[1].samples
+    assert sum(half.used_tokens for half in halves) == sum(s.length for s in step.samples)
     named = mixture.provenance(step.samples[0])
     assert "at step" in named
     assert "/tiny-" in named or "/video-" in named

@@ -1,0 +1,184 @@
+"""Contract: the embodiment of a dataset that has none, from what the dataset says and what its owner answers.
+
+A LeRobot dataset names its axes, cameras and rate; it does not say in which units they are, nor which value of
+the gripper opens it. Both move a robot, so neither is guessed: they are asked for in a small YAML file.
+
+    name: so101
+    action_form: absolute        # absolute, delta or velocity
+    gripper: {axis: gripper.pos, open: 100.0, closed: 0.0}        # null: it has none
+    proprio: {units: {shoulder_pan.pos: deg, gripper.pos: percent}}
+    action: {units: deg, limits: {shoulder_pan.pos: [-90, 90]}}   # one unit for all; limits are optional
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmseq.embodiment import ACTION_FORMS, Axes, Embodiment, Gripper
+from mmseq.errors import EmbodimentError, did_you_mean
+
+KEYS = ("name", "action_form", "gripper", "proprio", "action")
+AXES_KEYS = ("units", "limits")
+_GRIPPERS = ("gripper", "jaw", "finger", "hand")
+
+
+def read_answers(path: str | Path) -> dict[str, Any]:
+    """What a contract file says. Raises: EmbodimentError naming the key that is unknown or of the wrong kind."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EmbodimentError(f"cannot read the embodiment {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise EmbodimentError(f"{path} must hold keys and values, it holds {data!r:.80}")
+    for key in data:
+        if key not in KEYS:
+            raise EmbodimentError(f"{path}: unknown key {key!r}: {did_you_mean(str(key), KEYS)}")
+    for part in ("proprio", "action"):
+        given = data.get(part) or {}
+        if not isinstance(given, dict):
+            raise EmbodimentError(f"{path}: {part} must hold {' and '.join(AXES_KEYS)}, it holds {given!r:.80}")
+        for key in given:
+            if key not in AXES_KEYS:
+                raise EmbodimentError(f"{path}: unknown key {part}.{key!r}: {did_you_mean(str(key), AXES_KEYS)}")
+    return data
+
+
+def complete(inferred: Embodiment, answers: dict[str, Any], *, where: str) -> Embodiment:
+    """The contract that a dataset and its owner make together.
+
+    Raises: EmbodimentError naming an answer that does not fit, or every question that is still open.
+    """
+    robot = replace(inferred, **{part: _axes(inferred, part, answers, where) for part in ("proprio", "action")})
+    if "name" in answers:
+        robot = replace(robot, name=str(answers["name"]))
+    if "action_form" in answers:
+        if answers["action_form"] not in ACTION_FORMS:
+            raise EmbodimentError(
+                f"{where}: action_form is {answers['action_form']!r}", fix=f"use one of {', '.join(ACTION_FORMS)}"
+            )
+        robot = replace(robot, action_form=answers["action_form"])
+    if answers.get("gripper") is not None:
+        robot = replace(robot, gripper=_gripper(robot, answers["gripper"], where))
+    questions = open_questions(robot, answers)
+    if questions:
+        raise EmbodimentError(f"{where} leaves open {'; '.join(questions)}")
+    return robot
+
+
+def open_questions(robot: Embodiment, answers: dict[str, Any]) -> list[str]:
+    """What nobody has said yet."""
+    found = []
+    if robot.name == "unknown":
+        found.append("the name of the robot (name)")
+    for part in ("proprio", "action"):
+        axes: Axes | None = getattr(robot, part)
+        if axes is None:
+            continue
+        units = (answers.get(part) or {}).get("units")
+        if units is None:
+            found.append(f"the units of {part} ({part}.units)")
+        elif isinstance(units, dict):
+            missing = [name for name in axes.names if name not in units]
+            if missing:
+                found.append(f"the units of {part} {', '.join(missing)} ({part}.units)")
+    if robot.action is not None and robot.gripper is None and "gripper" not in answers:
+        named = [n for n in robot.action.names if any(g in n.lower() for g in _GRIPPERS)]
+        if named:
+            found.append(f"which value of {' and '.join(named)} is open (gripper; null when it is no gripper)")
+    return found
+
+
+def questionnaire(robot: Embodiment) -> str:
+    """A contract file for this dataset with what is known filled in, to be completed by hand."""
+    lines = ["# What a dataset does not say. Replace every `???`, then pass this file with --embodiment."]
+    lines += [f"name: {'???' if robot.name == 'unknown' else robot.name}"]
+    if robot.action is not None:
+        lines += [f"action_form: {robot.action_form}  # guessed from the names of the axes: absolute, delta, velocity"]
+        named = [n for n in robot.action.names if any(g in n.lower() for g in _GRIPPERS)]
+        if named:
+            at = robot.action.names.index(named[0])
+            low, high = robot.action.low[at], robot.action.high[at]
+            lines += [f"# {named[0]} lies between {low:g} and {high:g} in the data"]
+            lines += ["gripper:  # null: it is no gripper"]
+            lines += [f"  axis: {_quoted(named[0])}", "  open: ???", "  closed: ???"]
+    for part in ("proprio", "action"):
+        axes: Axes | None = getattr(robot, part)
+        if axes is None:
+            continue
+        lines += [f"{part}:", "  units:  # rad, deg, m, m/s, percent, ...; one word in place of the list is for all"]
+        lines += [
+            f"    {_quoted(name)}: ???  # {low:g} to {high:g}"
+            for name, low, high in zip(axes.names, axes.low, axes.high)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(name: str) -> str:
+    return yaml.safe_dump(name, width=1000).splitlines()[0]
+
+
+def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) -> Axes | None:
+    axes: Axes | None = getattr(inferred, part)
+    given = answers.get(part) or {}
+    if axes is None:
+        if given:
+            raise EmbodimentError(f"{where}: the dataset has no {part}", fix=f"leave {part} out")
+        return None
+    units, limits = given.get("units"), given.get("limits") or {}
+    for what, named in (("units", units), ("limits", limits)):
+        if isinstance(named, dict):
+            for name in named:
+                if name not in axes.names:
+                    raise EmbodimentError(
+                        f"{where}: {part}.{what} names {name!r}: {did_you_mean(str(name), axes.names)}"
+                    )
+    if units is not None and not isinstance(units, dict):
+        units = dict.fromkeys(axes.names, units)
+    for name, unit in (units or {}).items():
+        if not isinstance(unit, str) or not unit.strip() or unit == "???":
+            raise EmbodimentError(f"{where}: {part}.units.{name} is {unit!r}", fix="write a unit such as rad, deg or m")
+    minimum, maximum = list(axes.minimum), list(axes.maximum)
+    if not isinstance(limits, dict):
+        raise EmbodimentError(f"{where}: {part}.limits must name axes, it holds {limits!r:.80}")
+    for name, pair in limits.items():
+        at = axes.names.index(name)
+        try:
+            low, high = (float(x) for x in pair)
+        except (TypeError, ValueError) as error:
+            raise EmbodimentError(
+                f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
+            ) from error
+        if not low <= axes.low[at] <= axes.high[at] <= high:
+            raise EmbodimentError(
+                f"{where}: {part}.limits.{name} is [{low:g}, {high:g}], the data reach from {axes.low[at]:g} to "
+                f"{axes.high[at]:g} (1 % and 99 %)",
+                fix="check the unit of the limits",
+            )
+        minimum[at], maximum[at] = low, high
+    stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
+    return replace(axes, units=stated, minimum=tuple(minimum), maximum=tuple(maximum))
+
+
+def _gripper(robot: Embodiment, given: Any, where: str) -> Gripper:
+    if not isinstance(given, dict) or set(given) != {"axis", "open", "closed"}:
+        raise EmbodimentError(
+            f"{where}: gripper is {given!r:.120}", fix="write {axis: NAME, open: VALUE, closed: VALUE}"
+        )
+    names = robot.action.names if robot.action is not None else ()
+    if given["axis"] not in names:
+        raise EmbodimentError(f"{where}: gripper.axis is {given['axis']!r}: {did_you_mean(str(given['axis']), names)}")
+    values = {}
+    for key in ("open", "closed"):
+        try:
+            values[key] = float(given[key])
+        except (TypeError, ValueError) as error:
+            raise EmbodimentError(
+                f"{where}: gripper.{key} is {given[key]!r}", fix="write the number that the robot is sent"
+            ) from error
+    if values["open"] == values["closed"]:
+        raise EmbodimentError(f"{where}: gripper.open and gripper.closed are both {values['open']:g}")
+    return Gripper(axis=given["axis"], **values)

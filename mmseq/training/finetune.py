@@ -1,0 +1,314 @@
+"""Fine-tune: a checkpoint learns a new robot from a LeRobot v3 dataset, in one command.
+
+    mmseq finetune runs/demo/checkpoint --dataset PATH --embodiment robot.yaml [--lora] [--hours 2]
+
+runs/finetune/episodes/<robot>   tokenizers/   tokens/   mix.yaml   recipe.yaml   what training starts from
+             checkpoints/   metrics.jsonl   checkpoint/   finetune.json              what it leaves
+
+The dataset is imported under its contract (`data/contract.py`), tokenized with the checkpoint's tokenizers, and
+trained on every arrow of the checkpoint that it can fill. A share of what the checkpoint was trained on goes on
+being trained, against forgetting. `recipe.yaml` runs under any launcher of `mmseq train`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmseq.config import load_config, to_yaml
+from mmseq.data.contract import complete, questionnaire, read_answers
+from mmseq.data.importing import EpisodeShardReader, EpisodeSource, import_episodes, open_episodes
+from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.tokenize import tokenize_mix
+from mmseq.embodiment import Embodiment
+from mmseq.errors import ConfigError, DataError, EmbodimentError
+from mmseq.model.sequence_model import SequenceModel
+from mmseq.tasks import Task
+from mmseq.tokenization.bundle import Tokenizers
+from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
+
+POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
+FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
+KEPT = "kept."  # before the names of tasks that are rehearsed
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """checkpoint: to start from. dataset: LeRobot v3 of the new robot. out: the folder of it all.
+
+    embodiment: the answers to what the dataset does not say. rate_hz: resample to this rate. tasks: arrows to
+    train instead of the checkpoint's. keep: the share of samples that rehearse what the checkpoint knows;
+    tokens: where its token shards are, default: where they were. hours: the limit; steps: another limit.
+    settings: `key=value` of the training recipe.
+    """
+
+    checkpoint: str
+    dataset: str
+    out: str = "runs/finetune"
+    embodiment: str | None = None
+    rate_hz: float | None = None
+    tasks: list[str] = field(default_factory=list)
+    lora: bool = False
+    lora_rank: int = 16
+    hours: float = 2.0
+    steps: int = 20_000
+    keep: float = 0.2
+    tokens: str | None = None
+    seed: int = 0
+    settings: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        if not 0 < self.hours <= 24 * 365:
+            raise ConfigError(f"--hours is {self.hours:g}", fix="give a positive number")
+        if not 0 <= self.keep < 1:
+            raise ConfigError(f"--keep is {self.keep:g}", fix="give a share from 0 to below 1")
+        if self.steps < 1 or self.lora_rank < 1:
+            raise ConfigError(f"--steps {self.steps} and --lora-rank {self.lora_rank} must be at least 1")
+        for arrow in self.tasks:
+            Task.parse(arrow)
+
+
+def prepare(
+    config: FinetuneConfig, *, say: Callable[[str], None], on_progress: Callable[[str, int, int], None]
+) -> TrainConfig:
+    """Everything before the first step; returns the recipe, which also stands in `<out>/recipe.yaml`.
+
+    What an interrupted try has finished is kept. Raises: MMSeqError for whatever cannot work, before any
+    training; an EmbodimentError leaves `<out>/embodiment.yaml` to be completed.
+    """
+    config.check()
+    out, checkpoint = Path(config.out), Path(config.checkpoint)
+    old = SequenceModel.from_pretrained(checkpoint)
+    assert old.tokenizers is not None
+    robot, source = _contract(config, old.tokenizers, out)
+    say(f"{config.dataset}: {len(source)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
+    if len(source) < 4:
+        raise DataError(f"{config.dataset} has {len(source)} episodes", fix="give at least four: one part is held out")
+    tokenizers = old.tokenizers
+    size = tokenizers.vision.config.size
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", robot.name)
+    episodes = out / "episodes" / name
+    _import(config, robot, episodes, size, on_progress)
+    stored = EpisodeShardReader(episodes).embodiment()
+    assert stored is not None
+    if stored.name not in tokenizers.embodiments:
+        tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
+    tokenizers.save(out / "tokenizers")
+    mix = _mix(config, old, episodes, name, out, say)
+    save_mix(mix, out / "mix.yaml")
+    new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
+    save_mix(new_only, out / "new.yaml")
+    tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
+    recipe = _recipe(config, old, out)
+    (out / "recipe.yaml").write_text(to_yaml(recipe))
+    return recipe
+
+
+def _contract(config: FinetuneConfig, known: Tokenizers, out: Path) -> tuple[Embodiment, EpisodeSource]:
+    """The contract of the dataset, and a reader that holds it to that."""
+    source = open_episodes(config.dataset, rate_hz=config.rate_hz)
+    robot = source.embodiment()
+    if robot is None or robot.action is None:
+        raise DataError(f"{config.dataset} has no actions", fix="fine-tune on episodes of a robot")
+    if robot.name in known.embodiments and config.embodiment is None:
+        theirs = known.embodiments[robot.name]
+        cameras = {"cameras": robot.cameras}  # the checkpoint's are of the size that it was trained with
+        robot = replace(theirs, **cameras)
+    elif config.embodiment is not None or not (Path(config.dataset) / "meta/embodiment.json").is_file():
+        answers = read_answers(config.embodiment) if config.embodiment else {}
+        where = config.embodiment or config.dataset
+        try:
+            robot = complete(robot, answers, where=where)
+        except EmbodimentError as error:
+            form = out / "embodiment.yaml"
+            if config.embodiment is None and not form.exists():
+                out.mkdir(parents=True, exist_ok=True)
+                form.write_text(questionnaire(robot))
+            fix = f"complete {form} and pass --embodiment {form}" if form.exists() else "complete that file"
+            raise EmbodimentError(str(error).rstrip("."), fix=fix) from error
+        if robot.name in known.embodiments:
+            raise EmbodimentError(
+                f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
+            )
+    return robot, open_episodes(config.dataset, rate_hz=config.rate_hz, embodiment=robot)
+
+
+def _import(
+    config: FinetuneConfig, robot: Embodiment, episodes: Path, size: int, on_progress: Callable[[str, int, int], None]
+) -> None:
+    mark = episodes.with_name(episodes.name + ".json")
+    identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
+    if episodes.is_dir() and mark.is_file() and json.loads(mark.read_text()) == identity:
+        return
+    import_episodes(
+        config.dataset,
+        episodes,
+        rate_hz=config.rate_hz,
+        embodiment=robot,
+        size=size,
+        name=episodes.name,
+        overwrite=True,
+        on_progress=lambda done, total: on_progress("importing", done, total),
+    )
+    mark.write_text(json.dumps(identity))
+
+
+def _mix(
+    config: FinetuneConfig, old: SequenceModel, episodes: Path, name: str, out: Path, say: Callable[[str], None]
+) -> MixConfig:
+    """The arrows for the new robot, and beside them what is rehearsed."""
+    reader = EpisodeShardReader(episodes)
+    before = _old_mix(Path(config.checkpoint))
+    rehearsed = _rehearsed(config, before, name, out, say) if config.keep else []
+    share = config.keep if rehearsed else 0.0
+    tasks = _new_tasks(config, old, before, reader, name)
+    total = sum(t.weight for t in tasks)
+    tasks = [replace(t, weight=t.weight / total * (1 - share)) for t in tasks]
+    total = sum(t.weight for t in rehearsed)
+    tasks += [replace(t, weight=t.weight / total * share) for t in rehearsed]
+    sources = {name: SourceConfig(path=f"episodes/{name}")}
+    if before is not None:
+        used = {s for t in rehearsed for s in t.sources or []}
+        sources |= {key: source for key, source in before.sources.items() if key in used}
+    holdout = max(
+        before.holdout if before else 0.1, least_holdout([f"{name}/{note['id']}" for note in reader.metadata])
+    )
+    return MixConfig(name=f"{name}_finetune", sources=sources, tasks=tasks, holdout=holdout)
+
+
+def _old_mix(checkpoint: Path) -> MixConfig | None:
+    path = checkpoint / "mix.yaml"
+    return load_mix(path) if path.is_file() else None
+
+
+def _new_tasks(
+    config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, reader: EpisodeShardReader, name: str
+) -> list[TaskConfig]:
+    weights = {task_name(t): t.weight for t in before.tasks} if before else {}
+    known = dict(old.tasks) or {task_name(t): t.task for t in (before.tasks if before else ())}
+    arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
+    if not any("action" in _predicted(a) for a in arrows.values()):
+        arrows = {"policy": POLICY, **arrows}
+    notes = reader.metadata
+    longest = max(note["length"] for note in notes)
+    streams = _streams(reader)
+    chosen, reasons = [], []
+    for key, arrow in arrows.items():
+        arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
+        task = Task.parse(arrow)
+        missing = task.missing(streams)
+        if missing:
+            reasons.append(f"{key} needs {', '.join(missing)}")
+        elif not len(task.moments(longest, float(notes[0]["rate_hz"]))):
+            reasons.append(f"{key} needs longer episodes than {longest} steps")
+        else:
+            chosen.append(TaskConfig(task=arrow, name=key, weight=weights.get(key, 1.0), sources=[name]))
+    if not any("action" in _predicted(t.task) for t in chosen):
+        raise ConfigError(
+            f"{config.dataset} can fill no arrow that predicts actions ({'; '.join(reasons)})",
+            fix="name one that it can with --task, such as 'image -> action[8]'",
+        )
+    return chosen
+
+
+def _without(arrow: str, streams: list[str]) -> str:
+    """The arrow without given streams that this robot does not have, where something else is left."""
+    given, _, predicted = arrow.rpartition("->")
+    if "(" in arrow:
+        return arrow
+    kept = [part for part in given.split(",") if part.strip().split("@")[0].split("[")[0] not in streams]
+    return f"{','.join(kept).strip()} ->{predicted}" if any(part.strip() for part in kept) else arrow
+
+
+def _predicted(arrow: str) -> str:
+    return arrow.rpartition("->")[2]
+
+
+def _streams(reader: EpisodeShardReader) -> list[str]:
+    episode = reader[0]
+    names = list(episode.streams) + (["text"] if episode.texts else []) + (["plan"] if episode.plans else [])
+    return names + (["progress"] if episode.success is not False else [])
+
+
+def _rehearsed(
+    config: FinetuneConfig, before: MixConfig | None, name: str, out: Path, say: Callable[[str], None]
+) -> list[TaskConfig]:
+    """The tasks of the old mix whose token shards are still there, linked into this run's."""
+    recipe = Path(config.checkpoint) / "train.yaml"
+    folder = Path(config.tokens) if config.tokens else None
+    if folder is None and recipe.is_file():
+        folder = Path(load_config(TrainConfig, recipe).data.tokens)
+    if before is None or folder is None or not folder.is_dir():
+        if config.tokens:
+            raise DataError(f"--tokens {config.tokens} is not a folder of token shards of the checkpoint's mix")
+        say(f"nothing is rehearsed: the checkpoint's token shards are not at {folder}; --tokens says where they are")
+        return []
+    there = [key for key in before.sources if (folder / key / "manifest.json").is_file()]
+    if name in there:
+        raise EmbodimentError(f"the old mix has a source named {name!r}", fix="give the new robot another name")
+    (out / "tokens").mkdir(parents=True, exist_ok=True)
+    for key in there:
+        link = out / "tokens" / key
+        link.unlink(missing_ok=True)
+        link.symlink_to((folder / key).resolve(), target_is_directory=True)
+    kept = []
+    for task in before.tasks:
+        sources = [key for key in task.sources or list(before.sources) if key in there]
+        if sources and task.weight > 0:
+            kept.append(replace(task, name=KEPT + task_name(task), sources=sources))
+    return kept
+
+
+def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfig:
+    """The checkpoint's own recipe at lower rates; a new one where it has none."""
+    path = Path(config.checkpoint) / "train.yaml"
+    recipe = load_config(TrainConfig, path) if path.is_file() else TrainConfig(deepspeed=DeepSpeedConfig(zero_stage=0))
+    o = recipe.optimizer
+    rates = {"learning_rate": o.learning_rate * FULL_RATE, "muon_learning_rate": o.muon_learning_rate * FULL_RATE}
+    if config.lora:
+        rates = {"kind": "adamw", "learning_rate": o.learning_rate}
+    data = replace(
+        recipe.data if path.is_file() else DataConfig(),
+        **{"mix": str(out / "mix.yaml"), "tokens": str(out / "tokens"), "tokenizers": str(out / "tokenizers")},
+    )
+    made = replace(
+        recipe,
+        name=out.name,
+        out=str(out),
+        seed=config.seed,
+        steps=config.steps,
+        max_minutes=config.hours * 60,
+        stop_after=0,
+        init_from=str(config.checkpoint),
+        lora=LoraConfig(rank=config.lora_rank if config.lora else 0),
+        data=data,
+        model=old.config,
+        optimizer=replace(o, **rates),
+        validate_every=recipe.validate_every or 500,
+    )
+    base = out / "recipe.base.yaml"
+    out.mkdir(parents=True, exist_ok=True)
+    base.write_text(to_yaml(made))
+    final = load_config(TrainConfig, base, config.settings)
+    base.unlink()
+    return final
+
+
+def before_and_after(out: Path) -> dict[str, Any]:
+    """What training changed: held-out bits per token by task, before it and after; kept in `finetune.json`."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["kind"] == "validation"]
+    if not found:
+        raise DataError(f"{out / 'metrics.jsonl'} has no validation")
+    first, last = found[0], found[-1]
+    table = {
+        name: {"before": first["bits_per_token"].get(name), "after": bits}
+        for name, bits in last["bits_per_token"].items()
+    }
+    report = {"steps": last["step"], "unit": "held-out bits per token", "tasks": table}
+    (out / "finetune.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report

@@ -1,0 +1,64 @@
+"""Training on this machine from within another command: torchrun, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmseq.errors import MMSeqError
+
+SAID = ("step ", "stopped ")  # beginnings of the lines that are passed on
+TAIL_LINES = 15
+
+
+def local_ranks() -> int:
+    """One rank per GPU; without one, two where there are two cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 2 if (os.cpu_count() or 1) >= 2 else 1
+
+
+def train_here(
+    recipe: Path, overrides: Sequence[str], *, ranks: int, log: Path, say: Callable[[str], None] = print
+) -> None:
+    """Run `mmseq train RECIPE overrides...` in `ranks` processes. log: gets all that they print; say: the progress.
+
+    Raises: MMSeqError with the end of the log when it fails.
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(_free_port()), "-m", "mmseq", "train", str(recipe)),
+        *overrides,
+    ]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if line.startswith(SAID) or "parameters" in line:
+                    say(line.rstrip())
+            code = process.wait()
+        except BaseException:  # the command was interrupted: its ranks must not train on
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        lines = log.read_text(errors="replace").splitlines()
+        own = [line for line in lines if line.startswith("mmseq: error")]
+        tail = own[-1] if own else "\n".join(lines[-TAIL_LINES:])
+        raise MMSeqError(f"training ended with code {code} ({log}): {tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,77 @@
+"""What a dataset does not say is asked for, and answers are held to the dataset."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from mmseq.data.contract import complete, open_questions, questionnaire, read_answers
+from mmseq.embodiment import Embodiment
+from mmseq.errors import EmbodimentError
+from mmseq.testing import tiny
+
+ROBOT = replace(
+    tiny.embodiment(),
+    name="unknown",
+    gripper=None,
+    action=replace(tiny.axes("xyg"), names=("x", "y", "gripper.pos")),
+)
+ANSWERS = {
+    "name": "arm",
+    "gripper": {"axis": "gripper.pos", "open": 1, "closed": -1},
+    "proprio": {"units": "m"},
+    "action": {"units": {"x": "m", "y": "m", "gripper.pos": "share"}, "limits": {"x": [-2, 2]}},
+}
+
+
+def test_everything_unknown_is_asked_for_at_once():
+    questions = "; ".join(open_questions(ROBOT, {}))
+    for part in ("name of the robot", "units of proprio", "units of action", "which value of gripper.pos is open"):
+        assert part in questions
+
+
+def test_answers_complete_the_contract():
+    robot = complete(ROBOT, ANSWERS, where="robot.yaml")
+    assert isinstance(robot, Embodiment)
+    assert robot.name == "arm"
+    assert robot.action.units == ("m", "m", "share")
+    assert (robot.action.minimum[0], robot.action.maximum[0]) == (-2.0, 2.0)
+    assert (robot.gripper.axis, robot.gripper.open, robot.gripper.closed) == ("gripper.pos", 1.0, -1.0)
+
+
+def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_path):
+    form = tmp_path / "embodiment.yaml"
+    form.write_text(questionnaire(ROBOT))
+    assert set(yaml.safe_load(form.read_text())["action"]["units"]) == set(ROBOT.action.names)
+    with pytest.raises(EmbodimentError, match=r"is '\?\?\?'"):
+        complete(ROBOT, read_answers(form), where=str(form))
+    text = form.read_text().replace("name: ???", "name: arm").replace("open: ???", "open: 1")
+    form.write_text(text.replace("closed: ???", "closed: 0").replace(": ???", ": m"))
+    assert complete(ROBOT, read_answers(form), where=str(form)).gripper.closed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gripper": {"axis": "gripper.po", "open": 1, "closed": 0}}, "did you mean 'gripper.pos'"),
+        ({"gripper": {"axis": "gripper.pos", "open": 1, "closed": 1}}, "are both 1"),
+        ({"gripper": {"axis": "gripper.pos", "open": "wide", "closed": 1}}, "gripper.open is 'wide'"),
+        ({"gripper": "left"}, "Write {axis: NAME"),
+        ({"action_form": "relative"}, "Use one of absolute, delta, velocity"),
+        ({"action": {"units": {"x": "m"}}}, "the units of action y, gripper.pos"),
+        ({"action": {"units": {"z": "m"}}}, "action.units names 'z'"),
+        ({"action": {"units": {"x": 3}}}, "action.units.x is 3"),
+        ({"action": {"units": "m", "limits": {"x": [0, 0.1]}}}, "Check the unit of the limits"),
+        ({"action": {"units": "m", "limits": {"x": 1}}}, r"Write \[minimum, maximum\]"),
+    ],
+)
+def test_answers_that_do_not_fit_are_named(change, says):
+    with pytest.raises(EmbodimentError, match=says.replace("{", r"\{")):
+        complete(ROBOT, {**ANSWERS, **change}, where="robot.yaml")
+
+
+@pytest.mark.parametrize("text", ["gripr: 1", "- 1", "action: {unit: m}", "action: [m]", "a: [", "\x00"])
+def test_files_that_are_no_contract_are_refused(tmp_path, text):
+    (tmp_path / "robot.yaml").write_text(text)
+    with pytest.raises(EmbodimentError):
+        read_answers(tmp_path / "robot.yaml")

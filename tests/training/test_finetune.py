@@ -1,0 +1,166 @@
+"""A checkpoint learns robots that it has never seen: other axes, cameras and rates, with or without proprio."""
+
+import numpy as np
+import pytest
+import yaml
+
+from mmseq import SequenceModel
+from mmseq.data.sources import open_source
+from mmseq.data.tokens import write_token_shards
+from mmseq.embodiment import Camera, Embodiment
+from mmseq.episode import Episode
+from mmseq.errors import DataError, EmbodimentError
+from mmseq.testing import tiny
+from mmseq.testing.ranks import run_ranks
+from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
+
+SIZE = 16
+
+
+def write_robot(path, *, axes: int, cameras: tuple[str, ...], rate_hz: int, proprio: bool, episodes: int = 6):
+    """A LeRobot v3 dataset of a made-up robot, written by lerobot."""
+    pytest.importorskip("lerobot")
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    image = {"dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    features = {f"observation.images.{c}": image for c in cameras}
+    names = [f"joint_{i}" for i in range(axes - 1)] + ["gripper"]
+    features["action"] = {"dtype": "float32", "shape": (axes,), "names": names}
+    if proprio:
+        features["observation.state"] = {"dtype": "float32", "shape": (axes,), "names": names}
+    dataset = LeRobotDataset.create(
+        "local/robot", rate_hz, features, root=path, robot_type=f"arm{axes}", use_videos=False
+    )
+    for index in range(episodes):
+        rng = np.random.default_rng(index)
+        for _ in range(14):
+            frame = {f"observation.images.{c}": rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8) for c in cameras}
+            frame["action"] = rng.uniform(-1, 1, axes).astype(np.float32)
+            if proprio:
+                frame["observation.state"] = rng.uniform(-1, 1, axes).astype(np.float32)
+            dataset.add_frame({**frame, "task": "push the block"})
+        dataset.save_episode()
+    dataset.finalize()
+    answers = {"gripper": {"axis": "gripper", "open": 1.0, "closed": -1.0}, "action": {"units": "rad"}}
+    answers |= {"proprio": {"units": "rad"}} if proprio else {}
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(answers))
+    return path, path.with_suffix(".yaml")
+
+
+@pytest.fixture(scope="module")
+def base(trainer, tmp_path_factory):
+    """A checkpoint to start from."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    return trainer.done(out, 1, "deepspeed.dtype=fp32", "deepspeed.zero_stage=0") / "checkpoint"
+
+
+def finetune(base, dataset, answers, out, ranks=1, **options):
+    settings = ["save_every=100", "validation_samples=4", "max_minutes=0"]
+    config = FinetuneConfig(
+        checkpoint=str(base),
+        dataset=str(dataset),
+        embodiment=str(answers) if answers else None,
+        out=str(out),
+        settings=settings,
+        **{"steps": 6, **options},
+    )
+    prepare(config, say=print, on_progress=lambda *_: None)
+    done = run_ranks(["train", str(out / "recipe.yaml")], ranks, out / "log", environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert set(done.codes) == {0}, done.output[-3000:]
+    return before_and_after(out)
+
+
+@pytest.mark.parametrize(
+    ("robot", "lora", "ranks"),
+    [
+        ({"axes": 14, "cameras": ("top", "left", "right"), "rate_hz": 50, "proprio": True}, True, 2),
+        ({"axes": 7, "cameras": ("main",), "rate_hz": 5, "proprio": False}, False, 1),
+    ],
+)
+def test_a_new_robot(base, tmp_path, robot, lora, ranks):
+    dataset, answers = write_robot(tmp_path / "robot", **robot)
+    out = tmp_path / "finetune"
+    report = finetune(base, dataset, answers, out, ranks, lora=lora)
+    assert {"policy", "kept.policy", "kept.caption"} <= set(report["tasks"])
+    assert all(bits["before"] is not None for bits in report["tasks"].values())
+    model = SequenceModel.from_pretrained(out / "checkpoint")
+    name = f"arm{robot['axes']}"
+    assert set(model.tokenizers.embodiments) == {"arm", name}
+    contract = model.tokenizers.embodiments[name]
+    assert contract.rate_hz == robot["rate_hz"]
+    assert contract.action.units == ("rad",) * robot["axes"]
+    assert len(contract.cameras) == len(robot["cameras"])
+    episode = open_source(out / "episodes" / name)[0]
+    action = model.predict(model.tasks["policy"], episode, t=2)["action"]
+    assert action.shape == (4, robot["axes"])
+    assert ("proprio" in model.tasks["policy"]) == robot["proprio"]
+
+
+def test_lora_leaves_a_plain_checkpoint_that_has_changed_only_in_the_layers(base, tmp_path):
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True)
+    finetune(base, dataset, answers, tmp_path / "out", lora=True, keep=0.0)
+    before = dict(SequenceModel.from_pretrained(base).named_parameters())
+    after = dict(SequenceModel.from_pretrained(tmp_path / "out/checkpoint").named_parameters())
+    assert before.keys() == after.keys()
+    changed = {n for n, p in after.items() if not np.allclose(p.detach(), before[n].detach(), atol=1e-6)}
+    assert changed == {n for n in after if n.endswith(("qkv.weight", "out.weight", "gate_up.weight", "down.weight"))}
+
+
+def test_what_the_dataset_does_not_say_is_asked_for_before_anything_is_written(base, tmp_path):
+    dataset, _ = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True)
+    config = FinetuneConfig(checkpoint=str(base), dataset=str(dataset), out=str(tmp_path / "out"))
+    with pytest.raises(EmbodimentError, match=r"units of proprio.*which value of gripper is open.*--embodiment"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["embodiment.yaml"]
+
+
+def test_a_dataset_of_too_few_episodes_is_refused(base, tmp_path):
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True, episodes=3)
+    config = FinetuneConfig(
+        checkpoint=str(base), dataset=str(dataset), embodiment=str(answers), out=str(tmp_path / "out")
+    )
+    with pytest.raises(DataError, match="at least four"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+
+
+def test_four_robots_are_trained_together(trainer, tmp_path):
+    """Other axes, cameras and rates in one mix; no action is padded to a common width."""
+    robots = [
+        Embodiment(
+            name=f"robot{i}",
+            rate_hz=rate,
+            cameras=tuple(Camera(name=c, height=SIZE, width=SIZE) for c in cameras),
+            proprio=tiny.axes("abcdefghijklmn"[:proprio]) if proprio else None,
+            action=tiny.axes("abcdefghijklmn"[:action]),
+        )
+        for i, (rate, cameras, proprio, action) in enumerate(
+            [(5.0, "f", 3, 2), (10.0, "fw", 0, 7), (30.0, "lrt", 14, 14), (50.0, "w", 6, 6)]
+        )
+    ]
+    bundle = tiny.tokenizers(tuple(robots))
+    bundle.save(tmp_path / "tokenizers")
+    rng = np.random.default_rng(0)
+    for robot in robots:
+        arrays = {f"image.{c.name}": rng.integers(0, 255, (20, SIZE, SIZE, 3), np.uint8) for c in robot.cameras}
+        for stream in ("proprio", "action"):
+            if getattr(robot, stream) is not None:
+                arrays[stream] = rng.uniform(-1, 1, (20, len(getattr(robot, stream)))).astype(np.float32)
+        made = (
+            Episode.from_arrays(f"e{i}", robot.rate_hz, arrays, texts=["go"], embodiment=robot.name, success=True)
+            for i in range(4)
+        )
+        write_token_shards(made, tmp_path / "tokens" / robot.name, bundle, name=robot.name)
+    sources = "\n".join(f"  {r.name}: {{path: {r.name}}}" for r in robots)
+    (tmp_path / "mix.yaml").write_text(
+        f"name: four\nsources:\n{sources}\ntasks:\n"
+        '  - {task: "text, image, proprio -> action[0.2s]"}\n  - {name: blind, task: "text, image -> action[0.2s]"}\n'
+    )
+    paths = [f"data.mix={tmp_path}/mix.yaml", f"data.tokens={tmp_path}/tokens"]
+    paths += [f"data.tokenizers={tmp_path}/tokenizers", "deepspeed.dtype=fp32", "data.row_tokens=512", "steps=3"]
+    out = trainer.done(tmp_path / "run", 2, *paths)
+    model = SequenceModel.from_pretrained(out / "checkpoint")
+    for robot in robots:
+        frames = {f"image.{c.name}": np.zeros((4, SIZE, SIZE, 3), np.uint8) for c in robot.cameras}
+        now = Episode.from_arrays("now", robot.rate_hz, frames, texts=["go"], embodiment=robot.name)
+        action = model.predict("text, image -> action[0.2s]", now)["action"]
+        assert action.shape == (max(1, round(0.2 * robot.rate_hz)), len(robot.action))
