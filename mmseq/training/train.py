@@ -84,7 +84,8 @@ def train(config: TrainConfig) -> Path:
         "tokenizers": tokenizers.fingerprints(),
         "model": {k: v for k, v in model.config.to_dict().items() if k not in HOW},
         "optimizer": config.optimizer.kind,
-        "lora": [config.lora.rank, config.lora.alpha, config.init_from] if config.lora.rank else None,
+        "init_from": config.init_from,
+        "lora": [config.lora.rank, config.lora.alpha],
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
     found = checkpoints.complete_checkpoints(out / "checkpoints")
