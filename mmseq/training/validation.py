@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from mmseq.data.mixture import Mixture
+from mmseq.data.mixture import Mixture, Sample
 from mmseq.packing import Batch, collate
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 
 
 def validation_batches(config: TrainConfig, mixture: Mixture, tokenizers: Tokenizers) -> list[Batch]:
-    """The same held-out samples each time, one batch per task."""
+    """The same held-out samples each time, in batches of at most the tokens that a pass of training has."""
+    limit = config.data.row_tokens * config.data.rows_per_pass
     out = []
     for stream in mixture.streams:
         count = min(config.validation_samples, len(stream))
         places = [round(i * (len(stream) - 1) / max(1, count - 1)) for i in range(count)]
         samples = [stream.moment(p) for p in places]
-        sequences = [mixture.build(s) for s in samples]
-        out.append(collate(sequences, tokenizers.vocabulary, tasks=[s.task for s in samples]))
+        for chosen in _within(samples, limit):
+            sequences = [mixture.build(s) for s in chosen]
+            out.append(collate(sequences, tokenizers.vocabulary, tasks=[s.task for s in chosen]))
     return out
+
+
+def _within(samples: list[Sample], limit: int) -> Iterator[list[Sample]]:
+    """Samples in order, as many together as have at most `limit` tokens, at least one."""
+    group: list[Sample] = []
+    for sample in samples:
+        if group and sum(s.length for s in group) + sample.length > limit:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
 
 
 @torch.no_grad()
