@@ -62,8 +62,9 @@ def place(tmp_path_factory):
         shutil.copytree(ROOT / folder, root / folder)
     programs = root / "bin"
     programs.mkdir()
-    (programs / "mmseq").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmseq "$@"\n')
-    (programs / "mmseq").chmod(0o755)
+    for program, module in (("mmseq", "mmseq"), ("torchrun", "torch.distributed.run")):
+        (programs / program).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        (programs / program).chmod(0o755)
     return root
 
 

@@ -187,8 +187,8 @@ def print_plan(plan: Plan) -> None:
         )
         print(f"tokens            {plan.tokens_per_step:,} a step, {plan.tokens:,} in {plan.steps:,} steps")
         print(
-            f"GFLOP a token     {plan.flops_per_token / 1e9:.2f} = 6 x parameters without embeddings + "
-            f"{plan.attention_flops / 1e9:.2f} of attention (6 layers H K L, at most: L is a whole row); the output "
+            f"GFLOP a token     {plan.flops_per_token / 1e9:.3g} = 6 x parameters without embeddings + "
+            f"{plan.attention_flops / 1e9:.3g} of attention (6 layers H K L, at most: L is a whole row); the output "
             "matrix, which runs on predicted tokens alone, and recomputation are not in it"
         )
         kinds = (("of each GPU" if plan.gpu else "of each rank", False), ("of the host, each rank", True))

@@ -37,7 +37,8 @@ def rank_memory(
     stage, P, W = config.deepspeed.zero_stage, parameters, world
     zero = settings.get("zero_optimization", {})
     b = 2 if config.deepspeed.dtype == "bf16" and stage else 4
-    bucket = min(float(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)), 1e12)
+    bucket = float(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1  # one is filled while the other is reduced
     live = min(P, float(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
     host = lambda key: (zero.get(key) or {}).get("device") == "cpu"
     parts = []
@@ -56,7 +57,8 @@ def rank_memory(
     else:
         parts.append(MemoryPart(name="gradients", size=b * P, formula=f"{b} P"))
     if stage:
-        parts.append(MemoryPart(name="gradient bucket", size=b * bucket, formula=f"{b} reduce_bucket_size"))
+        formula = f"{b * buckets} reduce_bucket_size"
+        parts.append(MemoryPart(name="gradient buckets", size=b * buckets * bucket, formula=formula))
     parts.append(_optimizer(config, model, P, W, on_host=host("offload_optimizer")))
     parts.append(_activations(config, model, world, cpu=cpu))
     return parts
