@@ -1,12 +1,11 @@
 """The demo: bad input is refused before anything is written, and the whole loop runs, small."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
-from mmseq.data.mixture import held_out
-from mmseq.demo import DemoConfig, _holdout, run_demo
+from mmseq.data.mixture import held_out, least_holdout
+from mmseq.demo import DemoConfig, run_demo
 from mmseq.errors import MMSeqError
 
 
@@ -37,9 +36,9 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path):
 @pytest.mark.parametrize("count", [4, 9, 25, 400])
 @pytest.mark.parametrize("name", ["robot", "human", "other"])
 def test_a_small_dataset_holds_something_out_and_keeps_something(name, count):
-    reader = SimpleNamespace(metadata=[{"id": f"episode-{i}"} for i in range(count)])
-    share = _holdout(name, reader)  # type: ignore[arg-type]
-    held = sum(held_out(f"{name}/episode-{i}", share) for i in range(count))
+    names = [f"{name}/episode-{i}" for i in range(count)]
+    share = least_holdout(names)
+    held = sum(held_out(episode, share) for episode in names)
     assert 1 <= held <= max(4, count // 10)
     assert held < count
 

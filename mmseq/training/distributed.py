@@ -58,6 +58,10 @@ def start_deepspeed(ranks: Ranks) -> Any:
     }
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # Else DeepSpeed compiles an all-reduce for inference, a minute at the first start; whoever is killed during
+        # that leaves a lock for which every later start waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
