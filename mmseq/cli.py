@@ -182,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     c.add_argument("--token-file", metavar="FILE", help="clients must send its content as `Authorization: Api-Key`")
     c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
+    c.add_argument("--embodiment", metavar="NAME", help="the one robot to serve; default: all it knows")
     c.add_argument("--device", default="cpu")
 
     c = add(commands, "eval", _eval, "drive the simulator through the server")
@@ -286,6 +287,7 @@ def _serve(args: argparse.Namespace) -> None:
         token=token,
         device=args.device,
         arrow=args.policy,
+        embodiment=args.embodiment,
         on_ready=lambda server: print(f"serving {args.checkpoint} at {server.url}", flush=True),
     )
 
@@ -504,7 +506,7 @@ def _finetune(args: argparse.Namespace) -> None:
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}", fix="give at least 1")
     with progress(f"preparing {args.dataset}", "episodes") as update:
-        prepare(config, say=print, on_progress=lambda stage, done, total: update(done, total, note=stage))
+        robot = prepare(config, say=print, on_progress=lambda stage, done, total: update(done, total, note=stage))
     print(f"{out / 'recipe.yaml'}: `mmseq train {out / 'recipe.yaml'}` runs it under any launcher")
     if args.prepare_only:
         return
@@ -518,7 +520,7 @@ def _finetune(args: argparse.Namespace) -> None:
         before = "" if bits["before"] is None else f"{bits['before']:.3f}"
         table.add_row(name, before, f"{bits['after']:.3f}")
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"{out / 'checkpoint'}: `mmseq serve {out / 'checkpoint'}` serves it")
+    print(f"{out / 'checkpoint'}: `mmseq serve {out / 'checkpoint'} --embodiment {robot}` serves it")
 
 
 def _dry_run(args: argparse.Namespace) -> int:

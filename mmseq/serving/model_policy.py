@@ -121,7 +121,8 @@ class ModelPolicy:
     """Serves one checkpoint. Implements `mmseq.serving.Policy`.
 
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
-    else the first with the shape of a policy. blank_images: replaces every frame by mid-grey, for measuring
+    else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
+    name it; default: all that the checkpoint knows. blank_images: replaces every frame by mid-grey, for measuring
     what a policy does without seeing.
     """
 
@@ -130,6 +131,7 @@ class ModelPolicy:
         model: SequenceModel,
         *,
         arrow: str | None = None,
+        embodiment: str | None = None,
         name: str = "model",
         blank_images: bool = False,
     ):
@@ -152,6 +154,10 @@ class ModelPolicy:
         self.robots = {n: e for n, e in tokenizers.embodiments.items() if e.action is not None}
         if not self.robots:
             raise CheckpointError(f"{name} knows no embodiment with actions")
+        if embodiment is not None:
+            if embodiment not in self.robots:
+                raise ConfigError(f"{name} has no robot {embodiment!r}: {did_you_mean(embodiment, self.robots)}")
+            self.robots = {embodiment: self.robots[embodiment]}
         rate = next(iter(self.robots.values())).rate_hz
         self.horizon = segments[-1].length.steps(rate)  # type: ignore[union-attr]
 
@@ -255,6 +261,7 @@ def serve_checkpoint(
     token: str | None = None,
     device: str = "cpu",
     arrow: str | None = None,
+    embodiment: str | None = None,
     blank_images: bool = False,
     on_ready: Callable[..., None] | None = None,
 ) -> None:
@@ -265,5 +272,7 @@ def serve_checkpoint(
     from mmseq.serving.server import ServerConfig, serve
 
     config = ServerConfig(host=host, port=port, token=token)
-    policy = ModelPolicy.from_pretrained(checkpoint, device=device, arrow=arrow, blank_images=blank_images)
+    policy = ModelPolicy.from_pretrained(
+        checkpoint, device=device, arrow=arrow, embodiment=embodiment, blank_images=blank_images
+    )
     serve(policy, config, on_ready=on_ready)

@@ -72,10 +72,8 @@ class FinetuneConfig:
             Task.parse(arrow)
 
 
-def prepare(
-    config: FinetuneConfig, *, say: Callable[[str], None], on_progress: Callable[[str, int, int], None]
-) -> TrainConfig:
-    """Everything before the first step; returns the recipe, which also stands in `<out>/recipe.yaml`.
+def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: Callable[[str, int, int], None]) -> str:
+    """Everything before the first step, up to `<out>/recipe.yaml`; returns the name of the robot.
 
     What an interrupted try has finished is kept. Raises: MMSeqError for whatever cannot work, before any
     training; an EmbodimentError leaves `<out>/embodiment.yaml` to be completed.
@@ -105,7 +103,7 @@ def prepare(
     tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
     recipe = _recipe(config, old, out)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
-    return recipe
+    return stored.name
 
 
 def _contract(config: FinetuneConfig, known: Tokenizers, out: Path) -> tuple[Embodiment, EpisodeSource]:

@@ -1,5 +1,7 @@
 """A checkpoint learns robots that it has never seen: other axes, cameras and rates, with or without proprio."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -9,9 +11,12 @@ from mmseq.data.sources import open_source
 from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import Episode
-from mmseq.errors import DataError, EmbodimentError
+from mmseq.errors import ConfigError, DataError, EmbodimentError
+from mmseq.serving import Server, ServerConfig
+from mmseq.serving.model_policy import ModelPolicy
 from mmseq.testing import tiny
 from mmseq.testing.ranks import run_ranks
+from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
 
 SIZE = 16
@@ -94,6 +99,33 @@ def test_a_new_robot(base, tmp_path, robot, lora, ranks):
     action = model.predict(model.tasks["policy"], episode, t=2)["action"]
     assert action.shape == (4, robot["axes"])
     assert ("proprio" in model.tasks["policy"]) == robot["proprio"]
+    now = {f"observation.images.{c.name}": episode[f"image.{c.name}"][2] for c in contract.cameras}
+    now |= {"prompt": "push the block"} | ({"observation.state": episode["proprio"][2]} if robot["proprio"] else {})
+    mmseq_client = pytest.importorskip("mmseq_client")
+    policy = ModelPolicy.from_pretrained(out / "checkpoint", embodiment=name)
+    with Server(policy, ServerConfig(port=0)) as server, mmseq_client.Client("127.0.0.1", server.port) as client:
+        client.check_contract(contract.to_dict())
+        np.testing.assert_allclose(client.infer(now)["actions"], action, atol=1e-6)
+
+
+def test_another_rate(base, tmp_path):
+    """A dataset of 20 Hz, resampled: its contract, its samples and its chunks are of 10 Hz."""
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=20, proprio=True)
+    out = tmp_path / "out"
+    config = FinetuneConfig(
+        checkpoint=str(base), dataset=str(dataset), embodiment=str(answers), out=str(out), rate_hz=10.0
+    )
+    assert prepare(config, say=print, on_progress=lambda *_: None) == "arm3"
+    episode = open_source(out / "episodes/arm3")[0]
+    assert episode.rate_hz == Tokenizers.load(out / "tokenizers").embodiments["arm3"].rate_hz == 10
+    assert len(episode) == 7
+    with pytest.raises(DataError, match="rate_hz=30, but the dataset has 20"):
+        prepare(replace(config, rate_hz=30.0), say=print, on_progress=lambda *_: None)
+
+
+def test_serving_a_robot_that_the_checkpoint_does_not_know(base):
+    with pytest.raises(ConfigError, match="no robot 'amr': did you mean 'arm'"):
+        ModelPolicy.from_pretrained(base, embodiment="amr")
 
 
 def test_lora_leaves_a_plain_checkpoint_that_has_changed_only_in_the_layers(base, tmp_path):
