@@ -1,6 +1,6 @@
 """What a run starts from: fresh weights, a language model (`init_from`), or a checkpoint of ours.
 
-Every rank builds the whole model in fp32 on its CPU before DeepSpeed shares it out, also with ZeRO 3.
+Rank 0 builds the whole model in fp32 on its CPU; DeepSpeed sends it to the other ranks, whole or in shares.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from mmseq.errors import CheckpointError, ConfigError
+from mmseq.errors import CheckpointError, ConfigError, MMSeqError
 from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
 from mmseq.model.families import read_config
 from mmseq.model.language_model import from_language_model, read_json
 from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
+from mmseq.training.distributed import agree
 from mmseq.training.lora import add_adapters
 from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
 
@@ -33,6 +34,33 @@ def build_model(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
         model = from_checkpoint(directory, config.model, tokenizers)
     else:
         model = from_language_model(directory, config.model, tokenizers, seed=config.seed)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    return model
+
+
+def model_of_rank(config: TrainConfig, tokenizers: Tokenizers, rank: int) -> SequenceModel:
+    """`build_model` on rank 0; on other ranks a model of that shape whose weights are memory that nobody has written.
+
+    Raises: on all ranks together, what `build_model` raises on rank 0.
+    """
+    model, problem = None, None
+    try:
+        model = build_model(config, tokenizers) if rank == 0 else _unwritten(config, tokenizers)
+    except MMSeqError as error:
+        problem = error
+    if agree(problem is not None):
+        raise problem or ConfigError("another rank could not build the model; it says why")
+    assert model is not None
+    return model
+
+
+def _unwritten(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
+    shape = model_shape(config).for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+    with torch.device("meta"):
+        model = SequenceModel(shape, tokenizers.vocabulary, tokenizers)
+    model.to_empty(device="cpu")
+    model.learn_codes()
     if config.lora.rank:
         add_adapters(model, config.lora)
     return model

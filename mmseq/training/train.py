@@ -39,7 +39,7 @@ from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog, memory_gib, require_loggers
 from mmseq.training.ranks import find_ranks
 from mmseq.training.signals import StopRequest
-from mmseq.training.start import build_model
+from mmseq.training.start import model_of_rank
 from mmseq.training.validation import validate, validation_batches
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Path:
     deepspeed = start_deepspeed(ranks)
     device = device_of(ranks)
     barrier = torch.distributed.barrier
-    model = build_model(config, tokenizers)
+    model = model_of_rank(config, tokenizers, rank)
     config.model = model.config  # what it starts from decides the shape
     model.sequence_group = sequence_group(config.deepspeed.sequence_parallel)
     groups = config.groups(world)  # ranks that share lines of tokens take the same rows

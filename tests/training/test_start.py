@@ -94,3 +94,10 @@ def test_a_resolved_recipe_reads_back(tmp_path):
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
     with pytest.raises(ConfigError, match="factr"):
         load_config(TrainConfig, tmp_path / "config.yaml", ["model.rope_scaling.factr=3"])
+
+
+def test_ranks_end_together_when_the_model_cannot_be_built(trainer, tmp_path):
+    finished = trainer.run(tmp_path / "run", 2, f"init_from={tmp_path}/nowhere")
+    assert finished.codes == [2, 2], finished.output[-2000:]
+    assert "init_from" in finished.output
+    assert not (tmp_path / "run").exists()
