@@ -48,13 +48,14 @@ from mmseq.evaluation.cases import (
     span,
     why_not,
 )
-from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, psnr, texts_of
+from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, texts_of
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
 from mmseq.evaluation.tokenizer_quality import evaluate_tokenizers, mean_frame
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens
+from mmseq.tokenization.pictures import psnr
 from mmseq.tokenization.vision import fit_frames
 
 EXAMPLES = 8  # kept per task for the report

@@ -1,4 +1,4 @@
-"""What predictions are compared with: likeness of pictures, phrasings that mean the same, and baselines.
+"""What predictions are compared with: errors of actions, phrasings that mean the same, and baselines.
 
 A baseline is what one would answer without looking: the mean action, the last frame, the most
 frequent caption. It is measured on the same samples and by the same rule as the model.
@@ -14,15 +14,6 @@ import numpy as np
 
 from mmseq.embodiment import Axes
 from mmseq.episode import Episode
-
-PSNR_CAP_DB = 60.0  # of identical pictures, whose error is zero
-
-
-def psnr(real: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Per picture, 10 log10(255^2 / mean squared error) in dB: uint8 (N, H, W, 3) twice -> (N,)."""
-    error = (real.astype(np.float64) - other.astype(np.float64)) ** 2
-    mse = error.reshape(len(error), -1).mean(1)
-    return 10 * np.log10(255.0**2 / np.maximum(mse, 255.0**2 / 10 ** (PSNR_CAP_DB / 10)))
 
 
 def action_error(true: np.ndarray, predicted: np.ndarray, axes: Axes) -> np.ndarray:

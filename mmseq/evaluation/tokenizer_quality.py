@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.measures import mean_action, psnr
+from mmseq.evaluation.measures import mean_action
 from mmseq.evaluation.results import Result, bootstrap
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.pictures import psnr
 from mmseq.tokenization.vision import fit_frames
 
 FRAMES = 96  # pictures per kind

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmseq.errors import ConfigError, TaskError
 from mmseq.model.range_loss import add_copies
+from mmseq.model.readout import best_codes, mean_codes
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.transformer import Cache
 from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource
@@ -204,9 +205,7 @@ class _Run:
             free = [b for b in range(len(self.rows)) if not done[b] and i >= len(prefixes[b])]
             codes = self._choose(logits, stream, free)
             if stream in SCALAR_STREAMS:
-                share = logits.softmax(-1)
-                mean = (share * torch.arange(share.shape[-1], device=share.device)).sum(-1)
-                expectations = mean.tolist()
+                expectations = mean_codes(logits).tolist()
             for b, row in enumerate(self.rows):
                 if done[b]:
                     continue
@@ -273,16 +272,13 @@ class _Run:
         return add_copies(logits, (self.copies - ids.start).clamp_min(0), gate)
 
     def _choose(self, logits_BC: Tensor, stream: str, free: Sequence[int]) -> list[int]:
-        """One code per request: sampled, or with temperature 0 the most likely one; of a vector's bins, which
-        have an order, the median, whose expected absolute error is least.
+        """One code per request: sampled, or with temperature 0 the best one.
 
         free: the requests whose code is not settled; only they draw, so that what a request samples does not
         depend on its company.
         """
         if self.decoder.temperature <= 0:
-            if stream in VECTOR_STREAMS:
-                return (logits_BC.softmax(-1).cumsum(-1) < 0.5).sum(-1).clamp_max(logits_BC.shape[-1] - 1).tolist()
-            return logits_BC.argmax(-1).tolist()
+            return best_codes(logits_BC, RANGE_OF_STREAM[stream]).tolist()
         codes = [0] * len(logits_BC)
         share = (logits_BC / self.decoder.temperature).softmax(-1).cpu()
         for b in free:

@@ -19,10 +19,8 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.inference.predict import Prediction
 from mmseq.tasks import END, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.pictures import strip
 from mmseq.tokenization.vision import fit_frames
-
-STRIP_SCALE = 2  # small frames are enlarged so that a person can see them
-STRIP_GAP = 4
 
 
 def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[str, Any]:
@@ -158,17 +156,6 @@ def _write_vision(
         files.append(f"{name}_real_above_predicted.png")
         Image.fromarray(strip(truth_frames, frames)).save(folder / files[-1])
     return entry | {"files": files}
-
-
-def strip(*rows: np.ndarray) -> np.ndarray:
-    """Rows of frames (N, H, W, 3) as one picture, enlarged, a white gap between rows."""
-    lines: list[np.ndarray] = []
-    for frames in rows:
-        line = np.concatenate(list(frames), axis=1).repeat(STRIP_SCALE, 0).repeat(STRIP_SCALE, 1)
-        if lines:
-            lines.append(np.full((STRIP_GAP, line.shape[1], 3), 255, np.uint8))
-        lines.append(line)
-    return np.concatenate(lines)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

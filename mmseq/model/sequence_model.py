@@ -6,6 +6,7 @@ config.json  model.safetensors (in shards when large)  tokenizers/  [mix.yaml  t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmseq.errors import CheckpointError, ConfigError
 from mmseq.model.attention import choose_backend
 from mmseq.model.config import ModelConfig
 from mmseq.model.range_loss import range_loss
+from mmseq.model.readout import read_codes
 from mmseq.model.sequence_parallel import documents_across, share
 from mmseq.model.transformer import Transformer
 from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
@@ -90,22 +92,38 @@ class SequenceModel(nn.Module):
         """Per range: nats (N,) of every predicted token, their sum with the z-loss (), and task index (N,).
 
         Only the sum carries a gradient, and only once."""
+        out = {}
+        for name, hidden, rows, copies, targets, task in self._ranges(batch):
+            nats, total = range_loss(hidden, rows, targets, self.config.z_loss, copies)
+            out[name] = (nats, total, task)
+        return out
+
+    @torch.no_grad()
+    def teacher_forced(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Per range: nats (N,) of every predicted token, the code that the model would put there when everything
+        before it is true (N,), a mean for scalars, and task index (N,)."""
+        out = {}
+        for name, hidden, rows, copies, targets, task in self._ranges(batch):
+            nats, _ = range_loss(hidden, rows, targets, self.config.z_loss, copies)
+            out[name] = (nats, read_codes(hidden, rows, name, copies), task)
+        return out
+
+    def _ranges(self, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor, Any, Tensor, Tensor]]:
+        """Per range: name, hidden states (N, D) of predicted positions, rows (C, D) of the output matrix, copies,
+        targets (N,) and task index (N,)."""
         codes = self.transformer.code_vectors()
         hidden = self._hidden(batch, codes)
         groups = batch.targets
-        if self.training and self.config.copying and "vision" not in groups:
-            none = batch.ids[:0]  # the gate runs on nothing: ranks must reduce the same weights
+        if self.config.copying and "vision" not in groups:
+            none = batch.ids[:0]  # the gate runs on nothing: ranks must gather and reduce the same weights
             groups = {**groups, "vision": (none, none, none)}
-        out = {}
         for name, (at, targets, task) in groups.items():
             ids = self.vocabulary.ranges[name]
             rows = self.transformer.output_rows(ids.start, ids.stop, codes)
             chosen, copies = hidden.index_select(0, at), None
             if name == "vision" and self.config.copying:
                 copies = self._copies(batch, chosen, at)
-            nats, total = range_loss(chosen, rows, targets, self.config.z_loss, copies)
-            out[name] = (nats, total, task)
-        return out
+            yield name, chosen, rows, copies, targets, task
 
     def _copies(self, batch: Batch, hidden_ND: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Of vision targets: the code that each may repeat (N,), and by how much its logit rises (N,)."""

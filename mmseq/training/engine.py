@@ -83,7 +83,9 @@ class Objective(nn.Module):
     Returns (the sum of weighted losses (), nats and counts (2, tasks + 1)); the last column holds the
     weighted nats. Always these two tensors, whatever ranges a batch predicts: with ZeRO 3 each output
     that carries a gradient gathers weights on its way back, so ranks must have equally many.
-    autocast: compute in bf16; entered here because DeepSpeed leaves an outer one on a GPU.
+    teacher_forced: a third value, for validation: per range the nats (N,) and the codes (N,) of
+    `SequenceModel.teacher_forced`, without gradient. autocast: compute in bf16; entered here because
+    DeepSpeed leaves an outer one on a GPU.
     """
 
     def __init__(self, model: SequenceModel, tasks: int, range_weights: dict[str, float], *, autocast: bool):
@@ -97,15 +99,34 @@ class Objective(nn.Module):
         """How many tokens batches predict, weighted by range."""
         return sum(self.weight(name) * len(at) for b in batches for name, (at, _, _) in b.targets.items())
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, *, teacher_forced: bool = False) -> tuple[Any, ...]:
+        if teacher_forced:
+            return self._teacher_forced(batch)
         loss = torch.zeros((), device=batch.ids.device)
-        sums = torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
+        sums = self._sums(batch)
+        with self._precision(batch):
             groups = self.model.losses(batch)
         for name, (nats, total, task) in groups.items():
             loss = loss + self.weight(name) * total
-            nats = nats.double()
-            sums[0].index_add_(0, task, nats)
-            sums[1].index_add_(0, task, torch.ones_like(nats))
-            sums[0, -1] += self.weight(name) * nats.sum()
+            self._add(sums, name, nats, task)
         return loss, sums
+
+    def _teacher_forced(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        sums = self._sums(batch)
+        with self._precision(batch):
+            groups = self.model.teacher_forced(batch)
+        for name, (nats, _, task) in groups.items():
+            self._add(sums, name, nats, task)
+        return sums[0, -1], sums, {name: (nats, codes) for name, (nats, codes, _) in groups.items()}
+
+    def _precision(self, batch: Batch) -> Any:
+        return torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast)
+
+    def _sums(self, batch: Batch) -> Tensor:
+        return torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
+
+    def _add(self, sums: Tensor, name: str, nats: Tensor, task: Tensor) -> None:
+        nats = nats.double()
+        sums[0].index_add_(0, task, nats)
+        sums[1].index_add_(0, task, torch.ones_like(nats))
+        sums[0, -1] += self.weight(name) * nats.sum()

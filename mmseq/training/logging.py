@@ -5,20 +5,25 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import resource
 import time
 import zlib
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 from mmseq.data.mixture import Sample
 from mmseq.errors import require
 from mmseq.training.config import TrainConfig
+from mmseq.training.validation import Measured
 
 SAID_SAMPLES = 1000  # of a step that was skipped
+SAID_MEASURES = 3  # of a task in a line of the console
 
 
 def memory_gib(device: torch.device) -> float:
@@ -32,6 +37,10 @@ class Logger(Protocol):
     """Where numbers go besides metrics.jsonl."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None: ...
+
+    def draw(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Pictures uint8 (H, W, 3) by name."""
+        ...
 
     def close(self) -> None: ...
 
@@ -47,6 +56,11 @@ class TensorBoard:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def draw(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        for name, picture in pictures.items():
+            self.writer.add_image(name, picture, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
@@ -69,6 +83,9 @@ class Tracker:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self.module.log(numbers, step=step)
+
+    def draw(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        self.module.log({name: self.module.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
         self.module.finish()
@@ -104,6 +121,13 @@ def _open(path: Path, after: int) -> IO[str]:
     return path.open("a")
 
 
+def _answers(measures: dict[str, float]) -> str:
+    """The first few measures of a task in brackets; its bits stand before them."""
+    shown = [f"{name} {value:.3g}" for name, value in measures.items() if not name.endswith("bits_per_token")]
+    more = [f"{len(shown) - SAID_MEASURES} more"] if len(shown) > SAID_MEASURES else []
+    return f" ({', '.join(shown[:SAID_MEASURES] + more)})" if shown else ""
+
+
 def _numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
     """Nested numbers as `prefix/name`."""
     out: dict[str, float] = {}
@@ -121,7 +145,7 @@ class RunLog:
     Bits per token are averaged by task between two records."""
 
     def __init__(self, out: Path, config: TrainConfig, tasks: list[str], *, total: int, enabled: bool, after: int = 0):
-        self.tasks, self.total, self.enabled = tasks, total, enabled
+        self.out, self.tasks, self.total, self.enabled = out, tasks, total, enabled
         self.file = _open(out / "metrics.jsonl", after) if enabled else None
         self.loggers = _open_loggers(out, config, after) if enabled else []
         self.console = Console(highlight=False, soft_wrap=True)
@@ -195,9 +219,24 @@ class RunLog:
             f"{found['gradient_norm']}); metrics.jsonl names its {len(samples)} samples, the first is {samples[0]}"
         )
 
-    def validation(self, step: int, measures: dict[str, Any]) -> None:
-        if self.file is not None:
-            self._write("validation", {"step": step, **measures})
+    def validation(self, step: int, measured: Measured) -> None:
+        """A line, the pictures as PNG and to the loggers, and a line to the console."""
+        if self.file is None:
+            return
+        record = {"bits_per_token": measured.bits_per_token, "teacher_forced": measured.teacher_forced}
+        self._write("validation", {"step": step, **record})
+        if measured.pictures:
+            folder = self.out / "validation" / f"step_{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, picture in measured.pictures.items():
+                Image.fromarray(picture).save(folder / (re.sub(r"[^\w.-]+", "_", name) + ".png"))
+            for logger in self.loggers:
+                logger.draw(step, {f"validation/pictures/{n}": p for n, p in measured.pictures.items()})
+        told = ", ".join(
+            f"{t} {b:.2f}{_answers(measured.teacher_forced.get(t, {}))}" for t, b in record["bits_per_token"].items()
+        )
+        if told:
+            self.say(f"step {step} held out, bits/token and teacher-forced answers: {told}")
 
     def close(self) -> None:
         if self.file is not None:

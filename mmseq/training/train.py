@@ -40,7 +40,7 @@ from mmseq.training.logging import RunLog, memory_gib, require_loggers
 from mmseq.training.ranks import find_ranks
 from mmseq.training.signals import StopRequest
 from mmseq.training.start import model_of_rank
-from mmseq.training.validation import validate, validation_batches
+from mmseq.training.validation import Validation
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
 HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
@@ -123,9 +123,11 @@ def train(config: TrainConfig) -> Path:
         prefetch=config.data.prefetch,
         workers=config.data.workers,
     )
-    validation = validation_batches(config, make("holdout"), tokenizers) if config.validate_every else []
-    if validation and state.step == 0:
-        log.validation(0, {"bits_per_token": validate(engine, validation, mixture.task_names)})
+    validation = None
+    if config.validate_every:
+        validation = Validation(config, make("holdout"), group=rank * groups // world, groups=groups)
+        if validation and state.step == 0:
+            log.validation(0, validation.measure(engine))
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
     last = min(state.steps, config.stop_after or state.steps)
@@ -176,8 +178,8 @@ def train(config: TrainConfig) -> Path:
                 "seconds": state.seconds,
             }
             log.step(record, step_data.samples, every=config.log_every)
-            if config.validate_every and (state.step % config.validate_every == 0 or state.step == state.steps):
-                log.validation(state.step, {"bits_per_token": validate(engine, validation, mixture.task_names)})
+            if validation is not None and (state.step % config.validate_every == 0 or state.step == state.steps):
+                log.validation(state.step, validation.measure(engine))
             if state.step % config.save_every == 0 or state.step == last or stopping:
                 saved = checkpoints.save(
                     engine,

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, normalise, psnr
+from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, normalise
 from mmseq.testing import tiny
+from mmseq.tokenization.pictures import psnr
 
 
 def test_psnr_of_pictures_that_differ_by_a_constant():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from mmseq.inference import decoding
-from mmseq.inference.output import psnr, strip, to_json, truth
+from mmseq.inference.output import psnr, to_json, truth
 from mmseq.tasks import Task
 from mmseq.testing import tiny
+from mmseq.tokenization.pictures import strip
 
 
 @pytest.mark.parametrize("cameras", [("front",), ("front", "wrist")])

@@ -12,7 +12,7 @@ from mmseq import SequenceModel
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import Objective
-from mmseq.training.validation import validation_batches
+from mmseq.training.validation import held_out_batches
 
 SINGLE = ["deepspeed.dtype=fp32", "deepspeed.zero_stage=0", "optimizer.kind=muon"]
 
@@ -102,7 +102,7 @@ def exported_bits(data: Path, out: Path) -> dict[str, float]:
     model = SequenceModel.from_pretrained(out / "checkpoint")
     mix = load_mix(data / "holdout.yaml")
     held = Mixture(mix, data / "tokens", model.tokenizers, row_tokens=256, seed=0, split="holdout")
-    batches = validation_batches(TrainConfig(), held, model.tokenizers)
+    batches = [h.batch for h in held_out_batches(TrainConfig(), held)]
     objective = Objective(model, len(held.task_names), {}, autocast=False)
     nats, counts = sum(objective(batch)[1] for batch in batches).tolist()
     return {name: nats[i] / counts[i] / math.log(2) for i, name in enumerate(held.task_names) if counts[i]}

@@ -27,6 +27,10 @@ def test_ranks_that_share_lines_learn_the_same(trainer, losses, metrics, alone, 
         assert len(found) == len(expected) == rows
         for a, b in zip(expected, found):
             assert b["bits_per_token"] == pytest.approx(a["bits_per_token"], rel=1e-5)
+    for a, b in zip(metrics(alone, "validation"), metrics(run, "validation")):
+        assert a["teacher_forced"].keys() == b["teacher_forced"].keys()
+        for task, measures in a["teacher_forced"].items():
+            assert b["teacher_forced"][task] == pytest.approx(measures, rel=0.02)  # a code may tip over
 
 
 def test_bf16(trainer, losses, alone, tmp_path):
