@@ -59,7 +59,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """rope: whether queries and keys are rotated."""
+    """The weights of attention; `Layer` attends. rope: whether queries and keys are rotated."""
 
     def __init__(self, config: ModelConfig, *, rope: bool):
         super().__init__()
@@ -80,10 +80,6 @@ class Attention(nn.Module):
         if not self.rope:
             return q, k, v
         return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents: Documents, backend: str) -> Tensor:
-        q, k, v = self.project(x_TD, cos, sin)
-        return self.out(attend(q, k, v, documents, backend).flatten(-2))
 
     def extend(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor
@@ -121,8 +117,16 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents, backend: str) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, documents, backend)
-        return x + self.mlp(self.mlp_norm(x))
+        q, k, v = self.before(x, cos, sin)
+        return self.after(x, attend(q, k, v, documents, backend))
+
+    def before(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values. Neither this nor `after` depends on where documents end, so both can be compiled."""
+        return self.attention.project(self.attention_norm(x_TD), cos, sin)
+
+    def after(self, x_TD: Tensor, attended_THK: Tensor) -> Tensor:
+        x_TD = x_TD + self.attention.out(attended_THK.flatten(-2))
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
 
     def extend(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor, mask: Tensor

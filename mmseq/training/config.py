@@ -90,6 +90,7 @@ class TrainConfig:
     A step whose loss or gradient is not finite changes nothing; so does, with `skip_spikes`, one whose loss
     lies 6 standard deviations above the mean of the last 128. max_skipped_in_a_row: more than these stop the run.
     keep_checkpoints: the newest; those at multiples of `milestone_every` steps stay besides (0: none).
+    compile: torch.compile what lies between attentions; may change when a run goes on.
     loggers: besides metrics.jsonl: tensorboard, wandb, trackio. peak_tflops: of one rank, for MFU; 0 looks it up.
     """
 
@@ -111,6 +112,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     milestone_every: int = 0
     skip_spikes: bool = False
+    compile: bool = False
     max_skipped_in_a_row: int = 10
     loggers: list[str] = field(default_factory=list)
     peak_tflops: float = 0.0
@@ -164,6 +166,11 @@ class TrainConfig:
             yield ConfigError(f"deepspeed.zero_stage must be 0, 1, 2 or 3, got {d.zero_stage}")
         if d.dtype not in ("bf16", "fp32"):
             yield ConfigError(f"deepspeed.dtype must be bf16 or fp32, got {d.dtype!r}")
+        if self.compile and d.zero_stage == 3:
+            yield ConfigError(
+                "compile=true needs the weights of a whole layer at once, ZeRO 3 gathers them part by part",
+                fix="set compile=false or deepspeed.zero_stage=2",
+            )
         if self.optimizer.kind not in ("adamw", "muon"):
             yield ConfigError(f"optimizer.kind must be adamw or muon, got {self.optimizer.kind!r}")
         if self.optimizer.kind == "muon" and d.zero_stage:

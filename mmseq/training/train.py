@@ -28,6 +28,7 @@ from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
 from mmseq.training import stability
+from mmseq.training.compiling import compile_layers
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import Preempted, device_of, require_shared, sequence_group, start_deepspeed
 from mmseq.training.engine import Objective, build_engine
@@ -71,6 +72,8 @@ def train(config: TrainConfig) -> Path:
     model = model_of_rank(config, tokenizers, rank)
     config.model = model.config  # what it starts from decides the shape
     model.sequence_group = sequence_group(config.deepspeed.sequence_parallel)
+    if config.compile:
+        compile_layers(model.transformer, device)
     groups = config.groups(world)  # ranks that share lines of tokens take the same rows
     size = model.parameters_count  # ZeRO 3 leaves each rank a share
     backend, why = choose_backend(device, config.model.attention, half=config.deepspeed.dtype == "bf16")
@@ -109,6 +112,7 @@ def train(config: TrainConfig) -> Path:
     log.say(
         f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
         f"{config.deepspeed.zero_stage}, {config.deepspeed.dtype}, attention {backend} ({why})"
+        + (", compiled" if config.compile else "")
         + (f", MFU of {peak:g} TFLOP/s ({machine})" if peak else "")
         + (f", resumed at step {state.step}" if found else "")
     )
