@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmseq.data.mixture import Sample
-from mmseq.errors import require
+from mmseq.errors import DependencyError, require
 from mmseq.training.config import TrainConfig
 from mmseq.training.validation import Measured
 
@@ -68,7 +68,10 @@ class TensorBoard:
 
 
 class Tracker:
-    """wandb or trackio, which share an interface. The run has the recipe's name, and goes on when it is resumed."""
+    """wandb or trackio, which share an interface. A run goes on when it is resumed, under one identity for its folder.
+
+    trackio writes to this machine and wants no network; wandb does the same with WANDB_MODE=offline.
+    """
 
     def __init__(self, package: str, out: Path, config: TrainConfig, after: int):
         from omegaconf import OmegaConf
@@ -76,10 +79,18 @@ class Tracker:
         self.module = importlib.import_module(package)
         settings = OmegaConf.to_container(OmegaConf.structured(config))
         project = os.environ.get(f"{package.upper()}_PROJECT", "mmseq")
-        options: dict[str, Any] = {"project": project, "name": config.name, "config": settings, "resume": "allow"}
+        options: dict[str, Any] = {"project": project, "config": settings, "resume": "allow"}
         if package == "wandb":
-            options |= {"dir": str(out), "id": _run_id(out)}
-        self.module.init(**options)
+            options |= {"name": config.name, "dir": str(out), "id": _run_id(out)}
+        else:  # which knows runs by their names alone
+            options |= {"name": f"{config.name}-{_run_id(out)}"}
+        try:
+            self.module.init(**options)
+        except Exception as error:  # each has its own kinds: no key, no network, no space
+            offline = "set WANDB_MODE=offline, or " if package == "wandb" else ""
+            raise DependencyError(
+                f"loggers: {package} could not start: {error}", fix=f"{offline}leave {package} out of loggers"
+            ) from error
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self.module.log(numbers, step=step)
