@@ -80,10 +80,8 @@ def axis_groups(axes: Axes, robot: Embodiment) -> dict[str, list[int]]:
 
 
 def _frames(span: Span, tokenizers: Tokenizers) -> tuple[np.ndarray, np.ndarray]:
-    tokens = tokenizers.layout.frame_tokens
-    true, predicted = (
-        tokenizers.vision.decode(codes.astype(np.int64).reshape(-1, tokens)) for codes in (span.true, span.predicted)
-    )
+    codes = np.stack([span.true, span.predicted]).astype(np.int64)
+    true, predicted = np.split(tokenizers.vision.decode(codes.reshape(-1, tokenizers.layout.frame_tokens)), 2)
     return true, predicted
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmseq.data.tokens import write_token_shards
 from mmseq.testing import tiny
@@ -71,6 +72,8 @@ def trainer(tmp_path_factory) -> Trainer:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     root = tmp_path_factory.mktemp("data")
     bundle = tiny.tokenizers()
+    with torch.no_grad():  # untrained it draws every code alike, and every prediction would look right
+        bundle.vision._network.decoder_out.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     bundle.save(root / "tokenizers")
     write_token_shards([tiny.episode(i) for i in range(8)], root / "tokens/robot", bundle, name="robot")
     write_token_shards([tiny.video(i) for i in range(8)], root / "tokens/human", bundle, name="human")
