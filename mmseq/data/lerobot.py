@@ -28,7 +28,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -486,18 +486,20 @@ class LeRobotReader:
                 return bool(np.any(table[name][start:end].astype(bool)))
         return None
 
-    def frames(self, index: int, camera: str) -> Iterator[np.ndarray]:
+    def frames(self, index: int, camera: str, steps: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """The frames of episode `index` one at a time, uint8 (H, W, 3), in bounded memory.
 
+        steps: only those, not decreasing; of video no more is decoded than from the key frame before each.
         Raises: DataError for a missing frame or a broken file.
         """
         index = range(len(self))[index]
         feature = dict(self._cameras)[camera]
         row = self._episodes[index]
         table, start, end = self._rows(index)
-        steps = self._steps(end - start)
+        at = self._steps(end - start)
+        at = at if steps is None else at[list(steps)]
         if not self._is_video(feature):
-            return self._stored_images(self._data_path(row), feature, start, steps)
+            return self._stored_images(self._data_path(row), feature, start, at)
         offset = float(row[f"videos/{feature}/from_timestamp"])
         held = float(row[f"videos/{feature}/to_timestamp"]) - offset
         if abs(held - (end - start) / self.fps) > 0.5 / self.fps:
@@ -506,7 +508,7 @@ class LeRobotReader:
                 f"but {held:.3f} s of {feature}",
                 fix=_REFETCH,
             )
-        times = table["timestamp"][start:end].astype(np.float64)[steps] if "timestamp" in table else steps / self.fps
+        times = table["timestamp"][start:end].astype(np.float64)[at] if "timestamp" in table else at / self.fps
         return self._video_frames(self._video_path(row, feature), offset + times)
 
     def _video_frames(self, path: Path, times_s: np.ndarray) -> Iterator[np.ndarray]:

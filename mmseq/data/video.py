@@ -90,6 +90,7 @@ class VideoDecoder:
             self._stream.codec_context.thread_count = 1
         self._frames: Iterator[av.VideoFrame] | None = None
         self._pending: av.VideoFrame | None = None  # decoded, not yet asked for
+        self._last: int | None = None  # pts of the frame that was decoded last
 
     def close(self) -> None:
         self._frames = self._pending = None
@@ -165,7 +166,7 @@ class VideoDecoder:
 
     def _seek(self, pts: int) -> None:
         self._container.seek(pts, stream=self._stream, backward=True, any_frame=False)
-        self._frames = self._pending = None
+        self._frames = self._pending = self._last = None
 
     def _next(self) -> av.VideoFrame | None:
         if self._pending is not None:
@@ -173,9 +174,11 @@ class VideoDecoder:
             return frame
         frames = self._frames = self._container.decode(self._stream) if self._frames is None else self._frames
         try:
-            return next(frames, None)
+            frame = next(frames, None)
         except (av.FFmpegError, ValueError) as error:
             raise self._corrupt(f"is corrupt: {error}") from error
+        self._last = frame.pts if frame is not None else None
+        return frame
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
@@ -228,7 +231,8 @@ class VideoDecoder:
     def _position(self, pts: float, tolerance: float) -> None:
         """Make the next frame the one at `pts`, or one before it."""
         second = 1 / float(self._stream.time_base)
-        if self._frames is not None:
+        behind = self._last is not None and not -tolerance <= pts - self._last <= _SKIP_S * second
+        if self._frames is not None and not behind:  # what is next is worth decoding
             self._pending = self._next()
             if self._pending is not None and self._pending.pts is not None:
                 ahead = pts - self._pending.pts

@@ -73,6 +73,22 @@ def test_random_access_gives_the_frames_of_reading_in_order(written):
     np.testing.assert_array_equal(reader[1]["image.top"], in_order[1])
 
 
+def test_single_frames_are_those_of_reading_in_order(written):
+    """Also across key frames, of which there is one in four, and across episodes, which share a file."""
+    reader = LeRobotReader(written[0])
+    in_order = {(i, c): episode[f"image.{c}"] for i, episode in enumerate(reader) for c in reader.cameras}
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        index, camera = int(rng.integers(len(reader))), str(rng.choice(reader.cameras))
+        whole = in_order[index, camera]
+        first = int(rng.integers(len(whole)))
+        for steps in ([first], range(first, min(first + 6, len(whole))), [first, first, len(whole) - 1]):
+            np.testing.assert_array_equal(np.stack(list(reader.frames(index, camera, steps))), whole[list(steps)])
+    assert list(reader.frames(0, "top", [])) == []
+    with pytest.raises(IndexError):
+        reader.frames(1, "top", [len(in_order[1, "top"])])
+
+
 def test_reading_in_order_opens_each_video_once_and_never_seeks_again(written, monkeypatch):
     from mmseq.data import lerobot, video
 

@@ -59,6 +59,26 @@ def test_b_frames_and_long_gaps_do_not_shift_indices(tmp_path, textured):
         np.testing.assert_array_equal(read_frames(path, [index])[0], everything[index])
 
 
+@pytest.mark.parametrize("options", [{"bf": "3", "g": "15"}, {"bf": "0", "g": "2"}, {"bf": "2", "g": "300"}])
+def test_an_open_decoder_jumps_in_any_order(tmp_path, textured, options):
+    import av
+
+    from mmseq.data.video import VideoDecoder
+
+    path = tmp_path / "jumps.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options=options)
+        stream.width = stream.height = 64
+        for image in textured(80):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    everything = read_frames(path)
+    with VideoDecoder(path) as decoder:
+        ticks = decoder.probe().pts
+        for index in [0, 79, 79, 14, 15, 16, 15, 0, *np.random.default_rng(0).integers(0, 80, 60)]:
+            np.testing.assert_array_equal(next(decoder.frames_at([ticks[index]])), everything[index])
+
+
 def test_an_index_outside_the_video_is_named(clip):
     with pytest.raises(DataError, match="0 to 39, not 40"):
         read_frames(clip[0], [3, 40])
