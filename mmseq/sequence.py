@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -228,6 +229,14 @@ class SequenceBuilder:
         return np.concatenate([tokens.vision(camera, int(s), int(s) + 1) for s in steps])
 
 
+@lru_cache(1024)
+def _constant(value: int, count: int) -> np.ndarray:
+    """One array (count,) for all sequences: copy, do not change."""
+    array = np.full(count, value, dtype=np.int64)
+    array.flags.writeable = False
+    return array
+
+
 @dataclass
 class _Open:
     """The predicted segment that a draft is writing. period: tokens of a frame, or slots of a chunk.
@@ -271,20 +280,19 @@ class Draft:
     def _add(self, ids: np.ndarray, slots: np.ndarray | None = None, copies: np.ndarray | None = None) -> int:
         start = self.length
         self.ids.append(ids)
-        self.slots.append(np.zeros(len(ids), dtype=np.int64) if slots is None else slots)
-        self.copies.append(np.full(len(ids), NOTHING, dtype=np.int64) if copies is None else copies)
+        self.slots.append(_constant(0, len(ids)) if slots is None else slots)
+        self.copies.append(_constant(NOTHING, len(ids)) if copies is None else copies)
         self.length += len(ids)
         return start
 
     def header(self, segment: PlacedSegment, camera: str | None) -> None:
         """Add the header that a task supplies."""
         ids = np.array(self._header_ids(segment, camera), dtype=np.int64)
-        slots = np.zeros(len(ids), dtype=np.int64)
-        copies = np.full(len(ids), NOTHING, dtype=np.int64)
-        self._open = None
+        slots = copies = self._open = None
         if segment.predicted:
             self._open = current = self._opened(segment, camera)
-            slots[-1] = self._slots_after(current, -1, 1)[0]
+            slots, copies = np.zeros(len(ids), dtype=np.int64), np.full(len(ids), NOTHING, dtype=np.int64)
+            slots[-1] = self._slots_after(current.range_name, current.period, -1, 1)[0]
             copies[-1] = NOTHING if current.before is None else current.before[0]
         self._add(ids, slots, copies)
 
@@ -312,7 +320,7 @@ class Draft:
             start = self.length
             self.write(codes.reshape(-1))
             self.target_at.append(np.arange(start - 1, self.length - 1))
-            self.target_range.append(np.full(self.length - start, RANGES.index(range_name)))
+            self.target_range.append(_constant(RANGES.index(range_name), self.length - start))
         else:
             ids = self.builder.vocabulary.encode(range_name, codes)
             if camera is not None and stream != "demo":
@@ -335,7 +343,7 @@ class Draft:
             part, ids = ids[:room], ids[room:]
             first = current.written
             current.written += len(part)
-            slots = self._slots_after(current, first, len(part))
+            slots = self._slots_after(current.range_name, current.period, first, len(part))
             copies = np.full(len(part), NOTHING, dtype=np.int64)
             if current.before is not None:
                 place = first % current.period + 1
@@ -364,28 +372,30 @@ class Draft:
         return frames[max(earlier) if earlier else min(frames)]
 
     @staticmethod
-    def _slots_after(current: _Open, first: int, count: int) -> np.ndarray:
-        """The slots of the tokens after tokens first .. first + count - 1 of a predicted segment."""
-        base = _FIRST_SLOT.get(f"next {current.range_name}")
+    @lru_cache(1024)
+    def _slots_after(range_name: str, period: int, first: int, count: int) -> np.ndarray:
+        """The slots of the tokens after tokens first .. first + count - 1 of a predicted segment. As `_given_slots`."""
+        base = _FIRST_SLOT.get(f"next {range_name}")
         if base is None:
             return np.zeros(count, dtype=np.int64)
-        return base + (np.arange(first, first + count) + 1) % current.period
+        return base + (np.arange(first, first + count) + 1) % period
 
     @staticmethod
+    @lru_cache(1024)
     def _given_slots(range_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The place of each token in its frame or chunk."""
+        """The place of each token in its frame or chunk. One array for all sequences: copy, do not change."""
         count = int(np.prod(shape))
         if range_name not in _FIRST_SLOT:
             return np.zeros(count, dtype=np.int64)
-        period = shape[-1] if range_name == "vision" else CHUNK_SLOTS
+        period = shape[-1] if range_name in ("vision", "merged") else CHUNK_SLOTS
         return _FIRST_SLOT[range_name] + np.arange(count) % period
 
     def _merged(self, ids: np.ndarray) -> int:
         patches = merge_codes(ids, self.builder.layout)  # (frames, positions, codes per position)
         frames, positions, width = patches.shape
         patch_token = self.builder.vocabulary.structure("<patch>")
-        slots = _FIRST_SLOT["merged"] + np.tile(np.arange(positions), frames)
-        start = self._add(np.full(frames * positions, patch_token, dtype=np.int64), slots)
+        slots = self._given_slots("merged", (frames, positions))
+        start = self._add(_constant(patch_token, frames * positions), slots)
         self.patch_at.append(np.arange(start, self.length))
         self.patch_ids.append(patches.reshape(-1, width))
         return start

@@ -150,7 +150,7 @@ class Vocabulary:
         """Ids of a tokenizer's own codes. Raises: ConfigError when a code is outside its range."""
         ids = self.ranges[range_name]
         codes = np.asarray(codes)
-        if codes.size and (codes.min() < 0 or codes.max() >= ids.size):
+        if codes.size and (codes.max() >= ids.size or (codes.dtype.kind != "u" and codes.min() < 0)):  # shards: uint16
             raise ConfigError(
                 f"{range_name} code {int(codes.max() if codes.max() >= ids.size else codes.min())} is outside "
                 f"0..{ids.size - 1}: tokens and vocabulary do not belong together"

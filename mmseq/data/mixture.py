@@ -24,7 +24,7 @@ from mmseq.data.tokens import TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
-from mmseq.tasks import TEXT_STREAMS, Task
+from mmseq.tasks import TEXT_STREAMS, PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
 
 BLOCK_SAMPLES = 4096
@@ -302,6 +302,7 @@ class Mixture:
         self.tasks = [Task.parse(t.task) for t in mix.tasks]
         self.task_names = [task_name(t) for t in mix.tasks]
         self.shards: dict[str, TokenShards] = {}
+        self._placed: dict[tuple[int, float], tuple[PlacedSegment, ...]] = {}  # of a task at a rate
         members: dict[str, list[int]] = {}
         for name in mix.sources:
             directory = Path(tokens) / name
@@ -350,8 +351,11 @@ class Mixture:
         return [[samples[i] for i in rows[r]] for r in generator.permutation(len(rows))]
 
     def build(self, sample: Sample) -> TokenSequence:
-        tokens = self.shards[sample.source][sample.episode]
-        return self.builder.build(self.tasks[sample.task], tokens, sample.now, sample.variant)
+        tokens, task = self.shards[sample.source][sample.episode], self.tasks[sample.task]
+        placed = self._placed.get((sample.task, tokens.rate_hz))
+        if placed is None:
+            placed = self._placed[sample.task, tokens.rate_hz] = task.place(tokens.rate_hz)
+        return self.builder.build(task, tokens, sample.now, sample.variant, placed=placed)
 
     def provenance(self, sample: Sample) -> str:
         """Where a sample came from, for messages."""

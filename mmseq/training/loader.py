@@ -8,11 +8,13 @@ A sample that cannot be read is left out of its row and reported with the step; 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmseq.data.mixture import DataState, MixConfig, Mixture, RowOrder, Sample
 from mmseq.errors import MMSeqError
@@ -38,31 +40,26 @@ class StepData:
 
 @dataclass
 class _Built:
-    """The sequences of one row, in order, and what could not be read."""
+    """The batch of one pass, and what could not be read."""
 
-    tasks: list[int]
-    sequences: list[TokenSequence]
+    batch: Batch
     bad: list[tuple[Sample, str]]
 
 
-def build_row(mixture: Mixture, row: list[Sample]) -> _Built:
-    built = _Built([], [], [])
-    for sample in row:
-        try:
-            built.sequences.append(mixture.build(sample))
-            built.tasks.append(sample.task)
-        except MMSeqError as error:
-            built.bad.append((sample, str(error)))
-    return built
-
-
-def _collate(mixture: Mixture, rows: list[_Built]) -> Batch:
+def build_batch(mixture: Mixture, rows: list[list[Sample]]) -> _Built:
+    sequences: list[TokenSequence] = []
+    tasks, bad = [], []
+    for row in rows:
+        for sample in row:
+            try:
+                sequences.append(mixture.build(sample))
+                tasks.append(sample.task)
+            except MMSeqError as error:
+                bad.append((sample, str(error)))
     vocabulary = mixture.tokenizers.vocabulary
-    sequences = [s for row in rows for s in row.sequences]
-    tasks = [t for row in rows for t in row.tasks]
     if not sequences:  # every sample of the pass is bad: the rank still takes part in the step
         sequences, tasks = [void_sequence(vocabulary, mixture.tokenizers.layout)], [0]
-    return collate(sequences, vocabulary, tasks=tasks, pad_to=mixture.row_tokens * len(rows))
+    return _Built(collate(sequences, vocabulary, tasks=tasks, pad_to=mixture.row_tokens * len(rows)), bad)
 
 
 def steps(
@@ -79,28 +76,29 @@ def steps(
     """Steps for ever, from `state` on. They are the same for every `prefetch` and number of `workers`."""
     order = RowOrder(mixture, state)
     pool = _processes(mixture, workers) if workers else ThreadPoolExecutor(1, thread_name_prefix="builder")
-    build = _build_in_worker if workers else lambda row: build_row(mixture, row)
+    build = _build_in_worker if workers else lambda rows: build_batch(mixture, rows)
 
-    def prepare() -> tuple[list[list[Sample]], DataState, list[Future[_Built]]]:
+    def prepare() -> tuple[list[list[Sample]], DataState, list[Future[Any]]]:
         rows = order.take(rows_per_step)
-        return rows, order.state, [pool.submit(build, row) for row in rows[rank::world]]
+        mine = rows[rank::world]
+        passes = [mine[i : i + rows_per_pass] for i in range(0, len(mine), rows_per_pass)]
+        return rows, order.state, [pool.submit(build, p) for p in passes]
 
-    def finish(prepared: Future[tuple[list[list[Sample]], DataState, list[Future[_Built]]]]) -> StepData:
+    def finish(prepared: Future[tuple[list[list[Sample]], DataState, list[Future[Any]]]]) -> StepData:
         rows, after, futures = prepared.result()
-        built = [f.result() for f in futures]
-        passes = [_collate(mixture, built[i : i + rows_per_pass]) for i in range(0, len(built), rows_per_pass)]
+        built: list[_Built] = [pickle.loads(f.result()) if workers else f.result() for f in futures]
         return StepData(
-            passes,
+            [b.batch for b in built],
             after,
             [s for row in rows for s in row],
-            sum(b.used_tokens for b in passes),
-            mixture.row_tokens * len(built),
-            [b for row in built for b in row.bad],
+            sum(b.batch.used_tokens for b in built),
+            mixture.row_tokens * len(rows[rank::world]),
+            [bad for b in built for bad in b.bad],
         )
 
     # a thread of its own for the order: packing a block then delays no step that is already prepared
     ordering = ThreadPoolExecutor(1, thread_name_prefix="order")
-    finishing = ThreadPoolExecutor(1, thread_name_prefix="collate")
+    finishing = ThreadPoolExecutor(1, thread_name_prefix="finish")
     ahead = deque(finishing.submit(finish, ordering.submit(prepare)) for _ in range(prefetch))
     try:
         while True:
@@ -129,6 +127,7 @@ def _start_worker(mix: MixConfig, tokens: Path, tokenizers: Tokenizers, row_toke
     _mixture = Mixture(mix, tokens, tokenizers, row_tokens=row_tokens, seed=seed)
 
 
-def _build_in_worker(row: list[Sample]) -> _Built:
+def _build_in_worker(rows: list[list[Sample]]) -> bytes:
     assert _mixture is not None
-    return build_row(_mixture, row)
+    # as bytes, or each tensor would be a file in shared memory
+    return pickle.dumps(build_batch(_mixture, rows))
