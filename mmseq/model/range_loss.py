@@ -2,7 +2,7 @@
 
 Hidden states of predicted positions are gathered per range and multiplied with that slice of the
 output matrix, some of its columns at a time. Neither full logits nor positions without loss are ever
-computed: of N x C logits, a tile of 16 MiB or of 512 columns is alive. Gradients are made in the
+computed: of N x C logits, a tile of 8 MiB or of 512 columns is alive. Gradients are made in the
 forward pass, while the tile is there, so backward only scales them (as in Liger's fused linear cross
 entropy, Hsu et al. 2024; tiles of columns are those of Cut Cross-Entropy, Wijmans et al. 2024).
 
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 1 << 22  # logits alive at once, 16 MiB in fp32: a CPU's cache holds them (docs/log.md)
+TILE_ELEMENTS = 1 << 21  # logits alive at once, 8 MiB in fp32: a CPU's cache holds them, `mmseq bench loss` measures it
 TILE_COLUMNS = 512  # but at least so many columns of them, for matrix products that are worth their start
 
 
