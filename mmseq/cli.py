@@ -196,6 +196,20 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--device", default="cpu")
     c.add_argument("--json", metavar="FILE", help="write the results there")
 
+    c = add(
+        commands,
+        "bench",
+        _bench,
+        "measure a part beside what one would use in its place, in turns; docs/benchmarks.md has figures",
+        "throughput   training against transformers + DeepSpeed: width=256 layers=4 vocabulary=50000 seconds=120 ...\n"
+        "loader       token shards and live video against lerobot: data=PATH_TO_LEROBOT_V3 window=1 seconds=60 ...\n"
+        "loss         the range loss against full fp32 logits: positions=4096 vocabulary=150000 ...\n"
+        "packing      useful slots of packed rows: blocks=4",
+    )
+    c.add_argument("what", metavar="BENCH", choices=("throughput", "loader", "loss", "packing"))
+    c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the bench")
+    c.add_argument("--json", metavar="FILE", help="write the rows there as JSON")
+
     c = add(commands, "export", _export, "a checkpoint becomes a language model that transformers and its servers load")
     c.add_argument("checkpoint", metavar="CHECKPOINT")
     c.add_argument("format", metavar="FORMAT", choices=("hf",), help="hf")
@@ -576,6 +590,17 @@ def _episode_address(text: str) -> tuple[Path, int]:
     if colon and not Path(text).exists():
         raise ConfigError(f"--episode {text!r}: {number!r} is not a number", fix="write SRC:N, such as shards/robot:3")
     return Path(text), 0
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    from mmseq.bench.rows import report
+    from mmseq.config import load_config
+
+    bench = import_module(f"mmseq.bench.{args.what}")
+    rows, notes = bench.bench(load_config(bench.Config, None, args.overrides))
+    report(rows, args.json, notes)
 
 
 def _export(args: argparse.Namespace) -> None:

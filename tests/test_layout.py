@@ -30,6 +30,7 @@ ALLOWED = {
     "simulation": {"nouns"},
     "recipes": set(),
     "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
+    "bench": {"nouns", "tokenization", "model", "data", "training", "evaluation", "recipes", "testing"},
 }
 
 
