@@ -7,9 +7,9 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.evaluation.cases import draw, predict_cases, readable, shuffle_actions
 from mmseq.evaluation.generation import evaluate_generation
-from mmseq.evaluation.measures import psnr
 from mmseq.tasks import Task
 from mmseq.testing import tiny
+from mmseq.tokenization.pictures import psnr
 
 ALL = 10_000  # more samples than there are moments: every moment is measured once
 

@@ -70,7 +70,7 @@ def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
             full = hidden[at] @ model.transformer.output_rows(ids.start, ids.stop, model.transformer.code_vectors()).t()
             if sequence.copies[at] != NOTHING:
                 full[sequence.copies[at] - ids.start] += model.transformer.copy_gate(hidden[at])[0]
-            assert (found[0] - full).abs().max() <= 1e-5
+            torch.testing.assert_close(found[0], full, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf"), 1e-300])
