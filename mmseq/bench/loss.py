@@ -3,7 +3,8 @@
     mmseq bench loss --json loss.json
 
 Both take the same hidden states, output matrix and targets, forward and backward, in turns, each in a process of its
-own. Memory is the peak of the process beyond these and their gradients, which both sides need.
+own. Memory is the most that torch holds at once beyond these and their gradients, which both sides need. The
+defaults need 15 GB, nearly all of it for the full logits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mmseq.bench.rows import BenchRow, Spread, row, take_turns
-from mmseq.bench.worker import PeakMemory, Worker, synchronised_clock
+from mmseq.bench.worker import Worker, peak_allocated, synchronised_clock
 from mmseq.errors import ConfigError
 from mmseq.model.range_loss import range_loss
 
@@ -25,7 +26,7 @@ SIDES = ("range_loss", "full_logits")
 class Config:
     """positions, width, vocabulary: of the hidden states and the output matrix. turns: at least, within `seconds`."""
 
-    positions: int = 4096
+    positions: int = 8192
     width: int = 64
     vocabulary: int = 150_000
     turns: int = 2
@@ -78,11 +79,10 @@ class Side:
         small = self.hidden_ND[:8].detach().requires_grad_()  # what the libraries allocate once
         self._loss(small, self.weight_VD, self.target_N[:8]).backward()
         self.weight_VD.grad = None
-        memory = PeakMemory()
-        memory.start()
+        peak = peak_allocated(self._both)
         self.nats = self._both()
         gradients = self.hidden_ND.grad.nbytes + self.weight_VD.grad.nbytes  # type: ignore[union-attr]
-        self.peak = max(1, memory.read() - gradients)
+        self.peak = peak - gradients
 
     def _loss(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         if self.side == "range_loss":

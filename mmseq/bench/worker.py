@@ -39,6 +39,26 @@ def _status(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def peak_allocated(call: Callable[[], Any]) -> int:
+    """The most bytes that torch holds at once during `call` beyond what it held before, exact to the tensor."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def synchronised_clock() -> float:
     """Seconds; the GPU has finished what it was given."""
     import torch

@@ -2,7 +2,7 @@
 
 Hidden states of predicted positions are gathered per range and multiplied with that slice of the
 output matrix, some of its columns at a time. Neither full logits nor positions without loss are ever
-computed: of N x C logits, a tile of 8 MiB or of 512 columns is alive. Gradients are made in the
+computed: of N x C logits, a tile of 4 MiB or of 256 columns is alive. Gradients are made in the
 forward pass, while the tile is there, so backward only scales them (as in Liger's fused linear cross
 entropy, Hsu et al. 2024; tiles of columns are those of Cut Cross-Entropy, Wijmans et al. 2024).
 
@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 1 << 21  # logits alive at once, 8 MiB in fp32: a CPU's cache holds them, `mmseq bench loss` measures it
-TILE_COLUMNS = 512  # but at least so many columns of them, for matrix products that are worth their start
+TILE_ELEMENTS = 1 << 20  # logits alive at once, 4 MiB in fp32: a CPU's cache holds them, `mmseq bench loss` measures it
+GPU_TILE_ELEMENTS = 1 << 23  # 32 MiB, so that a GPU is not kept waiting by the starts of small kernels
+TILE_COLUMNS = 256  # but at least so many columns of them, for matrix products that are worth their start
 
 
 def range_loss(
@@ -72,18 +73,36 @@ class _Tile:
     def rows(self, weight_CD: Tensor) -> Tensor:
         return weight_CD[self.first : self.last]
 
-    def logits(self, hidden_ND: Tensor, weight_CD: Tensor, codes_N: Tensor | None, gate_N: Tensor | None) -> Tensor:
+    def logits(
+        self, hidden_ND: Tensor, weight_CD: Tensor, codes_N: Tensor | None, gate_N: Tensor | None, room: _Room
+    ) -> Tensor:
         """(N, c), in at least fp32. hidden_ND: in the dtype to multiply in."""
-        logits_Nc = hidden_ND @ self.rows(weight_CD).to(hidden_ND.dtype).t()
-        logits_Nc = logits_Nc.to(_sum_type(logits_Nc.dtype))
+        product_Nc = room.product_Nc[:, : self.last - self.first]
+        torch.mm(hidden_ND, self.rows(weight_CD).to(hidden_ND.dtype).t(), out=product_Nc)
+        logits_Nc = room.logits_Nc[:, : self.last - self.first]
+        if logits_Nc.dtype != product_Nc.dtype:
+            logits_Nc.copy_(product_Nc)
         if codes_N is not None and gate_N is not None:
             at_N1, here_N1 = self.place(codes_N)
             logits_Nc.scatter_add_(1, at_N1, gate_N[:, None].to(logits_Nc.dtype) * here_N1)
         return logits_Nc
 
 
-def _tiles(rows: int, columns: int) -> Iterator[_Tile]:
-    count = -(-columns // max(TILE_COLUMNS, TILE_ELEMENTS // max(1, rows)))
+class _Room:
+    """Memory of one tile after the other; freed and taken again, an allocator would keep more of it.
+
+    product_Nc in the dtype to multiply in, logits_Nc in at least fp32: one tensor where that is the same.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
+        self.product_Nc = torch.empty(rows, columns, dtype=dtype, device=device)
+        sums = _sum_type(dtype)
+        self.logits_Nc = self.product_Nc if sums == dtype else torch.empty(rows, columns, dtype=sums, device=device)
+
+
+def _tiles(rows: int, columns: int, device: torch.device) -> Iterator[_Tile]:
+    elements = TILE_ELEMENTS if device.type == "cpu" else GPU_TILE_ELEMENTS
+    count = -(-columns // max(TILE_COLUMNS, elements // max(1, rows)))
     width = -(-columns // count)
     return (_Tile(first, min(first + width, columns)) for first in range(0, columns, width))
 
@@ -143,13 +162,13 @@ def _loss(
     once, from all N positions; over tiles of rows it would be read and written as often as there are tiles.
     """
     half_ND, sums = hidden_ND.to(dtype), _sum_type(dtype)
-    tiles = list(_tiles(len(target_N), len(weight_CD)))
+    tiles = list(_tiles(len(target_N), len(weight_CD), hidden_ND.device))
     top_N = torch.full(target_N.shape, float("-inf"), dtype=sums, device=hidden_ND.device)
     sum_N, aim_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
-    exp_Nc = torch.empty(0)
+    room = _Room(len(target_N), max((t.last - t.first for t in tiles), default=0), dtype, hidden_ND.device)
+    exp_Nc = room.logits_Nc
     for tile in tiles:
-        del exp_Nc  # before the next one is made
-        exp_Nc = tile.logits(half_ND, weight_CD, codes_N, gate_N)
+        exp_Nc = tile.logits(half_ND, weight_CD, codes_N, gate_N, room)
         at_N1, here_N1 = tile.place(target_N)
         aim_N += (exp_Nc.gather(1, at_N1) * here_N1).squeeze(1)
         before_N, top_N = top_N, torch.maximum(top_N, exp_Nc.amax(1))
@@ -166,19 +185,18 @@ def _loss(
     share_N1 = ((1 + 2 * z_weight * partition_N) / sum_N)[:, None]
     for tile in tiles:
         if len(tiles) > 1:
-            del exp_Nc
-            exp_Nc = tile.logits(half_ND, weight_CD, codes_N, gate_N).sub_(top_N[:, None]).exp_()
+            exp_Nc = tile.logits(half_ND, weight_CD, codes_N, gate_N, room).sub_(top_N[:, None]).exp_()
         at_N1, here_N1 = tile.place(target_N)
         slope_Nc = exp_Nc.mul_(share_N1).scatter_add_(1, at_N1, -here_N1.to(sums))  # of the total by the logits
         if codes_N is not None:
             at_N1, here_N1 = tile.place(codes_N)
             to_gate_N += (slope_Nc.gather(1, at_N1) * here_N1).squeeze(1)
-        slope_Nc = slope_Nc.to(dtype)
+        if slope_Nc.dtype != dtype:
+            slope_Nc = room.product_Nc[:, : tile.last - tile.first].copy_(slope_Nc)
         if wanted[0]:
             _add_product(to_hidden_ND, slope_Nc, tile.rows(weight_CD).to(dtype))
         if wanted[1]:
             tile.rows(to_weight_CD).copy_(slope_Nc.t() @ half_ND)
-        del slope_Nc
     found = (to_hidden_ND, to_weight_CD, to_gate_N)
     return nats_N, total, tuple(g if w else None for g, w in zip(found, wanted))
 
