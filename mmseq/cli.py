@@ -516,6 +516,7 @@ def _finetune(args: argparse.Namespace) -> None:
         tokens=args.tokens,
         seed=args.seed,
         settings=args.overrides,
+        ranks=args.ranks or local_ranks(),
     )
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}", fix="give at least 1")
@@ -524,7 +525,7 @@ def _finetune(args: argparse.Namespace) -> None:
     print(f"{out / 'recipe.yaml'}: `mmseq train {out / 'recipe.yaml'}` runs it under any launcher")
     if args.prepare_only:
         return
-    train_here(out / "recipe.yaml", [], ranks=args.ranks or local_ranks(), log=out / "train.log")
+    train_here(out / "recipe.yaml", [], ranks=config.ranks, log=out / "train.log")
     report = before_and_after(out)
     from rich.console import Console
     from rich.table import Table

@@ -213,7 +213,13 @@ class Trainer:
             passes = np.array_split(part, -(-len(part) // self.config.rows_per_pass))
             chosen = [[i for r in some for i in rows[r]] for some in passes]
             batches = [
-                collate([sequences[i] for i in c], vocabulary, tasks=[samples[i].task for i in c]) for c in chosen
+                collate(
+                    [sequences[i] for i in c],
+                    vocabulary,
+                    tasks=[samples[i].task for i in c],
+                    pad_to=len(some) * self.config.row_tokens,
+                )
+                for c, some in zip(chosen, passes)
             ]
             total = sum(len(at) for b in batches for at, _, _ in b.targets.values())
             self.slots += sum(batch.tokens for batch in batches)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ from mmseq.errors import ConfigError, DependencyError
 
 BACKENDS = ("document", "sdpa", "flex", "flash", "varlen")
 HALF_ONLY = ("flash", "varlen")
+FLEX_BLOCK = 128  # tokens that FlexAttention masks as one
 _BUCKET = 16  # documents whose lengths agree up to this many tokens share a block
 
 
@@ -86,15 +88,36 @@ class Documents:
 
     @functools.cached_property
     def flex_mask(self):
-        from torch.nn.attention.flex_attention import create_block_mask
+        """Which blocks of keys each block of queries sees, from the lengths alone: `create_block_mask` would build
+        the mask of every query and key, 180 GB for a line of 131,072 tokens."""
+        from torch.nn.attention.flex_attention import BlockMask
 
         document = self.document_of_token
 
         def mask(b, h, q, k):
             return (q >= k) & (document[q] == document[k])
 
-        size = len(document)
-        return create_block_mask(mask, None, None, size, size, device=str(self.device))
+        size, block = len(document), FLEX_BLOCK
+        count = -(-size // block)
+        starts = np.repeat(np.cumsum([0, *self.lengths[:-1]]), self.lengths)  # of the document of each token
+        index = np.arange(count)
+        first = starts[index * block] // block  # the first block that any query of a block sees
+        whole = -(-starts[np.minimum(index * block + block, size) - 1] // block)  # the first that all see all of
+        whole = np.clip(whole, first, index)
+        partly = (whole - first + 1).astype(np.int32)  # blocks first .. whole - 1, and that of the queries
+        order = np.arange(count)[None] + first[:, None]
+        order = np.where(order < whole[:, None], order, index[:, None]).astype(np.int32)
+        full = (whole[:, None] + np.arange(count)[None]).clip(max=count - 1).astype(np.int32)
+        move = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(self.device)[None, None]
+        return BlockMask.from_kv_blocks(
+            move(partly),
+            move(order),
+            move((index - whole).astype(np.int32)),
+            move(full),
+            BLOCK_SIZE=block,
+            mask_mod=mask,
+            seq_lengths=(size, size),
+        )
 
 
 def choose_backend(device: torch.device | str, requested: str = "auto", *, half: bool = True) -> tuple[str, str]:

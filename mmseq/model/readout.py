@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmseq.model.range_loss import TILE_ELEMENTS, add_copies
+from mmseq.model.range_loss import GPU_TILE_ELEMENTS, TILE_ELEMENTS, add_copies
 from mmseq.tasks import SCALAR_STREAMS, VECTOR_STREAMS
 
 TILE_ROWS = 64  # at least so many rows of logits at once, for matrix products that are worth their start
@@ -42,7 +42,8 @@ def read_codes(
 
     copies: as for `range_loss`.
     """
-    rows = max(TILE_ROWS, TILE_ELEMENTS // len(weight_CD))
+    elements = TILE_ELEMENTS if hidden_ND.device.type == "cpu" else GPU_TILE_ELEMENTS
+    rows = max(TILE_ROWS, elements // len(weight_CD))
     out = []
     for first in range(0, len(hidden_ND), rows):
         part = slice(first, first + rows)

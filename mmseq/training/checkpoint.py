@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from mmseq.training.fragments import WEIGHT, Fragment, base_optimizer, create_st
 from mmseq.training.optimizer import AVERAGE
 
 STATE_FILE = "state.json"
+LATE_S = 60  # that a file of another node may take to appear
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -62,6 +64,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint as rank 0 sees it, once every rank sees it: file systems of networks are late.
+
+    Raises: CheckpointError on all ranks when some do not see it.
+    """
+    found = complete_checkpoints(folder)
+    name = [found[-1].name if found else None]
+    torch.distributed.broadcast_object_list(name, 0)
+    if name[0] is None:
+        return None
+    chosen, deadline = folder / name[0], time.monotonic() + LATE_S
+    while not (chosen / STATE_FILE).is_file() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if agree(not (chosen / STATE_FILE).is_file()):
+        raise CheckpointError(f"not every rank sees {chosen}", fix="give out= on a file system that all nodes share")
+    return chosen
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def save(
     def finish() -> None:
         if rank == 0:
             shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters() if p.requires_grad}
-            index = _index(partial, shapes)
+            index = _index([partial / _file_of(r) for r in range(torch.distributed.get_world_size())], shapes)
             _write_text(
                 partial / STATE_FILE, json.dumps({"run": asdict(state), "identity": identity, **index}, indent=1)
             )
@@ -182,11 +202,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _index(directory: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+def _index(files: list[Path], shapes: dict[str, list[int]]) -> dict[str, Any]:
     """Where each parameter lies: `fragments` {name: [[start, length, file], ...]}, and what is kept of it."""
     found: dict[str, list[list[int]]] = {name: [] for name in shapes}
     keys: dict[str, set[str]] = {name: set() for name in shapes}
-    files = sorted(directory.glob("rank_*.safetensors"))
     for number, path in enumerate(files):
         with safe_open(path, "pt") as file:
             starts = json.loads(file.metadata()["starts"])
@@ -279,8 +298,20 @@ def _difference(key: str, there: object, here: object) -> str:
 def load(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> RunState:
     """Go on from a checkpoint, whatever ranks and ZeRO stage wrote it.
 
-    Raises: CheckpointError when it is of another model, seed or mix, or damaged.
+    Raises: CheckpointError, on all ranks together, when it is of another model, seed or mix, or damaged.
     """
+    state, problem = RunState(), None
+    try:
+        state = _read_into(engine, model, checkpoint, identity)
+    except CheckpointError as error:
+        problem = error
+    if agree(problem is not None):
+        raise problem or CheckpointError(f"another rank could not read {checkpoint}; it says why")
+    refresh_weights(engine)
+    return state
+
+
+def _read_into(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> RunState:
     state = read_state(checkpoint)
     stored = _read(checkpoint).get("identity", {})
     wrong = [_difference(k, stored.get(k), v) for k, v in identity.items() if stored.get(k) != v]
@@ -292,9 +323,8 @@ def load(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> Run
     tensors = StoredTensors(checkpoint)
     unwanted = {WEIGHT} if base_optimizer(engine).average_decay else {WEIGHT, AVERAGE}
     create_states(engine, model, {name: set(keys) - unwanted for name, keys in tensors.keys.items()}, state.updates)
-    for f in local_fragments(engine, model):
+    for f in local_fragments(engine, model, replicas=True):
         for key, view in f.tensors.items():
             if key in tensors.keys.get(f.name, ()):
                 view.copy_(tensors.piece(f.name, key, f.start, f.length))
-    refresh_weights(engine)
     return state

@@ -185,9 +185,15 @@ class TrainConfig:
             yield ConfigError(
                 f"deepspeed.sequence_parallel {ranks} does not divide {world_size} ranks", fix="use a divisor"
             )
-        if self.model.heads % ranks:
+        if self.init_from is None:
+            yield from self.sharing_of_heads()
+
+    def sharing_of_heads(self) -> Iterator[ConfigError]:
+        """Whether the ranks that share a line can share its heads; of a run with init_from once the model is known."""
+        if self.model.heads % self.deepspeed.sequence_parallel:
             yield ConfigError(
-                f"deepspeed.sequence_parallel {ranks} does not divide model.heads {self.model.heads}",
+                f"deepspeed.sequence_parallel {self.deepspeed.sequence_parallel} does not divide model.heads "
+                f"{self.model.heads}",
                 fix="ranks that share a line share its heads, so use a divisor of model.heads",
             )
 

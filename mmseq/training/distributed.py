@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import secrets
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from mmseq.errors import ConfigError, require
 from mmseq.training.ranks import Ranks
 
+PATIENCE = timedelta(hours=2)  # of ranks for each other: rank 0 alone writes the finished model
 EXIT_PREEMPTED = 85  # asked to end, saved, wants to be started again: what train/launch/ requeues on
 
 
@@ -28,7 +31,7 @@ def device_of(ranks: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1:  # `srun --gpus-per-task 1` shows each process its own
+    if count == 1 and ranks.launcher == "srun":  # `srun --gpus-per-task 1` shows each process its own
         return torch.device("cuda", 0)
     if ranks.local_rank >= count:
         raise ConfigError(
@@ -63,7 +66,8 @@ def start_deepspeed(ranks: Ranks) -> Any:
         # that leaves a lock for which every later start waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     return deepspeed
 
 
@@ -76,13 +80,19 @@ def agree(flag: bool) -> bool:
 
 
 def require_shared(folder: Path) -> None:
-    """Raises: ConfigError on every rank when `folder` is not the same place for all of them."""
+    """Make `folder`. Raises: on every rank, OSError or ConfigError when it cannot be written, ConfigError when it is
+    not the same place for all of them."""
     mark = folder / ".shared"
-    number = [secrets.token_hex(8)]
+    number, problem = [secrets.token_hex(8)], None
     torch.distributed.broadcast_object_list(number, 0)
     if torch.distributed.get_rank() == 0:
-        mark.write_text(number[0])
-    torch.distributed.barrier()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(number[0])
+        except OSError as error:
+            problem = error
+    if agree(problem is not None):
+        raise problem or ConfigError(f"rank 0 cannot write to {folder.absolute()}")
     missing = not (mark.is_file() and mark.read_text() == number[0])
     if agree(missing):
         raise ConfigError(
@@ -113,6 +123,8 @@ def leave(code: int = 0, message: str | None = None) -> None:
     if message and report:
         Path(report).parent.mkdir(parents=True, exist_ok=True)
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    for child in multiprocessing.active_children():  # processes of the loader would hold our output open
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mmseq.errors import ConfigError, MMSeqError, did_you_mean
+from mmseq.errors import ConfigError, MMSeqError, did_you_mean, raise_all
 from mmseq.model.attention import BACKENDS
 from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
@@ -116,6 +116,8 @@ def recipe_model(config: TrainConfig) -> ModelConfig:
     else:
         model = replace(shape, merge=shape.merge or 2)
     model.check()
+    if config.init_from is not None:
+        raise_all(replace(config, model=model).sharing_of_heads())
     return model
 
 

@@ -13,7 +13,9 @@ being trained, against forgetting. `recipe.yaml` runs under any launcher of `mms
 from __future__ import annotations
 
 import json
+import math
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +45,7 @@ class FinetuneConfig:
     embodiment: the answers to what the dataset does not say. rate_hz: resample to this rate. tasks: arrows to
     train instead of the checkpoint's. keep: the share of samples that rehearse what the checkpoint knows;
     tokens: where its token shards are, default: where they were. hours: the limit; steps: another limit.
-    settings: `key=value` of the training recipe.
+    settings: `key=value` of the training recipe. ranks: that will train, which must be able to share the rows.
     """
 
     checkpoint: str
@@ -60,6 +62,7 @@ class FinetuneConfig:
     tokens: str | None = None
     seed: int = 0
     settings: list[str] = field(default_factory=list)
+    ranks: int = 1
 
     def check(self) -> None:
         if not 0 < self.hours <= 24 * 365:
@@ -82,6 +85,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     out, checkpoint = Path(config.out), Path(config.checkpoint)
     old = SequenceModel.from_pretrained(checkpoint)
     assert old.tokenizers is not None
+    recipe = _recipe(config, old, out)
     robot, source = _contract(config, old.tokenizers, out)
     say(f"{config.dataset}: {len(source)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
     if len(source) < 4:
@@ -101,7 +105,6 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
     save_mix(new_only, out / "new.yaml")
     tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
-    recipe = _recipe(config, old, out)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
     return stored.name
 
@@ -262,7 +265,8 @@ def _rehearsed(
 
 
 def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfig:
-    """The checkpoint's own recipe at lower rates; a new one where it has none."""
+    """The checkpoint's own recipe at lower rates; a new one where it has none. What was chosen for the machine that
+    trained the checkpoint is left behind. Raises: ConfigError when it cannot train on `ranks`."""
     path = Path(config.checkpoint) / "train.yaml"
     recipe = load_config(TrainConfig, path) if path.is_file() else TrainConfig(deepspeed=DeepSpeedConfig(zero_stage=0))
     o = recipe.optimizer
@@ -273,6 +277,9 @@ def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfi
         recipe.data if path.is_file() else DataConfig(),
         **{"mix": str(out / "mix.yaml"), "tokens": str(out / "tokens"), "tokenizers": str(out / "tokenizers")},
     )
+    data.rows_per_step = -(-data.rows_per_step // config.ranks) * config.ranks
+    each = data.rows_per_step // config.ranks
+    data.rows_per_pass = math.gcd(each, min(data.rows_per_pass, each))
     made = replace(
         recipe,
         name=out.name,
@@ -287,12 +294,15 @@ def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfi
         model=old.config,
         optimizer=replace(o, **rates),
         validate_every=recipe.validate_every or 500,
+        deepspeed=replace(recipe.deepspeed, settings=None, sequence_parallel=1),
+        compile=False,
+        loggers=[],
     )
-    base = out / "recipe.base.yaml"
-    out.mkdir(parents=True, exist_ok=True)
-    base.write_text(to_yaml(made))
-    final = load_config(TrainConfig, base, config.settings)
-    base.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "recipe.yaml"
+        base.write_text(to_yaml(made))
+        final = load_config(TrainConfig, base, config.settings)
+    final.check(config.ranks)
     return final
 
 

@@ -36,12 +36,15 @@ def base_optimizer(engine: Any) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def local_fragments(engine: Any, model: nn.Module) -> list[Fragment]:
-    """What this rank holds of every trained parameter. Together the ranks hold each element once."""
+def local_fragments(engine: Any, model: nn.Module, *, replicas: bool = False) -> list[Fragment]:
+    """What this rank holds of every trained parameter. Together the ranks hold each element once.
+
+    replicas: with what other ranks hold as well, which at ZeRO 0 is everything: who reads must fill all of its own.
+    """
     stage = engine.zero_optimization_stage()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if stage == 0:
-        return [_replicated(n, p, engine) for n, p in named]
+        return [_replicated(n, p, engine, whole=replicas) for n, p in named]
     find = _of_flat_groups if stage < 3 else _of_partition
     return [f for f in (find(n, p, engine) for n, p in named) if f is not None and f.length]
 
@@ -90,9 +93,9 @@ def _states(state: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == like.shape}
 
 
-def _replicated(name: str, parameter: Tensor, engine: Any) -> Fragment:
-    """ZeRO 0 holds everything everywhere: each rank answers for its share."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def _replicated(name: str, parameter: Tensor, engine: Any, *, whole: bool) -> Fragment:
+    """ZeRO 0 holds everything everywhere: each rank answers for its share when it is written."""
+    rank, world = (0, 1) if whole else (torch.distributed.get_rank(), torch.distributed.get_world_size())
     size = parameter.numel()
     start, stop = size * rank // world, size * (rank + 1) // world
     tensors = {WEIGHT: parameter.data, **_states(base_optimizer(engine).state_of(parameter), parameter)}

@@ -8,7 +8,10 @@ A sample that cannot be read is left out of its row and reported with the step; 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,6 +24,7 @@ from mmseq.errors import MMSeqError
 from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence
 from mmseq.tokenization.bundle import Tokenizers
+from mmseq.training.signals import ASKED
 
 
 @dataclass
@@ -124,7 +128,17 @@ def _processes(mixture: Mixture, workers: int) -> Executor:
 
 def _start_worker(mix: MixConfig, tokens: Path, tokenizers: Tokenizers, row_tokens: int, seed: int) -> None:
     global _mixture
+    for number in (signal.SIGINT, *ASKED):  # meant for the rank, which still needs what is being built
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _mixture = Mixture(mix, tokens, tokenizers, row_tokens=row_tokens, seed=seed)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _build_in_worker(rows: list[list[Sample]]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import resource
@@ -124,8 +125,8 @@ def _open_loggers(out: Path, config: TrainConfig, after: int) -> list[Logger]:
 
 
 def _open(path: Path, after: int) -> IO[str]:
-    kept = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= after]
+    kept = path.read_text().splitlines() if path.is_file() and after else []
+    kept = [line for line in kept if _step_of(line) <= after]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)
@@ -137,6 +138,14 @@ def _answers(measures: dict[str, float]) -> str:
     shown = [f"{name} {value:.3g}" for name, value in measures.items() if not name.endswith("bits_per_token")]
     more = [f"{len(shown) - SAID_MEASURES} more"] if len(shown) > SAID_MEASURES else []
     return f" ({', '.join(shown[:SAID_MEASURES] + more)})" if shown else ""
+
+
+def _step_of(line: str) -> float:
+    """Infinite for a line that was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -171,7 +180,7 @@ class RunLog:
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         assert self.file is not None
-        self.file.write(json.dumps({"kind": kind, **record}) + "\n")
+        self.file.write(json.dumps({"kind": kind, **record}, allow_nan=False) + "\n")
         self.file.flush()
         for logger in self.loggers:
             logger.write(record["step"], _numbers({k: v for k, v in record.items() if k != "step"}, kind))
@@ -188,11 +197,15 @@ class RunLog:
         self._records.append(record)
         if record["step"] % every and record["step"] != self.total:
             return
-        rows = self._records
+        rows, taken = self._records, [r for r in self._records if not r["skipped"]]
         mean = lambda key: sum(r[key] for r in rows) / len(rows)
+        last = {k: v for k, v in record.items() if k not in ("skipped", "spike", "loss") and v is not None}
+        if not math.isfinite(last.get("gradient_norm", 0.0)):
+            del last["gradient_norm"]  # of a step that was skipped, which has a line of its own
         line = {
-            **{k: v for k, v in record.items() if k not in ("skipped", "spike") and v is not None},
-            **{k: mean(k) for k in ("loss", "fill", "tokens_per_s", "tflops", "data_wait_s")},
+            **last,
+            **{k: mean(k) for k in ("fill", "tokens_per_s", "tflops", "data_wait_s")},
+            **({"loss": sum(r["loss"] for r in taken) / len(taken)} if taken else {}),
             "bits_per_token": {t: n / c for t, n, c in zip(self.tasks, self._nats, self._counts) if c},
             "samples_crc": zlib.crc32(repr(samples).encode()),  # two runs that read the same have the same
         }
@@ -208,8 +221,9 @@ class RunLog:
         left = line["seconds"] / line["step"] * (self.total - line["step"])
         busy = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
         waiting = line["data_wait_s"] > 0.01
+        loss = f"{line['loss']:.3f}" if "loss" in line else "none"
         self.console.print(
-            f"step {line['step']}/{self.total}  loss {line['loss']:.3f}  {line['tokens_per_s'] / 1e3:.1f}k tokens/s"
+            f"step {line['step']}/{self.total}  loss {loss}  {line['tokens_per_s'] / 1e3:.1f}k tokens/s"
             f"{busy}, {line['fill']:.1%} useful  "
             + (f"waiting {line['data_wait_s']:.2f} s for data  " if waiting else "")
             + f"{line['memory_gib']:.1f} GiB  {left / 60:.1f} min left  bits/token: "

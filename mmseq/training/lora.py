@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mmseq.errors import require
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.training.config import LoraConfig
@@ -14,13 +16,15 @@ from mmseq.training.config import LoraConfig
 TARGETS = ["qkv", "out", "gate_up", "down"]
 
 
-def add_adapters(model: SequenceModel, config: LoraConfig) -> None:
+def add_adapters(model: SequenceModel, config: LoraConfig, *, seed: int = 0) -> None:
     """Freeze `model` and give the matrices of its layers adapters. Raises: DependencyError without peft."""
     peft = require("peft", "lora")
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=TARGETS)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    peft.inject_adapter_in_model(settings, model.transformer)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model.transformer)
 
 
 def merge_adapters(model: SequenceModel) -> None:

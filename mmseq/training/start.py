@@ -35,7 +35,7 @@ def build_model(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
     else:
         model = from_language_model(directory, config.model, tokenizers, seed=config.seed)
     if config.lora.rank:
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, seed=config.seed)
     return model
 
 

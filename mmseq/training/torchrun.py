@@ -9,9 +9,12 @@ exit code is that of the first rank that failed: 85 asks to be started again (`d
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+
+from mmseq.training.distributed import EXIT_PREEMPTED
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,8 +23,12 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def hand_on(number: int, frame: object) -> None:
-        for rank in psutil.Process().children():
-            rank.send_signal(number)
+        ranks = psutil.Process().children()
+        if not ranks:  # none has started
+            sys.exit(EXIT_PREEMPTED)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     signal.signal(signal.SIGTERM, hand_on)
     try:

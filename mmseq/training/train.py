@@ -22,7 +22,7 @@ import torch
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix
-from mmseq.errors import ConfigError, DataError, MMSeqError
+from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
 from mmseq.model.attention import choose_backend
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
@@ -53,6 +53,11 @@ def train(config: TrainConfig) -> Path:
     Raises: MMSeqError before any training when something in the configuration or data is wrong; Preempted
     when the process was asked to stop, after saving.
     """
+    with StopRequest() as stop:  # from the start on: whoever is asked while it loads saves after its first step
+        return _train(config, stop)
+
+
+def _train(config: TrainConfig, stop: StopRequest) -> Path:
     ranks = find_ranks(os.environ)
     world, rank = ranks.world, ranks.rank
     config.check(world)
@@ -71,6 +76,7 @@ def train(config: TrainConfig) -> Path:
     barrier = torch.distributed.barrier
     model = model_of_rank(config, tokenizers, rank)
     config.model = model.config  # what it starts from decides the shape
+    raise_all(config.sharing_of_heads())
     model.sequence_group = sequence_group(config.deepspeed.sequence_parallel)
     if config.compile:
         compile_layers(model.transformer, device)
@@ -91,22 +97,21 @@ def train(config: TrainConfig) -> Path:
         "lora": [config.lora.rank, config.lora.alpha],
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
-    found = checkpoints.complete_checkpoints(out / "checkpoints")
+    require_shared(out)
+    found = checkpoints.newest(out / "checkpoints")
     state = checkpoints.RunState(steps=config.steps)
     if found:
-        state = checkpoints.load(engine, model, found[-1], identity)
+        state = checkpoints.load(engine, model, found, identity)
         if not state.fitted:
             state.steps = config.steps
         if state.step > state.steps:
             raise ConfigError(
-                f"{found[-1]} is at step {state.step}, beyond steps={state.steps}",
+                f"{found} is at step {state.step}, beyond steps={state.steps}",
                 fix="raise steps, or use another out=",
             )
     if rank == 0:  # only now: a run that is refused must not touch what an earlier one wrote
-        out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(to_yaml(config))
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-    require_shared(out)
     log = RunLog(out, config, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     peak, machine = (config.peak_tflops or None, "peak_tflops") if config.peak_tflops else peak_tflops(device)
     log.say(
@@ -135,68 +140,70 @@ def train(config: TrainConfig) -> Path:
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
     last = min(state.steps, config.stop_after or state.steps)
-    saved = found[-1] if found else None
-    with StopRequest() as stop:
-        while state.step < last:
-            waited = time.perf_counter()
-            step_data = next(data)
-            began = time.perf_counter()
-            passes = [model.share(b) for b in step_data.passes]
-            unread = len(step_data.bad) * groups / world
-            targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
-            _count_bad_samples(step_data, round(bad), state, mixture, config)
-            share = config.rate_share(state.step, state.steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-            record = _step(engine, objective, passes, targets, state, config)
-            state.step += 1
-            state.data = step_data.state
-            state.tokens += int(sum(record["targets"]))
-            timed.append(time.perf_counter() - waited)
-            state.seconds = time.perf_counter() - started
-            if record["skipped"] or record["spike"]:
-                log.unusual(state.step, record, [mixture.provenance(s) for s in step_data.samples])
-            if state.skipped_in_a_row > config.max_skipped_in_a_row:
-                raise MMSeqError(
-                    f"{state.skipped_in_a_row} steps in a row were skipped, the last for its {record['skipped']} "
-                    f"({record['loss']}); {out / 'metrics.jsonl'} names their samples",
-                    fix=f"lower optimizer.learning_rate or look at the samples; "
-                    f"{f'the last good checkpoint is {saved}' if saved else 'no checkpoint was written yet'}",
-                )
-            if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
-                state.fitted = True
-                state.steps = _fit_to_time(config, timed, state)
-                log.total = state.steps
-                last = min(state.steps, config.stop_after or state.steps)
-            flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
-            flops *= groups / world
-            record |= {
-                "step": state.step,
-                "learning_rate": config.optimizer.learning_rate * share,
-                "fill": step_data.used_tokens / step_data.slot_tokens,
-                "tokens_per_s": step_data.slot_tokens * groups / timed[-1],
-                "tflops": flops / timed[-1] / 1e12,
-                "mfu": flops / timed[-1] / 1e12 / peak if peak else None,
-                "memory_gib": memory_gib(device),
-                "data_wait_s": began - waited,
-                "seconds": state.seconds,
-            }
-            log.step(record, step_data.samples, every=config.log_every)
-            if validation is not None and (state.step % config.validate_every == 0 or state.step == state.steps):
-                log.validation(state.step, validation.measure(engine))
-            if state.step % config.save_every == 0 or state.step == last or stopping:
-                saved = checkpoints.save(
-                    engine,
-                    model,
-                    state,
-                    out / "checkpoints",
-                    identity=identity,
-                    keep=config.keep_checkpoints,
-                    milestone_every=config.milestone_every,
-                )
-            if stopping:
-                log.close()
-                raise Preempted(f"asked to stop: saved {saved}; run the same command again to go on")
+    saved = found
+    while state.step < last:
+        waited = time.perf_counter()
+        step_data = next(data)
+        began = time.perf_counter()
+        passes = [model.share(b) for b in step_data.passes]
+        unread = len(step_data.bad) * groups / world
+        targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
+        _count_bad_samples(step_data, round(bad), state, mixture, config)
+        share = config.rate_share(state.step, state.steps)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        record = _step(engine, objective, passes, targets, state, config)
+        state.step += 1
+        state.data = step_data.state
+        state.tokens += int(sum(record["targets"]))
+        timed.append(time.perf_counter() - waited)
+        state.seconds = time.perf_counter() - started
+        if record["skipped"] or record["spike"]:
+            log.unusual(state.step, record, [mixture.provenance(s) for s in step_data.samples])
+        if state.skipped_in_a_row > config.max_skipped_in_a_row:
+            raise MMSeqError(
+                f"{state.skipped_in_a_row} steps in a row were skipped, the last for its {record['skipped']} "
+                f"({record['loss']}); {out / 'metrics.jsonl'} names their samples",
+                fix=f"lower optimizer.learning_rate or look at the samples; "
+                f"{f'the last good checkpoint is {saved}' if saved else 'no checkpoint was written yet'}",
+            )
+        if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
+            state.fitted = True
+            state.steps = _fit_to_time(config, timed, state)
+            log.total = state.steps
+            last = min(state.steps, config.stop_after or state.steps)
+        flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
+        flops *= groups / world
+        record |= {
+            "step": state.step,
+            "learning_rate": config.optimizer.learning_rate * share,
+            "fill": step_data.used_tokens / step_data.slot_tokens,
+            "tokens_per_s": step_data.slot_tokens * groups / timed[-1],
+            "tflops": flops / timed[-1] / 1e12,
+            "mfu": flops / timed[-1] / 1e12 / peak if peak else None,
+            "memory_gib": memory_gib(device),
+            "data_wait_s": began - waited,
+            "seconds": state.seconds,
+        }
+        saving = state.step % config.save_every == 0 or state.step == last or stopping
+        # a line at every checkpoint: whoever goes on from it knows nothing of the steps since the last line
+        log.step(record, step_data.samples, every=1 if saving else config.log_every)
+        if validation is not None and (state.step % config.validate_every == 0 or state.step == state.steps):
+            log.validation(state.step, validation.measure(engine))
+        if saving:
+            saved = checkpoints.save(
+                engine,
+                model,
+                state,
+                out / "checkpoints",
+                identity=identity,
+                keep=config.keep_checkpoints,
+                milestone_every=config.milestone_every,
+            )
+        if stopping:
+            log.close()
+            barrier()  # a launcher ends all ranks soon after the first has left
+            raise Preempted(f"asked to stop: saved {saved}; run the same command again to go on")
     data.close()  # type: ignore[attr-defined]
     if state.step < state.steps:
         log.say(f"stopped after step {state.step} of {state.steps}; run the same command again to go on")
@@ -205,8 +212,8 @@ def train(config: TrainConfig) -> Path:
         for name, averaged in (("checkpoint", True), ("checkpoint_last", False)):
             if averaged or config.optimizer.average_decay:
                 write_model(saved, out / name, model, config, mix, averaged=averaged)
-    barrier()
     log.close()
+    barrier()
     return out / "checkpoint"
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError, DependencyError
 from mmseq.model.attention import BACKENDS, HALF_ONLY, attend, choose_backend, documents_of, why_not
@@ -103,3 +105,24 @@ def test_the_choice_says_why():
     for name, what in (("flash", "the flash-attn package"), ("varlen", "a GPU of compute capability 8.0")):
         with pytest.raises(DependencyError, match=f"the {name} attention backend needs .*{what}"):
             choose_backend("cpu", name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=12))
+def test_flex_blocks_are_those_of_the_whole_mask(lengths):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    documents = documents_of(lengths, "cpu")
+    of = documents.document_of_token
+    size = len(of)
+    dense = create_block_mask(lambda b, h, q, k: (q >= k) & (of[q] == of[k]), None, None, size, size, device="cpu")
+    mask = documents.flex_mask
+    assert torch.equal(mask.to_dense(), dense.to_dense())
+
+    def whole(mask):
+        pairs = zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0])
+        return [sorted(indices[:count].tolist()) for count, indices in pairs]
+
+    mine, theirs = whole(mask), whole(dense)
+    assert mine[:-1] == theirs[:-1]  # the last block may go beyond the line
+    assert set(mine[-1]) <= set(theirs[-1]) or size % 128

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mmseq import SequenceModel
+from mmseq.config import load_config
 from mmseq.data.sources import open_source
 from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Camera, Embodiment
@@ -17,6 +18,7 @@ from mmseq.serving.model_policy import ModelPolicy
 from mmseq.testing import tiny
 from mmseq.testing.ranks import run_ranks
 from mmseq.tokenization.bundle import Tokenizers
+from mmseq.training.config import TrainConfig
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
 
 SIZE = 16
@@ -121,6 +123,20 @@ def test_another_rate(base, tmp_path):
     assert len(episode) == 7
     with pytest.raises(DataError, match="rate_hz=30, but the dataset has 20"):
         prepare(replace(config, rate_hz=30.0), say=print, on_progress=lambda *_: None)
+
+
+def test_a_recipe_is_fitted_to_the_ranks_before_anything_is_imported(base, tmp_path):
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=20, proprio=True)
+    options = {"checkpoint": str(base), "dataset": str(dataset), "embodiment": str(answers)}
+    out = tmp_path / "out"
+    prepare(FinetuneConfig(**options, out=str(out), ranks=3), say=print, on_progress=lambda *_: None)
+    recipe = load_config(TrainConfig, out / "recipe.yaml")
+    assert recipe.data.rows_per_step == 6  # the checkpoint's were 4
+    recipe.check(3)
+    config = FinetuneConfig(**options, out=str(tmp_path / "no"), ranks=3, settings=["data.rows_per_step=4"])
+    with pytest.raises(ConfigError, match="rows_per_step 4 cannot be shared by 3 ranks"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+    assert not (tmp_path / "no").exists()
 
 
 def test_serving_a_robot_that_the_checkpoint_does_not_know(base):

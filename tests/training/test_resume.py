@@ -35,6 +35,7 @@ def test_golden_losses(single, losses):
     ("ranks", "more"),
     [
         (1, SINGLE),
+        (2, ["deepspeed.dtype=fp32", "deepspeed.zero_stage=0", "optimizer.kind=muon", "optimizer.average_decay=0.9"]),
         (2, ["deepspeed.dtype=fp32", "deepspeed.zero_stage=1"]),
         (2, ["deepspeed.dtype=fp32", "deepspeed.zero_stage=3", "optimizer.average_decay=0.9"]),
     ],

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 
 from mmseq.testing.faults import KillAt, NotFinite, SmallDisk
@@ -37,15 +38,15 @@ def test_killed_inside_a_checkpoint_write(trainer, losses, whole, tmp_path, coun
 
 
 @pytest.mark.slow
-def test_killed_at_two_hundred_points(trainer, losses, whole, tmp_path):
-    """At least a hundred of them inside checkpoint writes; the runs that follow each other share a folder."""
+def test_killed_at_two_hundred_points(trainer, losses, metrics, whole, tmp_path):
+    """At least a hundred of them inside checkpoint writes. No sample is lost or read twice."""
     inside, killed, count = 0, 0, 0
     generator = random.Random(0)
     while killed < 200:
         out = tmp_path / f"run{killed}"
         for _ in range(3):  # a run is killed up to three times before it may end
             count = count % 24 + 1
-            if killed % 2:
+            if killed % 3:
                 done = trainer.run(out, 1, *FP32, fault=KillAt(str(out / "checkpoints"), count))
                 inside += done.codes == [-signal.SIGKILL]
             else:
@@ -58,6 +59,7 @@ def test_killed_at_two_hundred_points(trainer, losses, whole, tmp_path):
             killed += done.codes == [-signal.SIGKILL]
         trainer.done(out, 1, *FP32)
         same_as(whole, out, losses)
+        assert [r["samples_crc"] for r in metrics(out)] == [r["samples_crc"] for r in metrics(whole)]
         shutil.rmtree(out)
     assert inside >= 100
 
@@ -89,6 +91,51 @@ def test_asked_to_stop_it_saves_and_goes_on(trainer, losses, tmp_path, number):
     finished = trainer.run(out, 1, *more, f"stop_after={step + 2}")
     assert f"resumed at step {step}" in finished.output
     assert max(losses(out)) == step + 2
+
+
+@pytest.mark.parametrize("how", ["killed", "asked, with all its processes"])
+def test_loader_processes_end_with_their_rank(trainer, losses, tmp_path, how):
+    """They would hold memory, and the output that a launcher waits for to end."""
+    out = tmp_path / "run"
+    processes, output = trainer.start(out, 1, *FP32, "steps=4000", "data.workers=2")
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() or not losses(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    others = psutil.Process(processes[0].pid).children(recursive=True)
+    assert len(others) >= 2
+    if how == "killed":
+        processes[0].kill()
+    else:
+        for p in [*others, processes[0]]:
+            os.kill(p.pid, signal.SIGTERM)
+    done = wait_for(processes, output)
+    assert done.codes == [-signal.SIGKILL if how == "killed" else EXIT_PREEMPTED], done.output[-2000:]
+    assert not psutil.wait_procs(others, timeout=10)[1]
+
+
+def test_asked_to_stop_before_it_has_begun_it_saves_its_first_step(trainer, losses, tmp_path):
+    out = tmp_path / "run"
+    processes, output = trainer.start(out, 1, *FP32, "steps=4000")
+    deadline = time.monotonic() + 60
+    while not out.is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    done = wait_for(processes, output)
+    assert done.codes == [EXIT_PREEMPTED], done.output[-2000:]
+    assert complete_checkpoints(out / "checkpoints")
+
+
+def test_a_stop_between_two_lines_loses_nothing_of_the_log(trainer, metrics, tmp_path):
+    """Lines are means over steps; a checkpoint has a line of its own, so that going on from it knows all."""
+    lines = [*FP32, "log_every=3", "save_every=5"]
+    whole, out = trainer.done(tmp_path / "whole", 1, *lines), tmp_path / "run"
+    for stop in (5, 0):
+        trainer.done(out, 1, *lines, f"stop_after={stop}")
+    assert [(r["step"], r["loss"], r["bits_per_token"]) for r in metrics(out)] == [
+        (r["step"], r["loss"], r["bits_per_token"]) for r in metrics(whole)
+    ]
 
 
 def test_a_full_disk_damages_nothing(trainer, losses, whole, tmp_path):
@@ -134,6 +181,10 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer, metrics, tmp_path, s
     state = json.loads((complete_checkpoints(out / "checkpoints")[-1] / "state.json").read_text())["run"]
     assert (state["updates"], state["skipped"], state["step"]) == (4, 2, 6)
     assert all(abs(r["loss"]) < 10 for r in metrics(out) if r["step"] in (1, 2, 5, 6))
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    mean = trainer.run(tmp_path / "mean", 1, *more, "log_every=6", fault=NotFinite((2, 3), where))
+    assert mean.codes == [0]
+    assert abs(metrics(tmp_path / "mean")[0]["loss"]) < 10
 
 
 def test_too_many_bad_steps_stop_the_run(trainer, tmp_path):
