@@ -476,7 +476,9 @@ def _train(args: argparse.Namespace) -> int:
     from mmseq.training.train import train
 
     try:
-        print(train(load_config(TrainConfig, args.recipe, args.overrides)))
+        finished = train(load_config(TrainConfig, args.recipe, args.overrides))
+        if finished is not None:
+            print(finished, flush=True)
     except Preempted as reason:
         print(f"mmseq: {reason}", file=sys.stderr, flush=True)
         leave(EXIT_PREEMPTED, f"mmseq: {reason}")
@@ -495,8 +497,9 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _finetune(args: argparse.Namespace) -> None:
+def _finetune(args: argparse.Namespace) -> int:
     from mmseq.progress import progress
+    from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
     from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
     from mmseq.training.local import local_ranks, train_here
 
@@ -524,8 +527,12 @@ def _finetune(args: argparse.Namespace) -> None:
         robot = prepare(config, say=print, on_progress=lambda stage, done, total: update(done, total, note=stage))
     print(f"{out / 'recipe.yaml'}: `mmseq train {out / 'recipe.yaml'}` runs it under any launcher")
     if args.prepare_only:
-        return
-    train_here(out / "recipe.yaml", [], ranks=config.ranks, log=out / "train.log")
+        return 0
+    try:
+        train_here(out / "recipe.yaml", [], ranks=config.ranks, log=out / "train.log")
+    except Preempted as reason:
+        print(f"mmseq: {reason}", file=sys.stderr, flush=True)
+        return EXIT_PREEMPTED
     report = before_and_after(out)
     from rich.console import Console
     from rich.table import Table
@@ -536,6 +543,7 @@ def _finetune(args: argparse.Namespace) -> None:
         table.add_row(name, before, f"{bits['after']:.3f}")
     Console(highlight=False, soft_wrap=True).print(table)
     print(f"{out / 'checkpoint'}: `mmseq serve {out / 'checkpoint'} --embodiment {robot}` serves it")
+    return 0
 
 
 def _dry_run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
 ACTION_FORMS = ("absolute", "delta", "velocity")
 
@@ -158,10 +161,17 @@ class Embodiment:
         object.__setattr__(self, "cameras", tuple(self.cameras))
         if not self.name:
             raise EmbodimentError("an embodiment needs a name")
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise EmbodimentError(
+                f"the embodiment's name {self.name!r:.100} is also that of files",
+                fix="use letters, digits, spaces, dots, dashes and underscores, at most 100, a letter or digit first",
+            )
         if not (math.isfinite(self.rate_hz) and self.rate_hz > 0):
             raise EmbodimentError(f"{self.name}: rate_hz must be positive, got {self.rate_hz}")
         if self.action_form not in ACTION_FORMS:
             raise EmbodimentError(f"{self.name}: action_form is {self.action_form!r}", fix=f"use one of {ACTION_FORMS}")
+        if self.gripper and not (math.isfinite(self.gripper.open) and math.isfinite(self.gripper.closed)):
+            raise EmbodimentError(f"{self.name}: the gripper's open and closed must be finite, got {self.gripper}")
         if self.gripper and (self.action is None or self.gripper.axis not in self.action.names):
             raise EmbodimentError(f"{self.name}: the gripper axis {self.gripper.axis!r} is not an action axis")
 

@@ -54,7 +54,9 @@ def complete(inferred: Embodiment, answers: dict[str, Any], *, where: str) -> Em
     """
     robot = replace(inferred, **{part: _axes(inferred, part, answers, where) for part in ("proprio", "action")})
     if "name" in answers:
-        robot = replace(robot, name=str(answers["name"]))
+        if not isinstance(answers["name"], str):
+            raise EmbodimentError(f"{where}: name is {answers['name']!r:.80}", fix="write a text")
+        robot = replace(robot, name=answers["name"])
     if "action_form" in answers:
         if answers["action_form"] not in ACTION_FORMS:
             raise EmbodimentError(

@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -388,7 +389,7 @@ class LeRobotReader:
         form = self._action_form()
         axes = {n: Axes.from_values(self._all(n, form), names[n]) for n in names}
         return Embodiment(
-            name=self.info.get("robot_type") or "unknown",
+            name=self._robot_name(),
             rate_hz=self.rate_hz,
             cameras=tuple(Camera(name=name, height=height, width=width) for name, height, width in sizes),
             proprio=axes.get(STATE),
@@ -462,7 +463,7 @@ class LeRobotReader:
             length=steps,
             texts=texts,
             plans=plans,
-            embodiment=(self._given.name if self._given else self.info.get("robot_type") or "unknown"),
+            embodiment=(self._given.name if self._given else self._robot_name()),
             success=self._success(row, table, start, end),
             source=f"{self.path}#{row['episode_index']}",
             metadata={"format": "lerobot v3", "source_rate_hz": self.fps, "source_steps": end - start},
@@ -485,6 +486,10 @@ class LeRobotReader:
             if name in table:
                 return bool(np.any(table[name][start:end].astype(bool)))
         return None
+
+    def _robot_name(self) -> str:
+        """The dataset's robot type in characters that a name may have."""
+        return re.sub(r"[^\w .-]", "_", str(self.info.get("robot_type") or "unknown")).lstrip("_ .-")[:100] or "unknown"
 
     def frames(self, index: int, camera: str, steps: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """The frames of episode `index` one at a time, uint8 (H, W, 3), in bounded memory.

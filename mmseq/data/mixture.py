@@ -34,12 +34,14 @@ BLOCK_SAMPLES = 4096
 class SourceConfig:
     """One source. path: LeRobot v3, folder of videos or episode shards, relative to the mix's root.
 
-    weight: its share among the sources of a task. rate_hz: resample to this rate.
+    weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
+    episodes that training never sees; default: the mix's.
     """
 
     path: str = "???"
     weight: float = 1.0
     rate_hz: float | None = None
+    holdout: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,8 @@ class MixConfig:
         for key, source in self.sources.items():
             if not (math.isfinite(source.weight) and source.weight >= 0):
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
+            if source.holdout is not None and not 0 <= source.holdout < 1:
+                raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -91,6 +95,11 @@ class MixConfig:
             if not (math.isfinite(task.weight) and task.weight >= 0):
                 raise ConfigError(
                     f"mix {self.name!r}: the weight of {task.task!r} must not be negative, got {task.weight}"
+                )
+            if task.sources is not None and (not task.sources or len(set(task.sources)) < len(task.sources)):
+                raise ConfigError(
+                    f"mix {self.name!r}: task {task.task!r} has sources {task.sources}",
+                    fix="name each source once, or leave sources out for all that can fill it",
                 )
             for source in task.sources or []:
                 if source not in self.sources:
@@ -312,7 +321,9 @@ class Mixture:
                     fix="run `mmseq data tokenize` on the mix",
                 )
             self.shards[name] = shards = TokenShards(directory, tokenizers)
-            held = [held_out(f"{name}/{note['id']}", mix.holdout) for note in shards.notes]
+            own = mix.sources[name].holdout
+            share = mix.holdout if own is None else own
+            held = [held_out(f"{name}/{note['id']}", share) for note in shards.notes]
             members[name] = [i for i, h in enumerate(held) if h == (split == "holdout")]
         self.streams: list[Stream] = []
         weights: list[float] = []
@@ -335,8 +346,10 @@ class Mixture:
                 self.streams.append(stream)
                 weights.append(config.weight * (part / sum(share) if mix.weighting == "as_given" else part))
         total = sum(weights)
-        if self.streams and total <= 0:
-            raise ConfigError(f"mix {mix.name!r}: all weights are zero")
+        if not math.isfinite(total):
+            raise ConfigError(f"mix {mix.name!r}: the weights are too large", fix="their shares are what counts")
+        if (self.streams or split == "train") and total <= 0:
+            raise ConfigError(f"mix {mix.name!r}: all weights are zero, or no task with a weight can be filled")
         self.weights = [w / total for w in weights]
 
     def block(self, number: int) -> list[list[Sample]]:

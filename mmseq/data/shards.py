@@ -143,9 +143,19 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
+def partial_folder(final: Path) -> Path:
+    """An empty folder beside `final` (or beside what it links to) to write to before `replace_folder`."""
+    final = final.resolve()
+    partial = final.with_name(f".{final.name}.mmseq-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
 def replace_folder(new: Path, final: Path) -> None:
     """Put a complete folder in the place of another, which is gone only once the new one stands there."""
-    old = final.with_name(final.name + ".old")
+    final = final.resolve()
+    old = final.with_name(f".{final.name}.mmseq-old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)

@@ -72,6 +72,12 @@ class ModelConfig:
         for name in ("nope_every", "context_tokens"):
             if getattr(self, name) < 0:
                 yield ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) > 1 << 30:
+                yield ConfigError(f"model.{name} is {getattr(self, name)}, more than any machine can hold")
+        if self.layers > 10_000:
+            yield ConfigError(f"model.layers is {self.layers}", fix="use at most 10000")
+        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
+            yield ConfigError(f"model.z_loss must not be negative, got {self.z_loss}")
         positive: dict[str, float] = {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps}
         if self.rope_scaling:
             positive |= {f"rope_scaling.{k}": v for k, v in asdict(self.rope_scaling).items()}

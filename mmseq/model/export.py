@@ -10,7 +10,6 @@ one of Hugging Face.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def export_hf(
     text_only: leave out the ids after the text range, so that a server of text can never sample them.
     Raises: ConfigError when no architecture of Hugging Face is like this model; CheckpointError when `out` exists.
     """
-    from mmseq.data.shards import replace_folder
+    from mmseq.data.shards import partial_folder, replace_folder
 
     out = Path(out)
     if dtype not in DTYPES:
@@ -56,9 +55,7 @@ def export_hf(
     config = families.write_config(
         model.config, vocabulary=rows, tied=families.HEAD not in weights, end=text.end, dtype=kind
     )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = partial_folder(out)
     save_weights(weights, partial, metadata={"format": "pt"}, dtype=DTYPES[dtype], shard_bytes=shard_bytes)
     _write_json(partial / CONFIG_FILE, config)
     _write_json(partial / "generation_config.json", {"eos_token_id": text.end})

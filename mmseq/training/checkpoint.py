@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class RunState:
     tokens: int = 0
     seconds: float = 0.0
     fitted: bool = False  # whether max_minutes has decided `steps`
+    asked: tuple[int, float] = (0, 0.0)  # the recipe's steps and max_minutes when it did
     updates: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -100,9 +102,17 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
 def read_state(checkpoint: Path) -> RunState:
     data = _read(checkpoint)
     try:
-        return RunState(**{**data["run"], "data": DataState(**data["run"]["data"])})
-    except (KeyError, TypeError) as error:
+        state = RunState(**{**data["run"], "data": DataState(**data["run"]["data"])})
+        steps, minutes = state.asked
+        state.asked = (steps, minutes)
+        counts = (state.step, state.steps, state.updates, state.data.block, state.data.row)
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in counts) or not isinstance(data["identity"], dict):
+            raise ValueError(f"step, steps, updates, block and row are {counts}")
+        if state.step != int(checkpoint.name.removeprefix("step_")):
+            raise ValueError(f"it says step {state.step}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(checkpoint, f"{STATE_FILE}: {error}") from error
+    return state
 
 
 def save(
@@ -123,6 +133,8 @@ def save(
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
     rank = torch.distributed.get_rank()
+    mark = [secrets.token_hex(8)]  # stands in every file of this checkpoint, so that none is of another
+    torch.distributed.broadcast_object_list(mark, 0)
 
     def begin() -> None:
         if rank == 0:
@@ -132,14 +144,15 @@ def save(
             partial.mkdir()
 
     def write() -> None:
-        _write_fragments(partial / _file_of(rank), local_fragments(engine, model))
+        _write_fragments(partial / _file_of(rank), local_fragments(engine, model), mark[0])
 
     def finish() -> None:
         if rank == 0:
             shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters() if p.requires_grad}
             index = _index([partial / _file_of(r) for r in range(torch.distributed.get_world_size())], shapes)
             _write_text(
-                partial / STATE_FILE, json.dumps({"run": asdict(state), "identity": identity, **index}, indent=1)
+                partial / STATE_FILE,
+                json.dumps({"run": asdict(state), "identity": identity, "mark": mark[0], **index}, indent=1),
             )
             replace_folder(partial, final)
             _sync(folder)
@@ -153,7 +166,7 @@ def save(
             newest = complete_checkpoints(folder) if folder.is_dir() else []
             raise CheckpointError(
                 f"the checkpoint {final} could not be written: {problem or 'another rank could not write its part'}",
-                fix=f"free space, then run the same command again; {_newest(newest)}",
+                fix=f"mend that (free space, permissions), then run the same command again; {_newest(newest)}",
             )
     return final
 
@@ -175,14 +188,14 @@ def _file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _write_fragments(path: Path, fragments: list[Fragment]) -> None:
+def _write_fragments(path: Path, fragments: list[Fragment], mark: str) -> None:
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     for f in fragments:
         starts[f.name] = f.start
         for key, view in f.tensors.items():
             tensors[f"{f.name}|{key}"] = view.detach().to("cpu", torch.float32).contiguous()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    save_file(tensors, path, metadata={"starts": json.dumps(starts), "mark": mark})
     _sync(path)
 
 
@@ -251,13 +264,20 @@ class StoredTensors:
             self.shapes: dict[str, list[int]] = data["shapes"]
             self.keys: dict[str, list[str]] = data["keys"]
             self._fragments = data["fragments"]
-            files = dict(data["files"])
+            files, mark = dict(data["files"]), data["mark"]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(checkpoint, f"{STATE_FILE} lacks {error}") from error
         for name, size in files.items():
             path = checkpoint / name
             if not path.is_file() or path.stat().st_size != size:
                 raise _damaged(checkpoint, f"{name} is missing or does not have its {size} bytes")
+            try:
+                with safe_open(path, "pt") as file:
+                    found = (file.metadata() or {}).get("mark")
+            except Exception as error:  # of safetensors: it has several
+                raise _damaged(checkpoint, f"{name}: {error}") from error
+            if found != mark:
+                raise _damaged(checkpoint, f"{name} is of another checkpoint")
         self._paths = [checkpoint / name for name in files]
         self._open: dict[int, Any] = {}
 
@@ -265,7 +285,9 @@ class StoredTensors:
         """fp32 (length,): elements start .. start + length - 1 of a flattened parameter or its state."""
         out = torch.empty(length)
         filled = 0
-        for first, count, number in self._fragments[name]:
+        for first, count, number in sorted(self._fragments[name]):
+            if first > start + filled:
+                break  # a hole
             low, high = max(start, first), min(start + length, first + count)
             if low < high:
                 try:

@@ -156,6 +156,15 @@ class TrainConfig:
         for name in self.loggers:
             if name not in LOGGERS:
                 yield ConfigError(f"loggers names {name!r}: {did_you_mean(name, LOGGERS)}")
+        if not math.isfinite(self.max_minutes):
+            yield ConfigError(f"max_minutes must be a number, got {self.max_minutes}", fix="0 is no limit")
+        if not math.isfinite(self.lora.alpha):
+            yield ConfigError(f"lora.alpha must be finite, got {self.lora.alpha}")
+        if not 0 <= self.seed < 1 << 62:
+            yield ConfigError(f"seed must be in [0, 2^62), got {self.seed}")
+        for name, most in (("row_tokens", 1 << 24), ("prefetch", 1024), ("workers", 1024)):
+            if getattr(self.data, name) > most:
+                yield ConfigError(f"data.{name} is {getattr(self.data, name)}", fix=f"use at most {most}")
         for name, weight in self.range_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 yield ConfigError(f"range_weights.{name} must not be negative, got {weight}")
@@ -173,6 +182,8 @@ class TrainConfig:
             )
         if self.optimizer.kind not in ("adamw", "muon"):
             yield ConfigError(f"optimizer.kind must be adamw or muon, got {self.optimizer.kind!r}")
+        if self.optimizer.kind == "muon" and self.lora.rank:
+            yield ConfigError("optimizer.kind=muon does not train adapters", fix="set optimizer.kind=adamw with lora")
         if self.optimizer.kind == "muon" and d.zero_stage:
             yield ConfigError(
                 f"optimizer.kind=muon needs whole matrices, ZeRO {d.zero_stage} splits them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,13 +12,14 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from mmseq.errors import ConfigError, require
 from mmseq.training.ranks import Ranks
 
+LOCK_FILE = ".lock"
 PATIENCE = timedelta(hours=2)  # of ranks for each other: rank 0 alone writes the finished model
 EXIT_PREEMPTED = 85  # asked to end, saved, wants to be started again: what train/launch/ requeues on
 
@@ -101,6 +103,29 @@ def require_shared(folder: Path) -> None:
         )
     if torch.distributed.get_rank() == 0:
         mark.unlink()
+
+
+def hold_folder(folder: Path) -> IO[str] | None:
+    """Keep other runs out of `folder` while the file that rank 0 gets is open.
+
+    Raises: ConfigError on all ranks when another run, perhaps a rank that outlived its launcher, has it.
+    """
+    file, taken = None, None
+    if torch.distributed.get_rank() == 0:
+        file = (folder / LOCK_FILE).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            taken = file.read() or "another process"
+        except OSError:  # a file system without locks
+            pass
+    if agree(taken is not None):
+        raise ConfigError(f"{folder} is in use by {taken or 'another run'}", fix="end that run, or use another out=")
+    return file
 
 
 def sequence_group(size: int) -> Any:

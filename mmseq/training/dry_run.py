@@ -19,7 +19,7 @@ from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import deepspeed_settings
-from mmseq.training.flops import PEAK_TFLOPS
+from mmseq.training.flops import GPU_GIB, PEAK_TFLOPS
 from mmseq.training.memory import MemoryPart, rank_memory
 from mmseq.training.start import model_shape
 
@@ -78,6 +78,17 @@ def dry_run(config: TrainConfig, *, gpus: int, gpu: str | None = None, mfu: floa
         except MMSeqError:  # it is among the problems
             settings = {}
         memory = rank_memory(config, model, parameters, gpus, settings, cpu=gpu is None)
+    needed = sum(part.size for part in memory if not part.on_host) / 2**30
+    room = next((size for name, size in GPU_GIB.items() if gpu and name.lower().replace(" ", "-") == gpu.lower()), None)
+    if room and needed > room:
+        problems.append(
+            ConfigError(
+                f"a rank needs {needed:.0f} GiB of its {gpu}, which has {room}",
+                fix="set model.activation_checkpointing=true, raise deepspeed.zero_stage or lower data.rows_per_pass",
+            )
+        )
+    elif room and needed > 0.85 * room:
+        notes.append(f"{needed:.0f} of the {room} GiB of each {gpu} leave little for what is not counted")
     attention = attention_flops(model, config.data.row_tokens) if model else 0.0
     return Plan(
         model=model,

@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmseq.errors import ConfigError
+from mmseq.errors import ConfigError, did_you_mean
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch
 from mmseq.training.config import TrainConfig
 from mmseq.training.optimizer import build_optimizer
+
+RECIPES_OWN = ("optimizer", "scheduler", "fp16", "amp", "elasticity", "curriculum_learning", "tensor_parallel")
+SECTIONS = (
+    *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "steps_per_print"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "aio"),
+    *("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers"),
+    *("activation_checkpointing", "data_types", "torch_autocast", "compile", "use_data_before_expert_parallelism"),
+)
 
 
 def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
@@ -44,6 +53,10 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings}: {error}") from error
         if not isinstance(given, dict):
             raise ConfigError(f"deepspeed.settings {config.deepspeed.settings} holds no JSON object")
+        for key in given:
+            if key not in SECTIONS:
+                hint = "the recipe decides it" if key in RECIPES_OWN else did_you_mean(key, SECTIONS)
+                raise ConfigError(f"{config.deepspeed.settings} sets {key!r}: {hint}", fix="take it out")
         _merge(settings, given, where=config.deepspeed.settings)
     return settings
 
@@ -55,7 +68,7 @@ def build_engine(deepspeed: Any, config: TrainConfig, objective: Objective, worl
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=settings, dist_init_required=False
         )
-    except ValueError as error:  # pydantic's too
+    except (ValueError, AssertionError, TypeError, KeyError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's too
         raise ConfigError(f"DeepSpeed refuses its settings: {error}") from error
     if config.deepspeed.zero_stage == 3:
         # the loss reads slices of the output matrix outside the module that owns it

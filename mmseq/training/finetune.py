@@ -12,6 +12,7 @@ being trained, against forgetting. `recipe.yaml` runs under any launcher of `mms
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -35,6 +36,7 @@ from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, Train
 
 POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
+BEGUN = "begun.json"  # in its folder: what a fine-tuning is of
 KEPT = "kept."  # before the names of tasks that are rehearsed
 
 
@@ -86,6 +88,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     old = SequenceModel.from_pretrained(checkpoint)
     assert old.tokenizers is not None
     recipe = _recipe(config, old, out)
+    _refuse_another(config, out)
     robot, source = _contract(config, old.tokenizers, out)
     say(f"{config.dataset}: {len(source)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
     if len(source) < 4:
@@ -94,6 +97,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     size = tokenizers.vision.config.size
     name = re.sub(r"[^A-Za-z0-9_-]", "_", robot.name)
     episodes = out / "episodes" / name
+    _begin(config, robot, len(source), recipe, out)
     _import(config, robot, episodes, size, on_progress)
     stored = EpisodeShardReader(episodes).embodiment()
     assert stored is not None
@@ -107,6 +111,45 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
     return stored.name
+
+
+def _refuse_another(config: FinetuneConfig, out: Path) -> None:
+    """Raises: ConfigError when `out` holds something that no fine-tuning wrote."""
+    others = [p.name for p in out.iterdir() if p.name != "embodiment.yaml"] if out.is_dir() else []
+    if others and not (out / BEGUN).is_file():
+        raise ConfigError(
+            f"--out {out} holds {', '.join(sorted(others)[:3])}, which no fine-tuning wrote", fix="name a new folder"
+        )
+
+
+def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: TrainConfig, out: Path) -> None:
+    """Write down what this folder is for. Raises: ConfigError when it was begun for something else."""
+    info = Path(config.dataset) / "meta/info.json"
+    identity = {
+        "checkpoint": str(Path(config.checkpoint).resolve()),
+        "dataset": str(Path(config.dataset).resolve()),
+        "data": hashlib.sha256(info.read_bytes()).hexdigest()[:16] if info.is_file() else "",
+        "episodes": episodes,
+        "robot": robot.to_dict(),
+        "tasks": config.tasks,
+        "keep": config.keep,
+        "lora": recipe.lora.rank,
+        "optimizer": recipe.optimizer.kind,
+    }
+    identity = json.loads(json.dumps(identity))
+    path = out / BEGUN
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:  # killed while it was written: nothing else stands there yet
+            before = identity
+        changed = [key for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            raise ConfigError(
+                f"--out {out} was begun with another {', '.join(changed)}", fix="name a new folder, or remove this one"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(identity, indent=1) + "\n")
 
 
 def _contract(config: FinetuneConfig, known: Tokenizers, out: Path) -> tuple[Embodiment, EpisodeSource]:
@@ -143,8 +186,11 @@ def _import(
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
-    if episodes.is_dir() and mark.is_file() and json.loads(mark.read_text()) == identity:
-        return
+    try:
+        if episodes.is_dir() and json.loads(mark.read_text()) == identity:
+            return
+    except (OSError, ValueError):  # never finished
+        pass
     import_episodes(
         config.dataset,
         episodes,
@@ -171,14 +217,14 @@ def _mix(
     tasks = [replace(t, weight=t.weight / total * (1 - share)) for t in tasks]
     total = sum(t.weight for t in rehearsed)
     tasks += [replace(t, weight=t.weight / total * share) for t in rehearsed]
-    sources = {name: SourceConfig(path=f"episodes/{name}")}
-    if before is not None:
-        used = {s for t in rehearsed for s in t.sources or []}
-        sources |= {key: source for key, source in before.sources.items() if key in used}
-    holdout = max(
-        before.holdout if before else 0.1, least_holdout([f"{name}/{note['id']}" for note in reader.metadata])
-    )
-    return MixConfig(name=f"{name}_finetune", sources=sources, tasks=tasks, holdout=holdout)
+    least = least_holdout([f"{name}/{note['id']}" for note in reader.metadata])
+    sources = {name: SourceConfig(path=f"episodes/{name}", holdout=max(before.holdout if before else 0.1, least))}
+    if before is None:
+        return MixConfig(name=f"{name}_finetune", sources=sources, tasks=tasks)
+    used = {s for t in rehearsed for s in t.sources or []}
+    sources |= {key: source for key, source in before.sources.items() if key in used}
+    # what was held out before still is, and nothing else: forgetting is measured on what was never trained on
+    return MixConfig(name=f"{name}_finetune", sources=sources, tasks=tasks, holdout=before.holdout)
 
 
 def _old_mix(checkpoint: Path) -> MixConfig | None:
@@ -302,6 +348,8 @@ def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfi
         base = Path(folder) / "recipe.yaml"
         base.write_text(to_yaml(made))
         final = load_config(TrainConfig, base, config.settings)
+    if Path(final.out) != out:
+        raise ConfigError(f"out={final.out} is not --out {out}", fix="give --out alone")
     final.check(config.ranks)
     return final
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, save_mix, task_name
-from mmseq.data.shards import replace_folder
+from mmseq.data.shards import partial_folder, replace_folder
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.training.checkpoint import StoredTensors
 from mmseq.training.config import TrainConfig
@@ -39,8 +38,7 @@ def write_model(
     if config.lora.rank:
         merge_adapters(model)
     model.tasks = {task_name(t): t.task for t in mix.tasks}
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_folder(directory)
     model.save_pretrained(partial)
     save_mix(mix, partial / "mix.yaml")
     (partial / "train.yaml").write_text(to_yaml(config))

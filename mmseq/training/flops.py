@@ -20,6 +20,17 @@ PEAK_TFLOPS = {
 }
 
 
+GPU_GIB = {  # memory that a process can have; of an A100 the larger of the two that are sold
+    "B200": 178,
+    "H200": 140,
+    "H100 PCIe": 79,
+    "H100": 79,
+    "A100": 79,
+    "L40S": 44,
+    "RTX 4090": 23,
+}
+
+
 def layer_parameters(config: ModelConfig) -> int:
     """Parameters of the matrices of one layer."""
     attention = config.width * (2 * config.heads + 2 * config.kv_heads) * config.head_size

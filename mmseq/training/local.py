@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmseq.errors import MMSeqError
+from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
 
 SAID = ("step ", "stopped ")  # beginnings of the lines that are passed on
 TAIL_LINES = 15
@@ -29,10 +31,11 @@ def train_here(
 ) -> None:
     """Run `mmseq train RECIPE overrides...` in `ranks` processes. log: gets all that they print; say: the progress.
 
-    Raises: MMSeqError with the end of the log when it fails.
+    SIGTERM is handed on. Raises: Preempted when the ranks saved and ended for it; MMSeqError with the end of the log
+    when they failed.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+        *(sys.executable, "-m", "mmseq.training.torchrun", "--nproc-per-node", str(ranks)),
         *("--master-addr", "127.0.0.1", "--master-port", str(_free_port()), "-m", "mmseq", "train", str(recipe)),
         *overrides,
     ]
@@ -41,6 +44,7 @@ def train_here(
     with log.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=file, text=True)
         assert process.stdout is not None
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
         try:
             for line in process.stdout:
                 file.write(line)
@@ -51,6 +55,10 @@ def train_here(
             process.terminate()
             process.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code == EXIT_PREEMPTED:
+        raise Preempted("asked to stop: the same command goes on from what was saved")
     if code:
         lines = log.read_text(errors="replace").splitlines()
         own = [line for line in lines if line.startswith("mmseq: error")]

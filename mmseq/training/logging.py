@@ -226,7 +226,7 @@ class RunLog:
             f"step {line['step']}/{self.total}  loss {loss}  {line['tokens_per_s'] / 1e3:.1f}k tokens/s"
             f"{busy}, {line['fill']:.1%} useful  "
             + (f"waiting {line['data_wait_s']:.2f} s for data  " if waiting else "")
-            + f"{line['memory_gib']:.1f} GiB  {left / 60:.1f} min left  bits/token: "
+            + f"{line['memory_gib']:.1f} GiB  rate {line['learning_rate']:.2g}  {left / 60:.1f} min left  bits/token: "
             + ", ".join(f"{t} {b:.2f}" for t, b in line["bits_per_token"].items()),
             markup=False,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from mmseq.data.importing import EpisodeSource
 from mmseq.data.mixture import held_out
-from mmseq.data.shards import replace_folder
+from mmseq.data.shards import partial_folder, replace_folder
 from mmseq.data.sources import embodiments_of, open_source
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError, FingerprintError, MMSeqError
@@ -67,8 +66,7 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
         merge=config.merge,
     )
     report = evaluate_tokenizers(tokenizers, sources, unseen)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_folder(out)
     tokenizers.save(partial)
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     replace_folder(partial, out)

@@ -24,13 +24,21 @@ from mmseq.config import to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
 from mmseq.model.attention import choose_backend
+from mmseq.model.weights import StoredWeights
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
 from mmseq.training import stability
 from mmseq.training.compiling import compile_layers
 from mmseq.training.config import TrainConfig
-from mmseq.training.distributed import Preempted, device_of, require_shared, sequence_group, start_deepspeed
+from mmseq.training.distributed import (
+    Preempted,
+    device_of,
+    hold_folder,
+    require_shared,
+    sequence_group,
+    start_deepspeed,
+)
 from mmseq.training.engine import Objective, build_engine
 from mmseq.training.finish import write_model
 from mmseq.training.flops import peak_tflops, training_flops
@@ -47,8 +55,8 @@ SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the 
 HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
 
 
-def train(config: TrainConfig) -> Path:
-    """Run `config` to its end, resuming what is there; returns the folder of the finished model.
+def train(config: TrainConfig) -> Path | None:
+    """Run `config` to its end, resuming what is there; returns, on rank 0, the folder of the finished model.
 
     Raises: MMSeqError before any training when something in the configuration or data is wrong; Preempted
     when the process was asked to stop, after saving.
@@ -57,7 +65,7 @@ def train(config: TrainConfig) -> Path:
         return _train(config, stop)
 
 
-def _train(config: TrainConfig, stop: StopRequest) -> Path:
+def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     ranks = find_ranks(os.environ)
     world, rank = ranks.world, ranks.rank
     config.check(world)
@@ -94,16 +102,18 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
         "model": {k: v for k, v in model.config.to_dict().items() if k not in HOW},
         "optimizer": config.optimizer.kind,
         "init_from": config.init_from,
+        "base": StoredWeights(config.init_from).fingerprint() if config.init_from else None,
         "lora": [config.lora.rank, config.lora.alpha],
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
     require_shared(out)
+    hold = hold_folder(out)  # as long as this process lives
     found = checkpoints.newest(out / "checkpoints")
     state = checkpoints.RunState(steps=config.steps)
     if found:
         state = checkpoints.load(engine, model, found, identity)
-        if not state.fitted:
-            state.steps = config.steps
+        if not state.fitted or state.asked != (config.steps, config.max_minutes):
+            state.steps, state.fitted = config.steps, False
         if state.step > state.steps:
             raise ConfigError(
                 f"{found} is at step {state.step}, beyond steps={state.steps}",
@@ -168,7 +178,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
                 f"{f'the last good checkpoint is {saved}' if saved else 'no checkpoint was written yet'}",
             )
         if config.max_minutes and len(timed) == SPEED_STEPS and not state.fitted:
-            state.fitted = True
+            state.fitted, state.asked = True, (config.steps, config.max_minutes)
             state.steps = _fit_to_time(config, timed, state)
             log.total = state.steps
             last = min(state.steps, config.stop_after or state.steps)
@@ -214,7 +224,8 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path:
                 write_model(saved, out / name, model, config, mix, averaged=averaged)
     log.close()
     barrier()
-    return out / "checkpoint"
+    del hold
+    return out / "checkpoint" if rank == 0 and state.step == state.steps else None
 
 
 def _check_mixture(mixture: Mixture, config: TrainConfig) -> None:

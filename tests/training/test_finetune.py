@@ -212,3 +212,27 @@ def test_four_robots_are_trained_together(trainer, tmp_path):
         now = Episode.from_arrays("now", robot.rate_hz, frames, texts=["go"], embodiment=robot.name)
         action = model.predict("text, image -> action[0.2s]", now)["action"]
         assert action.shape == (max(1, round(0.2 * robot.rate_hz)), len(robot.action))
+
+
+def test_a_folder_belongs_to_one_fine_tuning(base, tmp_path):
+    """Neither the run of the checkpoint nor another fine-tuning is written over."""
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=20, proprio=True)
+    options = {"checkpoint": str(base), "dataset": str(dataset), "embodiment": str(answers)}
+    begin = lambda **more: prepare(
+        FinetuneConfig(**{**options, "out": str(tmp_path / "out"), **more}), say=print, on_progress=lambda *_: None
+    )
+    with pytest.raises(ConfigError, match="which no fine-tuning wrote"):
+        begin(out=str(base.parent))
+    begin()
+    written = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    begin()
+    for more, changed in (({"lora": True}, "lora"), ({"keep": 0.5}, "keep")):
+        with pytest.raises(ConfigError, match=f"begun with another {changed}"):
+            begin(**more)
+    answers.write_text(answers.read_text().replace("rad", "deg"))
+    with pytest.raises(ConfigError, match="begun with another robot"):
+        begin()
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == written
+    answers.write_text("name: ../../evil\n" + answers.read_text())
+    with pytest.raises(EmbodimentError, match="also that of files"):
+        begin(out=str(tmp_path / "other"))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from mmseq.testing.faults import KillAt, NotFinite, SmallDisk
-from mmseq.testing.ranks import wait_for
+from mmseq.testing.ranks import run_ranks, wait_for
 from mmseq.training.checkpoint import complete_checkpoints
 from mmseq.training.distributed import EXIT_PREEMPTED
 
@@ -211,3 +211,44 @@ def test_unreadable_samples_have_a_budget(trainer, losses, metrics, tmp_path):
     assert "Traceback" not in refused.output
     trainer.done(tmp_path / "run", 2, *more, "data.max_bad_samples=1000")
     assert len(losses(tmp_path / "run")) == 10
+
+
+def test_two_runs_do_not_share_a_folder(trainer, losses, tmp_path):
+    out = tmp_path / "run"
+    processes, output = trainer.start(out, 1, *FP32, "steps=4000")
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() or not losses(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = run_ranks(trainer.command(out, *FP32, "steps=4000"), 1, tmp_path / "second.log")
+    assert second.codes == [2]
+    assert f"{out} is in use by process {processes[0].pid} on " in second.output
+    processes[0].kill()
+    wait_for(processes, output)
+    trainer.done(out, 1, *FP32, f"steps={max(losses(out)) + 2}")
+
+
+def test_a_file_of_another_checkpoint_is_noticed(trainer, tmp_path):
+    out = trainer.done(tmp_path / "run", 1, *FP32, "stop_after=4", "keep_checkpoints=5")
+    old, new = complete_checkpoints(out / "checkpoints")
+    shutil.copy(old / "rank_00000.safetensors", new / "rank_00000.safetensors")
+    done = trainer.run(out, 1, *FP32)
+    assert done.codes == [2]
+    assert "rank_00000.safetensors is of another checkpoint" in done.output
+    state = json.loads((old / "state.json").read_text())
+    shutil.rmtree(new)
+    state["run"]["step"] = 3
+    (old / "state.json").write_text(json.dumps(state))
+    done = trainer.run(out, 1, *FP32)
+    assert done.codes == [2]
+    assert "is damaged: state.json: it says step 3" in done.output
+
+
+def test_a_run_of_limited_time_goes_on_when_it_gets_more(trainer, losses, tmp_path):
+    out = tmp_path / "run"
+    trainer.done(out, 1, *FP32, "steps=100000", "max_minutes=0.01")
+    ended = max(losses(out))
+    trainer.done(out, 1, *FP32, "steps=100000", "max_minutes=0.01")
+    assert max(losses(out)) == ended
+    trainer.done(out, 1, *FP32, f"steps={ended + 3}", "max_minutes=0.01")
+    assert max(losses(out)) == ended + 3
