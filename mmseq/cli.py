@@ -183,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--token-file", metavar="FILE", help="clients must send its content as `Authorization: Api-Key`")
     c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
     c.add_argument("--embodiment", metavar="NAME", help="the one robot to serve; default: all it knows")
+    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
     c.add_argument("--device", default="cpu")
 
     c = add(commands, "eval", _eval, "drive the simulator through the server")
@@ -191,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--episodes", type=int, default=20, help="unseen layouts per task (default: 20)")
     c.add_argument("--seed", type=int, default=100_000, help="of the first layout")
     c.add_argument("--execute", type=int, default=1, help="control steps of each chunk before the next request")
+    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
     c.add_argument("--device", default="cpu")
@@ -302,6 +304,7 @@ def _serve(args: argparse.Namespace) -> None:
         device=args.device,
         arrow=args.policy,
         embodiment=args.embodiment,
+        passes=args.passes,
         on_ready=lambda server: print(f"serving {args.checkpoint} at {server.url}", flush=True),
     )
 
@@ -323,6 +326,7 @@ def _eval(args: argparse.Namespace) -> None:
         episodes=args.episodes,
         seed=args.seed,
         execute=args.execute,
+        passes=args.passes,
         spread=DEMO_SPREAD if args.spread is None else args.spread,
         keep=0,
         controllers=CONTROLLERS if args.baselines else ("policy", "random"),

@@ -146,6 +146,8 @@ def collate(
             where = at[chosen]
             codes = flat_ids[where + 1] - vocabulary.ranges[name].start
             targets[name] = (torch.from_numpy(where), torch.from_numpy(codes), torch.from_numpy(task[chosen]))
+    for s, start in zip(sequences, starts):  # only now: what is hidden is still learned
+        flat_ids[s.masked + start] = vocabulary.structure("<mask>")
     return Batch(
         ids=torch.from_numpy(flat_ids),
         slots=torch.from_numpy(np.concatenate(slots)),

@@ -10,6 +10,10 @@ with its tokenizer's end token, which lies in the text range.
 Given vision is merged: `merge` x `merge` neighbouring codes share one position. Predicted vision has
 one position per code, and each of them is told which code stands at its place in the frame before:
 most codes of a video stay, so the model learns what changes instead of learning to copy.
+
+A sequence that ends with a chunk of actions may hide the chunk's tokens from each other, from a step on:
+`<mask>` stands in their places, which say by their slots what comes next. A model that has learned this decodes
+many tokens in one pass (parallel decoding: Kim, Finn and Liang 2025, OpenVLA-OFT).
 """
 
 from __future__ import annotations
@@ -93,7 +97,8 @@ class TokenSequence:
 
     ids (L,) int64; slots (L,) int64; copies (L,) int64, the vision id that the *next* id may repeat, or
     NOTHING; patch_at (M,) positions of merged vision; patch_ids (M, P); target_at (N,) positions whose
-    next id is learned, and target_range (N,) its range by name index into `RANGES`.
+    next id is learned, and target_range (N,) its range by name index into `RANGES`; masked (K,) positions
+    that show the model `<mask>` in place of their id.
     """
 
     ids: np.ndarray
@@ -104,6 +109,7 @@ class TokenSequence:
     target_at: np.ndarray
     target_range: np.ndarray
     segments: list[SegmentSpan] = field(default_factory=list)
+    masked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -154,17 +160,26 @@ class SequenceBuilder:
         variant: int = 0,
         *,
         placed: Sequence[PlacedSegment] | None = None,
+        visible: int | None = None,
     ) -> TokenSequence:
         """The whole sequence with its learning targets.
 
-        variant: which phrasing of each text. Raises: TaskError when the episode cannot fill it.
+        variant: which phrasing of each text. visible: of a task that ends with a chunk, the steps of it that its
+        later tokens see; None: each token sees all before it. Raises: TaskError when the episode cannot fill it.
         """
         draft = Draft(self, tokens, now)
+        axes = 1
         for segment in placed if placed is not None else task.place(tokens.rate_hz):
             for camera in self.expand(segment, tokens):
                 draft.header(segment, camera)
-                draft.content(segment, camera, self.codes(segment, camera, tokens, now, variant))
-        return draft.finish()
+                codes = self.codes(segment, camera, tokens, now, variant)
+                draft.content(segment, camera, codes)
+                axes = codes.shape[-1]
+        sequence = draft.finish()
+        if visible is not None:
+            chunk = sequence.segments[-1]
+            sequence.masked = np.arange(chunk.start + visible * axes, chunk.stop - 1)
+        return sequence
 
     def expand(self, segment: PlacedSegment, tokens: TokenSource) -> Sequence[str | None]:
         """`image` is every camera of the embodiment, in its order."""
@@ -399,6 +414,12 @@ class Draft:
         self.patch_at.append(np.arange(start, self.length))
         self.patch_ids.append(patches.reshape(-1, width))
         return start
+
+    def masks(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids and slots of `count` masks in the places of the next tokens of the open segment."""
+        assert self._open is not None
+        ids = np.full(count, self.builder.vocabulary.structure("<mask>"), dtype=np.int64)
+        return ids, self._slots_after(self._open.range_name, self._open.period, self._open.written, count)
 
     def tokens_from(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, slots and copies of the tokens from position `start` on."""

@@ -158,6 +158,12 @@ class Task:
         return tuple(s for s in self.segments if s.predicted)
 
     @property
+    def final_chunk(self) -> Segment | None:
+        """The chunk of actions that the task ends with, outside a group; None when it ends otherwise."""
+        last = self.parts[-1]
+        return last if isinstance(last, Segment) and last.predicted and last.stream == "action" else None
+
+    @property
     def alias(self) -> str | None:
         """The built-in name of an arrow with this shape, lengths and offsets aside."""
         return next((name for name, arrow in ALIASES.items() if _shape(Task.parse(arrow)) == _shape(self)), None)

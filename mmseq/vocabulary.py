@@ -34,6 +34,7 @@ STRUCTURE = (
     *(f"<{stream}>" for stream in STREAMS),
     *(f"<camera_{i}>" for i in range(CAMERA_TOKENS)),
     *(f"<time_{i}>" for i in range(TIME_TOKENS)),
+    "<mask>",  # stands in a predicted chunk for a token that is not known yet
 )
 
 # Which range the tokens of a stream come from.

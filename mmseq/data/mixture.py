@@ -49,12 +49,15 @@ class TaskConfig:
     """One arrow. name: how it is reported; default: its alias, else the arrow itself.
 
     weight: its share of samples. sources: which sources it draws from; default: all that can fill it.
+    parallel: of a task that ends with a chunk of actions, the share of samples in which the tokens of the chunk do
+    not see each other from a random step on, so that the model learns to decode them at once.
     """
 
     task: str = "???"
     name: str | None = None
     weight: float = 1.0
     sources: list[str] | None = None
+    parallel: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -91,7 +94,16 @@ class MixConfig:
             if names.count(name) > 1:
                 raise ConfigError(f"mix {self.name!r}: two tasks are named {name!r}", fix="give one of them a name")
         for task in self.tasks:
-            Task.parse(task.task)
+            final_chunk = Task.parse(task.task).final_chunk
+            if not 0 <= task.parallel <= 1:
+                raise ConfigError(
+                    f"mix {self.name!r}: parallel of {task.task!r} must be in [0, 1], got {task.parallel}"
+                )
+            if task.parallel and final_chunk is None:
+                raise ConfigError(
+                    f"mix {self.name!r}: {task.task!r} has parallel={task.parallel:g}, but does not end with action[n]",
+                    fix="leave parallel out",
+                )
             if not (math.isfinite(task.weight) and task.weight >= 0):
                 raise ConfigError(
                     f"mix {self.name!r}: the weight of {task.task!r} must not be negative, got {task.weight}"
@@ -146,7 +158,10 @@ def least_holdout(episode_ids: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample before it is built: what to read and which task to fill."""
+    """One sample before it is built: what to read and which task to fill.
+
+    visible: steps of its chunk that later tokens of the chunk see; None: all (`SequenceBuilder.build`).
+    """
 
     stream: int
     task: int
@@ -155,6 +170,7 @@ class Sample:
     now: int
     variant: int
     length: int
+    visible: int | None = None
 
 
 class Stream:
@@ -169,7 +185,9 @@ class Stream:
         shards: TokenShards,
         episodes: Sequence[int],
         builder: SequenceBuilder,
+        parallel: float = 0.0,
     ):
+        self.parallel = parallel
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
         self._builder, self._notes = builder, shards.notes
         self._members = list(episodes)
@@ -202,7 +220,7 @@ class Stream:
         before = int(self._ends[slot - 1]) if slot else 0
         episode = self._episodes[slot]
         variant = _mix64(seed + 0x51ED27 * (k + 1) + self.index) >> 33
-        return self._finish(episode, self._first[slot] + at - before, variant)
+        return self._finish(episode, self._first[slot] + at - before, variant, self._visible_steps(episode, k, seed))
 
     def moment(self, place: int) -> Sample:
         """The place-th moment in file order, first phrasing: for evaluation."""
@@ -228,14 +246,25 @@ class Stream:
             return f"no {', '.join(min(missing, key=len))}"
         return f"episodes of at most {max(note['length'] for note in notes)} steps"
 
-    def _finish(self, episode: int, now: int, variant: int) -> Sample:
+    def _visible_steps(self, episode: int, k: int, seed: int) -> int | None:
+        """None for a sample that is learned token by token; else half begin to hide tokens with the first."""
+        draw = _mix64(seed ^ 0x2545F491 * (k + 1) ^ self.index << 40)
+        if (draw & 0xFFFFFF) >= self.parallel * 0x1000000:
+            return None
+        chunk = self.task.final_chunk
+        assert chunk is not None
+        assert chunk.length is not None
+        first = draw >> 24 & 1
+        return 0 if first else (draw >> 32) % chunk.length.steps(float(self._notes[episode]["rate_hz"]))
+
+    def _finish(self, episode: int, now: int, variant: int, visible: int | None = None) -> Sample:
         note = self._notes[episode]
         counts = [len(v) for v in note["text_tokens"].values()] or [1]
         variant %= int(np.lcm.reduce(counts))
         key = (episode, variant)
         if key not in self._lengths:
             self._lengths[key] = self._length(note, variant)
-        return Sample(self.index, self.task_index, self.source, episode, now, variant, self._lengths[key])
+        return Sample(self.index, self.task_index, self.source, episode, now, variant, self._lengths[key], visible)
 
     def _length(self, note: dict[str, Any], variant: int) -> int:
         rate = float(note["rate_hz"])
@@ -332,7 +361,9 @@ class Mixture:
             for name in config.sources or mix.sources:
                 # numbered by place in the mix, so that an empty stream shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
-                stream = Stream(index, task_index, task, name, self.shards[name], members[name], self.builder)
+                stream = Stream(
+                    index, task_index, task, name, self.shards[name], members[name], self.builder, config.parallel
+                )
                 if not len(stream):
                     reasons.append(f"{name}: {stream.why_empty()}")
                 elif mix.sources[name].weight <= 0:
@@ -368,7 +399,7 @@ class Mixture:
         placed = self._placed.get((sample.task, tokens.rate_hz))
         if placed is None:
             placed = self._placed[sample.task, tokens.rate_hz] = task.place(tokens.rate_hz)
-        return self.builder.build(task, tokens, sample.now, sample.variant, placed=placed)
+        return self.builder.build(task, tokens, sample.now, sample.variant, placed=placed, visible=sample.visible)
 
     def provenance(self, sample: Sample) -> str:
         """Where a sample came from, for messages."""

@@ -29,7 +29,8 @@ CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
 class ClosedLoopConfig:
     """What is driven and how.
 
-    execute: control steps of each chunk before the next request. spread: of the layouts (see
+    execute: control steps of each chunk before the next request. passes: forward passes per chunk, of a policy
+    that was trained for it; None: one per token. spread: of the layouts (see
     `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
     whose frames are returned. controllers: among `CONTROLLERS`.
     """
@@ -38,6 +39,7 @@ class ClosedLoopConfig:
     episodes: int = 20
     seed: int = 100_000
     execute: int = 1
+    passes: int | None = None
     max_steps: int = 90
     spread: float = 1.0
     keep: int = 1
@@ -88,7 +90,8 @@ def evaluate_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
-        return _serve_and_drive(ModelPolicy.from_pretrained(checkpoint, device=device), config, on_progress)
+        policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
+        return _serve_and_drive(policy, config, on_progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -102,7 +105,7 @@ def _serve_and_drive(
     config.execute = min(config.execute, policy.horizon)
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:
-        options = {"arrow": str(policy.arrow), "name": policy.name}
+        options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
         blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}

@@ -2,6 +2,9 @@
 
 The task supplies every header, and each token is chosen within its segment's own range, so what
 comes out always has the right shape. Several requests with the same task decode as one batch.
+
+The chunk of actions that a task ends with can also be decoded in a few passes: each pass chooses the next
+steps all at once, seeing those that are chosen already and `<mask>` for the rest (`sequence.py`).
 """
 
 from __future__ import annotations
@@ -74,15 +77,27 @@ class _Row:
 class Decoder:
     """Completes tasks with one model. temperature 0 takes the best code: the median bin, else the likeliest."""
 
-    def __init__(self, model: SequenceModel, *, temperature: float = 0.0, max_tokens: int = MAX_TOKENS):
-        """max_tokens: of a request, given and predicted. Raises: ConfigError for a temperature that cannot be."""
+    def __init__(
+        self,
+        model: SequenceModel,
+        *,
+        temperature: float = 0.0,
+        passes: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ):
+        """passes: forward passes that a final chunk of actions takes, the given side included; None: one per token.
+
+        max_tokens: of a request, given and predicted. Raises: ConfigError for a temperature or passes that cannot be.
+        """
+        if passes is not None and passes < 1:
+            raise ConfigError(f"passes is {passes}", fix="use 1 or more")
         assert model.tokenizers is not None
         if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
             raise ConfigError(
                 f"temperature is {temperature}", fix=f"use 0, or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
             )
         self.model, self.max_tokens = model, max_tokens
-        self.temperature = temperature
+        self.temperature, self.passes = temperature, passes
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
 
@@ -106,6 +121,9 @@ class Decoder:
             for camera in self.builder.expand(segment, requests[0].tokens):
                 for row in rows:
                     row.draft.header(segment, camera)
+                if self.passes and segment.segment is task.final_chunk:
+                    run.predict_chunk(segment, self.passes)
+                    continue
                 if segment.predicted:
                     run.predict(segment, camera)
                     continue
@@ -197,13 +215,13 @@ class _Run:
         end = self.model.tokenizers.text.end if stream in TEXT_STREAMS else None  # type: ignore[union-attr]
         for row, codes in zip(self.rows, chosen):
             row.draft.write(np.asarray(codes, dtype=np.int64))
-        hidden = self._flush()
+        hidden = self._flush()[:, -1]
         expectations: list[float | None] = [None] * len(self.rows)
         done = [False] * len(self.rows)
         for i in range(forced, count):
             logits = self._logits(hidden, range_name)
-            free = [b for b in range(len(self.rows)) if not done[b] and i >= len(prefixes[b])]
-            codes = self._choose(logits, stream, free)
+            drawn_by = [None if done[b] or i < len(p) else b for b, p in enumerate(prefixes)]
+            codes = self._choose(logits, stream, drawn_by)
             if stream in SCALAR_STREAMS:
                 expectations = mean_codes(logits).tolist()
             for b, row in enumerate(self.rows):
@@ -218,16 +236,42 @@ class _Run:
             if all(done):
                 break
             if i + 1 < count:
-                hidden = self._flush()
+                hidden = self._flush()[:, -1]
         for row, codes, expectation in zip(self.rows, chosen, expectations):
             codes = np.asarray(codes).reshape(shape) if shape else np.asarray(codes)
             row.out.append(Decoded(segment, camera, codes, expectation))
 
-    def _flush(self) -> Tensor:
-        """Run what was added to each draft since the last call; hidden state (B, D) of each last token."""
+    def predict_chunk(self, segment: PlacedSegment, passes: int) -> None:
+        """Fill the final chunk of every row in `passes` passes at most, equally many steps in each."""
+        steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
+        prefixes = [self.decoder._prefix(segment, r, shape) for r in self.requests]
+        chosen = [list(p) for p in prefixes]
+        for row, codes in zip(self.rows, chosen):
+            row.draft.write(np.asarray(codes, dtype=np.int64))
+        for left in range(passes, 0, -1):
+            rest = [steps - len(codes) // axes for codes in chosen]
+            if not any(rest):
+                break
+            counts = [-(-n // left) * axes for n in rest]
+            hidden = self._flush(masks=max(counts) - 1)
+            B, n, D = hidden.shape
+            logits = self._logits(hidden.reshape(B * n, D), RANGE_OF_STREAM[segment.stream])
+            drawn_by = [b if i < counts[b] else None for b in range(B) for i in range(n)]
+            found = np.array(self._choose(logits, segment.stream, drawn_by), dtype=np.int64).reshape(B, n)
+            for row, codes, new, count in zip(self.rows, chosen, found, counts):
+                codes.extend(new[:count])
+                row.draft.write(new[:count])
+        for row, codes in zip(self.rows, chosen):
+            row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
+
+    def _flush(self, masks: int = 0) -> Tensor:
+        """Run what was added to each draft since the last call, and so many masks after it, which leave no trace.
+
+        Returns: hidden states (B, 1 + masks, D) of each last token and of the masks.
+        """
         device = self.model.device
         counts = [row.draft.length - row.position for row in self.rows]
-        B, width = len(self.rows), max([1, *counts])
+        B, width = len(self.rows), max([1, *counts]) + masks
         ids, slots, positions = (np.zeros((B, width), dtype=np.int64) for _ in range(3))
         copies = np.full((B, width), NOTHING, dtype=np.int64)
         patch_at, patch_ids = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self.model.config.merge**2), dtype=np.int64)]
@@ -236,8 +280,10 @@ class _Run:
             if n == 0:  # this row is finished; recompute its last token in place
                 n, start = 1, row.position - 1
             ids[b, :n], slots[b, :n], copies[b, :n] = row.draft.tokens_from(start)
-            # padding repeats later positions: real tokens overwrite them before they are seen
-            positions[b] = start + np.arange(width)
+            if masks:
+                ids[b, n : n + masks], slots[b, n : n + masks] = row.draft.masks(masks)
+            # padding takes later positions: real tokens overwrite them before they are seen; the last has none
+            positions[b] = np.minimum(start + np.arange(width), self.cache.length - 1)
             for at, codes in zip(row.draft.patch_at, row.draft.patch_ids):
                 if at[0] >= start:
                     patch_at.append(b * width + at - start)
@@ -260,7 +306,8 @@ class _Run:
         hidden = transformer.extend(x, move(positions), self.cache, int(positions.max()) + 1)
         self.decoder.stats.passes += 1
         self.decoder.stats.tokens += B * width
-        return hidden[torch.arange(B, device=device), torch.tensor(counts, device=device) - 1]
+        last = torch.tensor(counts, device=device)[:, None] - 1 + torch.arange(1 + masks, device=device)
+        return hidden[torch.arange(B, device=device)[:, None], last]
 
     def _logits(self, hidden_BD: Tensor, range_name: str) -> Tensor:
         ids = self.model.vocabulary.ranges[range_name]
@@ -271,16 +318,17 @@ class _Run:
         gate = self.model.transformer.copy_gate(hidden_BD).float().squeeze(-1) * (self.copies != NOTHING)
         return add_copies(logits, (self.copies - ids.start).clamp_min(0), gate)
 
-    def _choose(self, logits_BC: Tensor, stream: str, free: Sequence[int]) -> list[int]:
-        """One code per request: sampled, or with temperature 0 the best one.
+    def _choose(self, logits_NC: Tensor, stream: str, drawn_by: Sequence[int | None]) -> list[int]:
+        """One code each: sampled, or with temperature 0 the best one.
 
-        free: the requests whose code is not settled; only they draw, so that what a request samples does not
-        depend on its company.
+        drawn_by: the request that each belongs to, None where it is settled or nobody's. Only the others draw,
+        so that what a request samples does not depend on its company.
         """
         if self.decoder.temperature <= 0:
-            return best_codes(logits_BC, RANGE_OF_STREAM[stream]).tolist()
-        codes = [0] * len(logits_BC)
-        share = (logits_BC / self.decoder.temperature).softmax(-1).cpu()
-        for b in free:
-            codes[b] = int(torch.multinomial(share[b], 1, generator=self.generators[b]))
+            return best_codes(logits_NC, RANGE_OF_STREAM[stream]).tolist()
+        codes = [0] * len(logits_NC)
+        share = (logits_NC / self.decoder.temperature).softmax(-1).cpu()
+        for i, b in enumerate(drawn_by):
+            if b is not None:
+                codes[i] = int(torch.multinomial(share[i], 1, generator=self.generators[b]))
         return codes

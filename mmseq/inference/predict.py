@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmseq.episode import Episode
-from mmseq.errors import TaskError
+from mmseq.errors import ConfigError, TaskError
 from mmseq.inference.decoding import Decoded, Decoder, Request
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
@@ -49,6 +49,7 @@ def predict(
     action_prefix: np.ndarray | None = None,
     variant: int = 0,
     temperature: float = 0.0,
+    passes: int | None = None,
     seed: int = 0,
     samples: int | None = None,
 ) -> Prediction | list[Prediction]:
@@ -56,7 +57,8 @@ def predict(
 
     text, question: used in place of the episode's own. action_prefix: float (n, axes), commands
     that the predicted chunk must begin with. samples: how many candidates to draw (a list comes
-    back); use a temperature above 0 with it.
+    back); use a temperature above 0 with it. passes: forward passes for the chunk of actions that the arrow ends
+    with, when the model has learned that; None: one per token.
     Raises: TaskError when the episode lacks a given stream or t leaves it no room.
     """
     tokenizers = model.tokenizers
@@ -71,7 +73,9 @@ def predict(
         if axes is None:
             raise TaskError(f"embodiment {episode.embodiment!r} has no action to prefix")
         prefix = tokenizers.action.encode(axes.check(action_prefix, what="action_prefix", where="predict"), axes)
-    decoder = Decoder(model, temperature=temperature)
+    if passes is not None:
+        require_parallel(model, task)
+    decoder = Decoder(model, temperature=temperature, passes=passes)
     requests = [Request(tokens, t, variant, prefix, seed + i) for i in range(samples or 1)]
     out = [Prediction(task, t, to_streams(d, tokenizers, tokens)) for d in decoder.decode(task, requests)]
     return out if samples is not None else out[0]
@@ -104,6 +108,17 @@ def _sequence(model: SequenceModel, arrow: str | Task, episode: Episode, t: int)
 
 def _task(model: SequenceModel, arrow: str | Task) -> Task:
     return arrow if isinstance(arrow, Task) else Task.parse(model.tasks.get(arrow, arrow))
+
+
+def require_parallel(model: SequenceModel, task: Task) -> None:
+    """Raises: ConfigError when the model has not learned to decode the final chunk of `task` in few passes."""
+    learned = [model.tasks[name] for name in model.parallel]
+    if task not in [Task.parse(arrow) for arrow in learned]:
+        raise ConfigError(
+            f"this model has not learned to decode {task} in few passes; of what it was trained on it has "
+            f"{', '.join(learned) or 'nothing'}",
+            fix="leave passes out, or train with `parallel: 0.5` beside the task in the mix",
+        )
 
 
 def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> None:

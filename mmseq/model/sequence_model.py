@@ -41,6 +41,7 @@ class SequenceModel(nn.Module):
         self.vocabulary = vocabulary
         self.tokenizers = tokenizers
         self.tasks: dict[str, str] = {}  # names of what it was trained on, which `predict` understands
+        self.parallel: list[str] = []  # those of them whose final chunk it has learned to decode in few passes
         self.transformer = Transformer(config)
         self.sequence_group: Any = None  # the ranks that share a line of tokens with this one, when it is shared
 
@@ -171,6 +172,7 @@ class SequenceModel(nn.Module):
             "range_names": list(RANGES),
             "tokenizers": self.tokenizers.fingerprints(),
             "tasks": self.tasks,
+            "parallel": self.parallel,
             "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
         }
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -211,6 +213,7 @@ class SequenceModel(nn.Module):
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
             fingerprints = dict(config["tokenizers"])
             tasks = {str(name): str(arrow) for name, arrow in config.get("tasks", {}).items()}
+            parallel = [str(name) for name in config.get("parallel", []) if name in tasks]
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: {error}") from error
         if config.get("ranges") != vocabulary.layout():
@@ -222,7 +225,7 @@ class SequenceModel(nn.Module):
         )
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
-        model.tasks = tasks
+        model.tasks, model.parallel = tasks, parallel
         weights = dict(StoredWeights(directory))
         try:
             model.transformer.load_state_dict(weights, assign=True)

@@ -50,6 +50,10 @@ class Cache:
     keys: list[Tensor]  # per layer (B, G, C, K)
     values: list[Tensor]
 
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
     @classmethod
     def empty(
         cls, config: ModelConfig, batch: int, length: int, *, dtype: torch.dtype, device: torch.device | str

@@ -19,7 +19,7 @@ import numpy as np
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
-from mmseq.inference.predict import to_streams
+from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
@@ -122,7 +122,8 @@ class ModelPolicy:
 
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
     else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
-    name it; default: all that the checkpoint knows. blank_images: replaces every frame by mid-grey, for measuring
+    name it; default: all that the checkpoint knows. passes: forward passes that `infer` decodes a chunk in, of an
+    arrow that was trained for it; default: one per token. blank_images: replaces every frame by mid-grey, for measuring
     what a policy does without seeing.
     """
 
@@ -132,6 +133,7 @@ class ModelPolicy:
         *,
         arrow: str | None = None,
         embodiment: str | None = None,
+        passes: int | None = None,
         name: str = "model",
         blank_images: bool = False,
     ):
@@ -148,6 +150,10 @@ class ModelPolicy:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
+        self.passes = passes
+        if passes is not None:
+            require_parallel(model, self.arrow)
+            Decoder(model, passes=passes)  # refuses what cannot be
         segments = [s for s in self.arrow.predicted if s.stream == "action"]
         if not segments:
             raise ConfigError(f"the arrow {self.arrow} predicts no action, so it is no policy")
@@ -218,7 +224,12 @@ class ModelPolicy:
         else:
             prefix = None
         options = observation.get("options") or {}
-        decoder = Decoder(self.model, temperature=float(options.get("temperature", 0.0)), max_tokens=SERVED_TOKENS)
+        decoder = Decoder(
+            self.model,
+            temperature=float(options.get("temperature", 0.0)),
+            passes=self.passes if task == self.arrow else None,
+            max_tokens=SERVED_TOKENS,
+        )
         request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))
         decoded = decoder.decode(task, [request])[0]
         return to_streams(decoded, self.tokenizers, tokens)
@@ -262,6 +273,7 @@ def serve_checkpoint(
     device: str = "cpu",
     arrow: str | None = None,
     embodiment: str | None = None,
+    passes: int | None = None,
     blank_images: bool = False,
     on_ready: Callable[..., None] | None = None,
 ) -> None:
@@ -273,6 +285,6 @@ def serve_checkpoint(
 
     config = ServerConfig(host=host, port=port, token=token)
     policy = ModelPolicy.from_pretrained(
-        checkpoint, device=device, arrow=arrow, embodiment=embodiment, blank_images=blank_images
+        checkpoint, device=device, arrow=arrow, embodiment=embodiment, passes=passes, blank_images=blank_images
     )
     serve(policy, config, on_ready=on_ready)

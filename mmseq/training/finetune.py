@@ -236,6 +236,7 @@ def _new_tasks(
     config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, reader: EpisodeShardReader, name: str
 ) -> list[TaskConfig]:
     weights = {task_name(t): t.weight for t in before.tasks} if before else {}
+    parallel = {task_name(t): t.parallel for t in before.tasks} if before else {}
     known = dict(old.tasks) or {task_name(t): t.task for t in (before.tasks if before else ())}
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
     if not any("action" in _predicted(a) for a in arrows.values()):
@@ -253,7 +254,8 @@ def _new_tasks(
         elif not len(task.moments(longest, float(notes[0]["rate_hz"]))):
             reasons.append(f"{key} needs longer episodes than {longest} steps")
         else:
-            chosen.append(TaskConfig(task=arrow, name=key, weight=weights.get(key, 1.0), sources=[name]))
+            shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
+            chosen.append(TaskConfig(task=arrow, name=key, sources=[name], **shares))
     if not any("action" in _predicted(t.task) for t in chosen):
         raise ConfigError(
             f"{config.dataset} can fill no arrow that predicts actions ({'; '.join(reasons)})",

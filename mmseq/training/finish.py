@@ -38,6 +38,7 @@ def write_model(
     if config.lora.rank:
         merge_adapters(model)
     model.tasks = {task_name(t): t.task for t in mix.tasks}
+    model.parallel = [task_name(t) for t in mix.tasks if t.parallel]
     partial = partial_folder(directory)
     model.save_pretrained(partial)
     save_mix(mix, partial / "mix.yaml")

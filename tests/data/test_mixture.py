@@ -231,3 +231,29 @@ def test_a_mix_file_is_strict(tmp_path):
     (tmp_path / "mix.yaml").write_text("sources: {a: {path: b, wieght: 2}}\ntasks: [{task: policy}]\n")
     with pytest.raises(ConfigError, match=r"sources.a.wieght.*did you mean 'weight'"):
         load_mix(tmp_path / "mix.yaml")
+
+
+def test_the_share_of_chunks_that_are_learned_at_once(world):
+    task = TaskConfig(task="image, proprio -> action[4]", parallel=0.5)
+    mixture = make(world, tasks=[task])
+    drawn = [s for row in rows(mixture, 400) for s in row]
+    visible = [s.visible for s in drawn if s.visible is not None]
+    assert len(visible) / len(drawn) == pytest.approx(0.5, abs=0.03)
+    counts = np.bincount(visible) / len(visible)
+    assert counts == pytest.approx([0.625, 0.125, 0.125, 0.125], abs=0.04)
+    assert rows(make(world, tasks=[task]), 9) == rows(mixture, 9)
+    hidden = next(s for s in drawn if s.visible == 1)
+    sequence = mixture.build(hidden)
+    assert len(sequence) == hidden.length
+    assert len(sequence.masked) == 3 * 4 - 1
+    whole = make(world, tasks=[TaskConfig(task=task.task)])
+    assert all(s.visible is None for row in rows(whole, 20) for s in row)
+
+
+@pytest.mark.parametrize(
+    ("arrow", "share", "message"),
+    [("image -> text", 0.5, "does not end with action"), ("image -> action[2]", 1.5, r"must be in \[0, 1\]")],
+)
+def test_what_cannot_be_learned_at_once_is_refused(world, arrow, share, message):
+    with pytest.raises(ConfigError, match=message):
+        make(world, tasks=[TaskConfig(task=arrow, parallel=share)])

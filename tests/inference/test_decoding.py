@@ -1,5 +1,7 @@
 """Decoding: the cache changes nothing, company changes nothing, and what comes out always has its shape."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -173,3 +175,66 @@ def test_requests_that_cannot_share_a_batch_are_refused():
     with pytest.raises(TaskError, match="cannot share a batch"):
         Decoder(model).decode(Task.parse("image -> action[2]"), requests)
     assert Decoder(model).decode(Task.parse("image -> action[2]"), []) == []
+
+
+POLICY = "text, image, proprio -> action[4]"
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_a_chunk_in_few_passes_has_the_logits_that_training_sees(model, passes, seen):
+    """Each pass sees what is chosen and masks for the rest, as a sample whose chunk is visible up to there."""
+    task, tokenizers, asked = Task.parse(POLICY), model.tokenizers, request(model)
+    decoder = Decoder(model, passes=passes)
+    chunk = decoder.decode(task, [asked])[0][-1].codes
+    assert decoder.stats.passes == passes
+    builder, done = tokenizers.builder(), 0
+    original = builder.codes
+    builder.codes = lambda segment, *rest: chunk if segment.predicted else original(segment, *rest)
+    ids = tokenizers.vocabulary.ranges["action"]
+    rows = model.transformer.output_rows(ids.start, ids.stop, model.transformer.code_vectors())
+    for _, found in seen:
+        sequence = builder.build(task, asked.tokens, 4, visible=done)
+        with torch.inference_mode():
+            hidden = model.hidden(collate([sequence], tokenizers.vocabulary))
+        at = sequence.target_at[done * 4 :][: len(found)]
+        assert (found - hidden[at] @ rows.t()).abs().max() <= 1e-5
+        done += len(found) // 4
+    assert done == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("passes", [1, 2, 4, 9])
+def test_chunks_in_few_passes_do_not_depend_on_their_company(model, passes, temperature):
+    texts = ["go", "open the window, then close the red drawer and turn the dial", "press"]
+    prefixes = [np.full((n, 4), 3 * n) for n in (0, 3, 1)]
+    requests = [request(model, i, 4 + i, t, seed=i, prefix=p) for i, (t, p) in enumerate(zip(texts, prefixes))]
+    decoder = Decoder(model, temperature=temperature, passes=passes)
+    for arrow in (POLICY, "text, image, proprio -> plan, image@+2, action[4]"):
+        together = decoder.decode(Task.parse(arrow), requests)
+        for one, prefix, out in zip(requests, prefixes, together):
+            alone = decoder.decode(Task.parse(arrow), [one])[0]
+            for a, b in zip(alone, out, strict=True):
+                np.testing.assert_array_equal(a.codes, b.codes)
+            np.testing.assert_array_equal(out[-1].codes[: len(prefix)], prefix)
+
+
+def test_a_hidden_token_changes_nothing_that_the_chunk_predicts(model):
+    builder, task, tokens = model.tokenizers.builder(), Task.parse(POLICY), request(model).tokens
+    sequence = builder.build(task, tokens, 4, visible=1)
+    chunk = sequence.segments[-1]
+    assert list(sequence.masked) == list(range(chunk.start + 4, chunk.stop - 1))
+    loss = lambda s: model.losses(collate([s], model.vocabulary))["action"][0].tolist()
+    with torch.inference_mode():
+        before = loss(sequence)
+        for at in range(chunk.start, chunk.stop):
+            ids = sequence.ids.copy()
+            ids[at] += 1
+            changed = np.array(loss(replace(sequence, ids=ids))) != np.array(before)
+            index = at - chunk.start  # its own loss changes, and that of what sees it
+            expected = {index, *range(index + 1, 16)} if index < 4 else {index}
+            assert set(changed.nonzero()[0]) == expected
+
+
+def test_no_passes_are_refused(model):
+    with pytest.raises(ConfigError, match="passes is 0"):
+        Decoder(model, passes=0)

@@ -165,3 +165,16 @@ def test_a_model_without_a_policy_is_refused(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="trained on no policy"):
         ModelPolicy.from_pretrained(tmp_path)
+
+
+def test_a_chunk_in_few_passes_only_of_a_policy_that_has_learned_it(policy, checkpoint, monkeypatch):
+    with pytest.raises(ConfigError, match=r"not learned to decode .* it has nothing.*parallel"):
+        ModelPolicy.from_pretrained(checkpoint, passes=2)
+    monkeypatch.setattr(policy.model, "parallel", ["policy"])
+    with pytest.raises(ConfigError, match="passes is 0"):
+        ModelPolicy(policy.model, passes=0)
+    with pytest.raises(ConfigError, match="not learned to decode"):
+        policy.model.predict("image -> action[4]", tiny.episode(3), 5, passes=2)
+    expected = policy.model.predict(ARROW, tiny.episode(3), 5, passes=2)["action"]
+    found = ModelPolicy(policy.model, passes=2).infer(observe(tiny.episode(3), 5))["actions"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
