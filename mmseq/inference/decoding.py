@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmseq.errors import ConfigError, TaskError
+from mmseq.inference.prefixes import Prefixes
 from mmseq.model.range_loss import add_copies
 from mmseq.model.readout import best_codes, mean_codes
 from mmseq.model.sequence_model import SequenceModel
@@ -83,11 +84,13 @@ class Decoder:
         *,
         temperature: float = 0.0,
         passes: int | None = None,
+        prefixes: Prefixes | None = None,
         max_tokens: int = MAX_TOKENS,
     ):
         """passes: forward passes that a final chunk of actions takes, the given side included; None: one per token.
 
-        max_tokens: of a request, given and predicted. Raises: ConfigError for a temperature or passes that cannot be.
+        prefixes: keeps what requests begin with from one call to the next. max_tokens: of a request, given and
+        predicted. Raises: ConfigError for a temperature or passes that cannot be.
         """
         if passes is not None and passes < 1:
             raise ConfigError(f"passes is {passes}", fix="use 1 or more")
@@ -97,7 +100,7 @@ class Decoder:
                 f"temperature is {temperature}", fix=f"use 0, or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
             )
         self.model, self.max_tokens = model, max_tokens
-        self.temperature, self.passes = temperature, passes
+        self.temperature, self.passes, self.prefixes = temperature, passes, prefixes
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
 
@@ -117,7 +120,11 @@ class Decoder:
             raise TaskError(f"requests of different rates, embodiments or cameras cannot share a batch: {kinds}")
         rows = [_Row(Draft(self.builder, r.tokens, r.now)) for r in requests]
         run = _Run(self, rows, requests, self._cache(task, requests))
+        beginning = True  # texts that are given before all else
         for segment in task.place(requests[0].tokens.rate_hz):
+            if beginning and (segment.predicted or segment.stream not in TEXT_STREAMS):
+                run.recall()
+                beginning = False
             for camera in self.builder.expand(segment, requests[0].tokens):
                 for row in rows:
                     row.draft.header(segment, camera)
@@ -201,7 +208,20 @@ class _Run:
         self.decoder, self.model, self.rows, self.requests, self.cache = decoder, decoder.model, rows, requests, cache
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.codes = self.model.transformer.code_vectors()
+        self.to_keep: dict[int, np.ndarray] = {}  # by row, the ids that it begins with, of which nothing is kept yet
         self.copies = torch.full((len(rows),), NOTHING)  # the vision id that the next id of each row may repeat
+
+    def recall(self) -> None:
+        """Take what is kept of the beginnings that were drafted so far; the others are kept once they are computed."""
+        prefixes = self.decoder.prefixes
+        if prefixes is None:
+            return
+        for b, row in enumerate(self.rows):
+            ids = row.draft.tokens_from(0)[0]
+            if prefixes.recall(ids, self.cache, b):
+                row.position = len(ids)
+            else:
+                self.to_keep[b] = ids
 
     def predict(self, segment: PlacedSegment, camera: str | None) -> None:
         """Fill a predicted segment of every row, whose header was added last."""
@@ -304,6 +324,10 @@ class _Run:
         ).view(B, width, -1)
         self.copies = move(copies[np.arange(B), np.array(counts) - 1])
         hidden = transformer.extend(x, move(positions), self.cache, int(positions.max()) + 1)
+        if self.decoder.prefixes is not None:
+            for b, ids_n in self.to_keep.items():
+                self.decoder.prefixes.keep(ids_n, self.cache, b)
+            self.to_keep = {}
         self.decoder.stats.passes += 1
         self.decoder.stats.tokens += B * width
         last = torch.tensor(counts, device=device)[:, None] - 1 + torch.arange(1 + masks, device=device)

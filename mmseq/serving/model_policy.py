@@ -20,6 +20,7 @@ from mmseq.embodiment import Axes, Embodiment
 from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
+from mmseq.inference.prefixes import Prefixes
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
@@ -150,7 +151,7 @@ class ModelPolicy:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
-        self.passes = passes
+        self.passes, self.prefixes = passes, Prefixes()
         if passes is not None:
             require_parallel(model, self.arrow)
             Decoder(model, passes=passes)  # refuses what cannot be
@@ -228,6 +229,7 @@ class ModelPolicy:
             self.model,
             temperature=float(options.get("temperature", 0.0)),
             passes=self.passes if task == self.arrow else None,
+            prefixes=self.prefixes,
             max_tokens=SERVED_TOKENS,
         )
         request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))

@@ -8,6 +8,7 @@ import torch
 
 from mmseq.errors import ConfigError, TaskError
 from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
+from mmseq.inference.prefixes import Prefixes
 from mmseq.packing import collate
 from mmseq.sequence import NOTHING
 from mmseq.tasks import Task
@@ -238,3 +239,34 @@ def test_a_hidden_token_changes_nothing_that_the_chunk_predicts(model):
 def test_no_passes_are_refused(model):
     with pytest.raises(ConfigError, match="passes is 0"):
         Decoder(model, passes=0)
+
+
+@pytest.mark.parametrize("passes", [None, 2])
+def test_what_requests_begin_with_is_computed_once(model, passes):
+    """The second control step computes neither embodiment nor text, and has the chunk of a fresh decoder."""
+    task, prefixes = Task.parse(POLICY), Prefixes()
+    long, short = "open the window, then close the red drawer", "go"
+    for now, texts in ((4, [long]), (5, [long]), (6, [short, long]), (7, [long, short]), (8, [long, short])):
+        requests = [request(model, i, now, t) for i, t in enumerate(texts)]
+        decoder = Decoder(model, passes=passes, prefixes=prefixes)
+        fresh = Decoder(model, passes=passes)
+        found, expected = decoder.decode(task, requests), fresh.decode(task, requests)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a[-1].codes, b[-1].codes)
+        assert decoder.stats.passes == fresh.stats.passes
+        text = len(model.tokenizers.text.encode(long))
+        if now == 5:
+            assert fresh.stats.tokens - decoder.stats.tokens == 3 + text  # <bos> <embodiment> <text> and its pieces
+        if now in (7, 8):
+            assert decoder.stats.tokens < fresh.stats.tokens
+
+
+def test_beginnings_that_were_not_used_for_long_are_forgotten(model):
+    task, prefixes = Task.parse("text, image -> progress"), Prefixes(limit=2)
+    for text in ("a", "b", "a", "c", "a", "b"):
+        Decoder(model, prefixes=prefixes).decode(task, [request(model, text=text)])
+        assert len(prefixes._kept) <= 2
+    decoder, fresh = Decoder(model, prefixes=prefixes), Decoder(model)
+    for d in (decoder, fresh):
+        d.decode(task, [request(model, text="a")])
+    assert decoder.stats.tokens < fresh.stats.tokens
