@@ -249,6 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mmseq: error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return EXIT_ERROR
+    except RecursionError:
+        if debug:
+            raise
+        print("mmseq: error: a file is nested too deeply to be read", file=sys.stderr, flush=True)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("mmseq: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -262,6 +267,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     unknown = [a for a in rest if a.startswith("-")]
     if unknown:
         name = unknown[0].partition("=")[0]
+        if name.startswith("--local_rank"):
+            raise _Usage("the deepspeed launcher adds --local_rank, which is not read: give it --no_local_rank")
         raise _Usage(f"unknown option {name!r} of `{args.parser.prog}`: {did_you_mean(name, args.parser.options())}")
     if rest and hasattr(args, "overrides"):  # argparse stops at the first option between positionals
         args.overrides = [*args.overrides, *rest]
@@ -396,9 +403,11 @@ def _data_lint(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    rule = "multiplied with the moments of each source" if lint.weighting == "frames" else "as they are"
     table = Table(
         "task", "source", "samples", "tokens", "tokens/sample", "moments", "episodes", box=None, pad_edge=False
     )
+    print(f"weighting: {lint.weighting} (weights of sources are taken {rule})")
     for row in lint.shares:
         shares = [f"{row['samples']:.1%}", f"{row['tokens']:.1%}", f"{row['tokens_per_sample']:.0f}"]
         table.add_row(row["task"], row["source"], *shares, f"{row['moments']:,}", f"{row['episodes']:,}")

@@ -21,6 +21,7 @@ class Lint:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shares: list[dict[str, Any]] = field(default_factory=list)
+    weighting: str = "as_given"
 
 
 def lint_mix(
@@ -36,18 +37,18 @@ def lint_mix(
     mix = load_config(MixConfig, mix_path)
     if not isinstance(tokenizers, Tokenizers):
         tokenizers = Tokenizers.load(tokenizers)
-    lint = Lint()
+    lint = Lint(weighting=mix.weighting)
     _check_settings(mix, lint)
     root = Path(root) if root is not None else Path(mix_path).parent
     shards = _open_shards(mix, Path(tokens), tokenizers, root, lint)
     members = {
-        name: [i for i, note in enumerate(s.notes) if not held_out(f"{name}/{note['id']}", mix.holdout)]
+        name: [i for i, note in enumerate(s.notes) if not held_out(f"{name}/{note['id']}", mix.holdout_of(name))]
         for name, s in shards.items()
     }
     for name, s in shards.items():
         if not members[name]:
             lint.problems.append(f"source {name}: all {len(s)} episodes are held out; lower holdout or add data")
-        elif mix.holdout > 0 and len(members[name]) == len(s):
+        elif mix.holdout_of(name) > 0 and len(members[name]) == len(s):
             lint.notes.append(f"source {name}: none of its {len(s)} episodes is held out, so nothing measures it")
     if mix.holdout > 0 and shards and all(len(members[name]) == len(s) for name, s in shards.items()):
         lint.problems.append(

@@ -74,6 +74,10 @@ class MixConfig:
     weighting: str = "as_given"
     holdout: float = 0.1
 
+    def holdout_of(self, source: str) -> float:
+        own = self.sources[source].holdout
+        return self.holdout if own is None else own
+
     def check(self) -> None:
         """Raises: ConfigError or TaskError for the first thing that is wrong."""
         if not self.sources:
@@ -350,9 +354,7 @@ class Mixture:
                     fix="run `mmseq data tokenize` on the mix",
                 )
             self.shards[name] = shards = TokenShards(directory, tokenizers)
-            own = mix.sources[name].holdout
-            share = mix.holdout if own is None else own
-            held = [held_out(f"{name}/{note['id']}", share) for note in shards.notes]
+            held = [held_out(f"{name}/{note['id']}", mix.holdout_of(name)) for note in shards.notes]
             members[name] = [i for i, h in enumerate(held) if h == (split == "holdout")]
         self.streams: list[Stream] = []
         weights: list[float] = []

@@ -40,7 +40,7 @@ def export_hf(
     """
     from mmseq.data.shards import partial_folder, replace_folder
 
-    out = Path(out)
+    out = Path(out).resolve()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: {did_you_mean(dtype, DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -104,6 +104,9 @@ def _read(weights: StoredWeights, name: str, shape: tuple[int, ...]) -> Tensor:
         raise CheckpointError(
             f"{weights.directory}: {name} has the shape {tuple(tensor.shape)}, its {CONFIG_FILE} says {shape}"
         )
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        what = "is not finite" if tensor.is_floating_point() else f"holds {tensor.dtype}, which may be quantised"
+        raise CheckpointError(f"{weights.directory}: {name} {what}", fix="save the model in fp32, bf16 or fp16")
     return tensor
 
 

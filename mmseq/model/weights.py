@@ -130,7 +130,10 @@ def save_weights(
     )
     for file, names in zip(files, shards):
         part = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
-        save_file(part, directory / file, metadata=metadata)
+        try:
+            save_file(part, directory / file, metadata=metadata)
+        except Exception as error:  # a full disk is an error of safetensors' own
+            raise CheckpointError(f"{directory / file} could not be written: {error}", fix="free space") from error
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}

@@ -63,6 +63,10 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks:
     else:
         found = _alone(env)
     rank, local, world = _NAMES[found.launcher]
+    if found.world < 1:
+        raise ConfigError(f"{world} is {found.world}", fix="it is the number of processes, at least 1")
+    if found.port is not None and found.world > 1 and not 0 < found.port < 1 << 16:
+        raise ConfigError(f"MASTER_PORT is {found.port}", fix="use one from 1024 to 65535, the same for all ranks")
     for name, value in ((rank, found.rank), (local, found.local_rank)):
         if not 0 <= value < found.world:
             raise ConfigError(f"{name} is {value} where {world} says {found.world}", fix=f"use 0 to {found.world - 1}")

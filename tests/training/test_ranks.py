@@ -122,3 +122,17 @@ def test_the_first_host_of_a_node_list(nodes, host):
 def test_an_empty_node_list_is_an_error():
     with pytest.raises(ConfigError, match="names no host"):
         first_host("")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is 0"),
+        ({"MASTER_PORT": "70000"}, "65535"),
+        ({"WORLD_SIZE": "0"}, "at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be(change, message):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(ConfigError, match=message):
+        find_ranks(given | change)
