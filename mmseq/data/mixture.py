@@ -252,6 +252,8 @@ class Stream:
 
     def _visible_steps(self, episode: int, k: int, seed: int) -> int | None:
         """None for a sample that is learned token by token; else half begin to hide tokens with the first."""
+        if not self.parallel:
+            return None
         draw = _mix64(seed ^ 0x2545F491 * (k + 1) ^ self.index << 40)
         if (draw & 0xFFFFFF) >= self.parallel * 0x1000000:
             return None

@@ -271,15 +271,18 @@ class StoredTensors:
             path = checkpoint / name
             if not path.is_file() or path.stat().st_size != size:
                 raise _damaged(checkpoint, f"{name} is missing or does not have its {size} bytes")
-            try:
-                with safe_open(path, "pt") as file:
-                    found = (file.metadata() or {}).get("mark")
-            except Exception as error:  # of safetensors: it has several
-                raise _damaged(checkpoint, f"{name}: {error}") from error
-            if found != mark:
-                raise _damaged(checkpoint, f"{name} is of another checkpoint")
+        self._mark = mark
         self._paths = [checkpoint / name for name in files]
         self._open: dict[int, Any] = {}
+
+    def _file(self, number: int) -> Any:
+        """Opened once, when something of it is wanted: a rank needs few of the files that many ranks wrote."""
+        if number not in self._open:
+            file = safe_open(self._paths[number], "pt")
+            if (file.metadata() or {}).get("mark") != self._mark:
+                raise _damaged(self.checkpoint, f"{self._paths[number].name} is of another checkpoint")
+            self._open[number] = file
+        return self._open[number]
 
     def piece(self, name: str, key: str, start: int, length: int) -> Tensor:
         """fp32 (length,): elements start .. start + length - 1 of a flattened parameter or its state."""
@@ -291,10 +294,10 @@ class StoredTensors:
             low, high = max(start, first), min(start + length, first + count)
             if low < high:
                 try:
-                    if number not in self._open:
-                        self._open[number] = safe_open(self._paths[number], "pt")
-                    stored = self._open[number].get_slice(f"{name}|{key}")
+                    stored = self._file(number).get_slice(f"{name}|{key}")
                     out[low - start : high - start] = stored[low - first : high - first]
+                except CheckpointError:
+                    raise
                 except Exception as error:  # of safetensors: it has several
                     raise _damaged(self.checkpoint, f"{name} {key}: {error}") from error
                 filled += high - low

@@ -59,7 +59,7 @@ def start_deepspeed(ranks: Ranks) -> Any:
         "WORLD_SIZE": str(ranks.world),
         "LOCAL_RANK": str(device.index or 0) if device.type == "cuda" else str(ranks.local_rank),
         "MASTER_ADDR": ranks.address or "127.0.0.1",
-        "MASTER_PORT": str(ranks.port or _free_port()),
+        "MASTER_PORT": str(ranks.port or free_port()),
     }
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -133,7 +133,8 @@ def sequence_group(size: int) -> Any:
     return None if size == 1 else torch.distributed.new_subgroups(group_size=size)[0]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmseq.errors import MMSeqError
-from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
+from mmseq.training.distributed import EXIT_PREEMPTED, Preempted, free_port
 
 SAID = ("step ", "stopped ")  # beginnings of the lines that are passed on
 TAIL_LINES = 15
@@ -36,7 +35,7 @@ def train_here(
     """
     command = [
         *(sys.executable, "-m", "mmseq.training.torchrun", "--nproc-per-node", str(ranks)),
-        *("--master-addr", "127.0.0.1", "--master-port", str(_free_port()), "-m", "mmseq", "train", str(recipe)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "mmseq", "train", str(recipe)),
         *overrides,
     ]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
@@ -64,9 +63,3 @@ def train_here(
         own = [line for line in lines if line.startswith("mmseq: error")]
         tail = own[-1] if own else "\n".join(lines[-TAIL_LINES:])
         raise MMSeqError(f"training ended with code {code} ({log}): {tail}")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
