@@ -43,7 +43,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
 
         mix = load_mix(directory / "mix.yaml")
         out["mix"] = {"name": mix.name, "sources": list(mix.sources)}
-    for path in (directory / "results.json", directory.parent / "results.json"):
+    names = ("results.json", "finetune.json")
+    for path in (folder / name for folder in (directory, directory.parent) for name in names):
         if path.is_file():
             try:
                 out["measured"] = json.loads(path.read_text())
@@ -105,7 +106,7 @@ def print_checkpoint(found: dict[str, Any]) -> None:
     for name, task in found["tasks"].items():
         say(f"  {name}: {task}")
     if found["measured"] is None:
-        say("\nnothing is measured yet: there is no results.json in or beside the checkpoint")
+        say("\nnothing is measured yet: there is no results.json or finetune.json in or beside the checkpoint")
     else:
         say("\nmeasured")
         for name, value in flat(found["measured"]):

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmseq.bench.rows import BenchRow, Spread, row, take_turns
+from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.samples import demo_tokenizers, write_lerobot
 from mmseq.bench.worker import Worker
 from mmseq.data.lerobot import LeRobotReader
@@ -67,9 +67,7 @@ class Config:
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
-        for name in ("episodes", "length", "height", "width", "window", "turn_s", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        require_positive(self, "episodes", "length", "height", "width", "window", "turn_s", "seconds")
         if not self.data and self.window > self.length:
             raise ConfigError(f"window={self.window} does not fit into length={self.length}", fix="raise length")
 
@@ -82,10 +80,12 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
         c = config
         data = Path(c.data) if c.data else Path(folder, "dataset")
         if not c.data:
+            print(f"writing {c.episodes} episodes of {c.length} steps", flush=True)
             write_lerobot(data, episodes=c.episodes, length=c.length, height=c.height, width=c.width)
         about = LeRobotReader(data)
         if not about.cameras:
             raise DataError(f"{data} has no cameras", fix="give a dataset with video")
+        print(f"tokenizing {len(about)} episodes", flush=True)
         tokenize(about, Path(folder))
         workers: dict[str, Worker] = {}
         try:

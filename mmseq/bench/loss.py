@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mmseq.bench.rows import BenchRow, Spread, row, take_turns
+from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.worker import Worker, peak_allocated, synchronised_clock
-from mmseq.errors import ConfigError
 from mmseq.model.range_loss import range_loss
 
 SIDES = ("range_loss", "full_logits")
@@ -35,9 +34,7 @@ class Config:
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
-        for name in ("positions", "width", "vocabulary", "turns", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        require_positive(self, "positions", "width", "vocabulary", "turns", "seconds")
 
 
 def bench(config: Config) -> tuple[list[BenchRow], list[str]]:

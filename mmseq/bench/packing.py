@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseq.bench.rows import BenchRow, Spread, row
+from mmseq.bench.rows import BenchRow, Spread, require_positive, row
 from mmseq.bench.samples import make_tokens
 from mmseq.data.mixture import BLOCK_SAMPLES, Mixture, load_mix
-from mmseq.errors import ConfigError
 from mmseq.packing import pack
 
 
@@ -32,8 +31,7 @@ class Config:
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
-        if self.blocks < 1:
-            raise ConfigError(f"blocks must be at least 1, got {self.blocks}")
+        require_positive(self, "blocks")
 
 
 def bench(config: Config) -> tuple[list[BenchRow], list[str]]:

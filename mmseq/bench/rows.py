@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmseq.errors import ConfigError
 from mmseq.evaluation.results import Result, write_results
+from mmseq.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,13 @@ class BenchRow(Result):
     ratio: float
     command: str
     machine: str
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raises: ConfigError for the first option of a bench that is 0 or less."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be positive, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,13 @@ def take_turns(runs: Mapping[str, Callable[[], float]], *, seconds: float, at_le
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     started, turn = time.perf_counter(), 0
-    while turn < at_least or time.perf_counter() - started < seconds:
-        for name in list(runs) if turn % 2 == 0 else reversed(list(runs)):
-            found[name].append(runs[name]())
-        turn += 1
+    with progress("taking turns", "turns") as update:
+        while turn < at_least or time.perf_counter() - started < seconds:
+            for name in list(runs) if turn % 2 == 0 else reversed(list(runs)):
+                found[name].append(runs[name]())
+            turn += 1
+            each = (time.perf_counter() - started) / turn
+            update(turn, max(at_least, turn, round(seconds / max(each, 1e-9))))
     return {name: Spread(tuple(values)) for name, values in found.items()}
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmseq.bench.rows import BenchRow, Spread, row, take_turns
+from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.samples import make_tokens
 from mmseq.bench.worker import PeakMemory, Worker, synchronised_clock
 from mmseq.data.mixture import Mixture, Sample, load_mix
@@ -75,9 +75,7 @@ class Config:
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
-        for name in ("layers", "row_tokens", "rows_per_pass", "steps", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        require_positive(self, "layers", "row_tokens", "rows_per_pass", "steps", "seconds")
         if self.width < 64 or self.width % 64:
             raise ConfigError(f"width must be a multiple of 64, the size of a head, got {self.width}")
         if self.vocabulary < 512:

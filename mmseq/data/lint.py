@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.config import load_config
-from mmseq.data.mixture import MixConfig, Mixture, Stream, held_out, task_name
+from mmseq.data.mixture import MixConfig, Mixture, Stream, members_of, task_name
 from mmseq.data.tokens import TokenShards
 from mmseq.errors import DataError, MMSeqError, did_you_mean
 from mmseq.tasks import Task
@@ -41,10 +41,7 @@ def lint_mix(
     _check_settings(mix, lint)
     root = Path(root) if root is not None else Path(mix_path).parent
     shards = _open_shards(mix, Path(tokens), tokenizers, root, lint)
-    members = {
-        name: [i for i, note in enumerate(s.notes) if not held_out(f"{name}/{note['id']}", mix.holdout_of(name))]
-        for name, s in shards.items()
-    }
+    members = {name: members_of(s, name, mix, "train") for name, s in shards.items()}
     for name, s in shards.items():
         if not members[name]:
             lint.problems.append(f"source {name}: all {len(s)} episodes are held out; lower holdout or add data")
@@ -127,9 +124,9 @@ def _check_task(
     opened = [name for name in wanted if name in shards]
     moments = 0
     for name in opened:
-        stream = Stream(index, index, task, name, shards[name], members[name], tokenizers.builder())
+        stream = Stream(index, index, task, name, shards[name].plan, members[name], tokenizers.builder())
         moments += len(stream)
-        longest = max((s.length for s in stream.longest()), default=0)
+        longest = stream.longest().length if len(stream) else 0
         if longest > row_tokens:
             lint.problems.append(
                 f"task {config.task!r} in {name} makes sequences of {longest} tokens, a row holds {row_tokens}; "
@@ -139,7 +136,7 @@ def _check_task(
             lint.notes.append(f"task {config.task!r} finds nothing in {name}: {stream.why_empty()}")
     if config.weight > 0 and len(opened) == len(wanted) and not moments:
         reasons = "; ".join(
-            f"{n}: {Stream(index, index, task, n, shards[n], members[n], tokenizers.builder()).why_empty()}"
+            f"{n}: {Stream(index, index, task, n, shards[n].plan, members[n], tokenizers.builder()).why_empty()}"
             for n in opened
         )
         lint.problems.append(f"no episode can fill the task {config.task!r} ({reasons})")

@@ -20,11 +20,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
-from mmseq.data.tokens import TokenShards
+from mmseq.data.tokens import CACHE_BYTES, Kind, Plan, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
-from mmseq.tasks import TEXT_STREAMS, PlacedSegment, Task
+from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
 
 BLOCK_SAMPLES = 4096
@@ -150,6 +150,12 @@ def holdout_rank(episode_id: str) -> float:
     return int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
 
 
+def members_of(shards: TokenShards, source: str, mix: MixConfig, split: str) -> list[int]:
+    """The episodes of a source that belong to a split, `train` or `holdout`."""
+    share = mix.holdout_of(source)
+    return [i for i, id_ in enumerate(shards.plan.ids) if held_out(f"{source}/{id_}", share) == (split == "holdout")]
+
+
 def least_holdout(episode_ids: Sequence[str]) -> float:
     """The share at which a small source holds out four episodes, or as many as 40 % give, and at least one.
 
@@ -186,27 +192,25 @@ class Stream:
         task_index: int,
         task: Task,
         source: str,
-        shards: TokenShards,
+        plan: Plan,
         episodes: Sequence[int],
         builder: SequenceBuilder,
         parallel: float = 0.0,
     ):
         self.parallel = parallel
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
-        self._builder, self._notes = builder, shards.notes
-        self._members = list(episodes)
-        self._episodes, self._first, counts = [], [], []
-        for e in episodes:
-            note = self._notes[e]
-            if task.missing(self._visible(note)):
-                continue
-            moments = task.moments(note["length"], note["rate_hz"])
-            if len(moments):
-                self._episodes.append(e)
-                self._first.append(moments.start)
-                counts.append(len(moments))
-        self._ends = np.cumsum(counts, dtype=np.int64) if counts else np.zeros(0, dtype=np.int64)
-        self._lengths: dict[tuple[int, int], int] = {}
+        self._builder, self._plan = builder, plan
+        members = np.asarray(episodes, dtype=np.int64)
+        kinds, which = np.unique(plan.kind_ids[plan.first[members]], return_inverse=True)
+        fits = np.array([not task.missing(self._visible(plan.kinds[k])) for k in kinds], dtype=bool)
+        # moments lie between a first and a last step that is counted from the end
+        spans = [task.moments(0, plan.kinds[k].rate_hz) for k in kinds]
+        first, end = (np.array([getattr(s, at) for s in spans], dtype=np.int64) for at in ("start", "stop"))
+        counts = np.where(fits[which], plan.lengths[members] + (end - first)[which], 0)
+        used = counts > 0
+        self._members, self._episodes, self._first = members, members[used], first[which][used]
+        self._ends = np.cumsum(counts[used])
+        self._lengths: dict[int, int] = {}  # by kind
         self._placed: dict[float, Any] = {}
 
     def __len__(self) -> int:
@@ -222,33 +226,35 @@ class Stream:
         at = permute(place, len(self), seed ^ (self.index << 20) ^ (epoch * 0x9E3779B1))
         slot = int(np.searchsorted(self._ends, at, side="right"))
         before = int(self._ends[slot - 1]) if slot else 0
-        episode = self._episodes[slot]
+        episode, now = int(self._episodes[slot]), int(self._first[slot]) + at - before
         variant = _mix64(seed + 0x51ED27 * (k + 1) + self.index) >> 33
-        return self._finish(episode, self._first[slot] + at - before, variant, self._visible_steps(episode, k, seed))
+        return self._finish(episode, now, variant, self._visible_steps(episode, k, seed))
 
     def moment(self, place: int) -> Sample:
         """The place-th moment in file order, first phrasing: for evaluation."""
         slot = int(np.searchsorted(self._ends, place, side="right"))
         before = int(self._ends[slot - 1]) if slot else 0
-        return self._finish(self._episodes[slot], self._first[slot] + place - before, 0)
+        return self._finish(int(self._episodes[slot]), int(self._first[slot]) + place - before, 0)
 
-    def longest(self) -> list[Sample]:
-        """One sample of each episode and phrasing: they hold the longest sequence of the stream."""
-        out = []
-        for episode, first in zip(self._episodes, self._first):
-            counts = [len(v) for v in self._notes[episode]["text_tokens"].values()] or [1]
-            out += [self._finish(episode, first, variant) for variant in range(min(256, int(np.lcm.reduce(counts))))]
-        return out
+    def longest(self) -> Sample:
+        """A sample of the longest sequence."""
+        plan = self._plan
+        variants = np.diff(plan.first)[self._episodes]
+        owner = np.repeat(np.arange(len(self._episodes)), variants)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(variants) - variants, variants)
+        kinds, found = np.unique(plan.kind_ids[plan.first[self._episodes][owner] + place], return_index=True)
+        at = found[max(range(len(kinds)), key=lambda i: self._length(int(kinds[i])))]
+        return self._finish(int(self._episodes[owner[at]]), int(self._first[owner[at]]), int(place[at]))
 
     def why_empty(self) -> str:
         """What the episodes lack to fill the task."""
-        notes = [self._notes[e] for e in self._members]
-        if not notes:
+        if not len(self._members):
             return "no episodes in this split"
-        missing = [self.task.missing(self._visible(note)) for note in notes]
+        kinds = np.unique(self._plan.kind_ids[self._plan.first[self._members]])
+        missing = [self.task.missing(self._visible(self._plan.kinds[k])) for k in kinds]
         if all(missing):
             return f"no {', '.join(min(missing, key=len))}"
-        return f"episodes of at most {max(note['length'] for note in notes)} steps"
+        return f"episodes of at most {self._plan.lengths[self._members].max()} steps"
 
     def _visible_steps(self, episode: int, k: int, seed: int) -> int | None:
         """None for a sample that is learned token by token; else half begin to hide tokens with the first."""
@@ -261,37 +267,34 @@ class Stream:
         assert chunk is not None
         assert chunk.length is not None
         first = draw >> 24 & 1
-        return 0 if first else (draw >> 32) % chunk.length.steps(float(self._notes[episode]["rate_hz"]))
+        rate = self._plan.kinds[self._plan.kind(episode)].rate_hz
+        return 0 if first else (draw >> 32) % chunk.length.steps(rate)
 
     def _finish(self, episode: int, now: int, variant: int, visible: int | None = None) -> Sample:
-        note = self._notes[episode]
-        counts = [len(v) for v in note["text_tokens"].values()] or [1]
-        variant %= int(np.lcm.reduce(counts))
-        key = (episode, variant)
-        if key not in self._lengths:
-            self._lengths[key] = self._length(note, variant)
-        return Sample(self.index, self.task_index, self.source, episode, now, variant, self._lengths[key], visible)
+        variant %= self._plan.variants(episode)
+        length = self._length(self._plan.kind(episode, variant))
+        return Sample(self.index, self.task_index, self.source, episode, now, variant, length, visible)
 
-    def _length(self, note: dict[str, Any], variant: int) -> int:
-        rate = float(note["rate_hz"])
-        if rate not in self._placed:
-            self._placed[rate] = self.task.place(rate)
-        texts = {s: v[variant % len(v)] for s, v in note["text_tokens"].items() if s in TEXT_STREAMS}
-        robot, streams = note["embodiment"], note["streams"]
-        return sequence_length(
-            self._placed[rate],
-            self._builder.layout,
-            rate_hz=rate,
-            cameras=len(self._builder.views(robot, streams)),
-            numbered=len(self._builder.numbered(robot, streams)) > 1,
-            axes=note["axes"],
-            text_lengths=texts,
-        )
+    def _length(self, number: int) -> int:
+        if number not in self._lengths:
+            kind = self._plan.kinds[number]
+            if kind.rate_hz not in self._placed:
+                self._placed[kind.rate_hz] = self.task.place(kind.rate_hz)
+            self._lengths[number] = sequence_length(
+                self._placed[kind.rate_hz],
+                self._builder.layout,
+                rate_hz=kind.rate_hz,
+                cameras=len(self._builder.views(kind.embodiment, kind.streams)),
+                numbered=len(self._builder.numbered(kind.embodiment, kind.streams)) > 1,
+                axes=dict(kind.axes),
+                text_lengths=dict(kind.text_tokens),
+            )
+        return self._lengths[number]
 
-    def _visible(self, note: dict[str, Any]) -> list[str]:
+    def _visible(self, kind: Kind) -> list[str]:
         """The streams of an episode, without cameras that its contract does not name."""
-        views = self._builder.views(note["embodiment"], note["streams"])
-        return [s for s in note["streams"] if not s.startswith("image.")] + [f"image.{c}" for c in views]
+        views = self._builder.views(kind.embodiment, kind.streams)
+        return [s for s in kind.streams if not s.startswith("image.")] + [f"image.{c}" for c in views]
 
 
 def _mix64(x: int) -> int:
@@ -333,11 +336,12 @@ class Mixture:
         row_tokens: int,
         seed: int,
         split: str = "train",
+        opened: dict[str, TokenShards] | None = None,
     ):
         """tokens: the folder that `mmseq data tokenize` wrote, one folder per source.
 
-        split: `train` or `holdout`. Raises: DataError when a source has no shards, ConfigError when
-        a task can be filled by no episode.
+        split: `train` or `holdout`. opened: its sources where they are open already.
+        Raises: DataError when a source has no shards, ConfigError when a task can be filled by no episode.
         """
         mix.check()
         self.mix, self.tokenizers, self.row_tokens, self.seed = mix, tokenizers, row_tokens, seed
@@ -348,6 +352,7 @@ class Mixture:
         self.shards: dict[str, TokenShards] = {}
         self._placed: dict[tuple[int, float], tuple[PlacedSegment, ...]] = {}  # of a task at a rate
         members: dict[str, list[int]] = {}
+        cache = CACHE_BYTES // len(mix.sources)
         for name in mix.sources:
             directory = Path(tokens) / name
             if not directory.is_dir():
@@ -355,9 +360,8 @@ class Mixture:
                     f"source {name!r} of mix {mix.name!r} has no token shards at {directory}",
                     fix="run `mmseq data tokenize` on the mix",
                 )
-            self.shards[name] = shards = TokenShards(directory, tokenizers)
-            held = [held_out(f"{name}/{note['id']}", mix.holdout_of(name)) for note in shards.notes]
-            members[name] = [i for i, h in enumerate(held) if h == (split == "holdout")]
+            self.shards[name] = opened[name] if opened else TokenShards(directory, tokenizers, cache_bytes=cache)
+            members[name] = members_of(self.shards[name], name, mix, split)
         self.streams: list[Stream] = []
         weights: list[float] = []
         for task_index, (config, task) in enumerate(zip(mix.tasks, self.tasks)):
@@ -366,7 +370,7 @@ class Mixture:
                 # numbered by place in the mix, so that an empty stream shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
                 stream = Stream(
-                    index, task_index, task, name, self.shards[name], members[name], self.builder, config.parallel
+                    index, task_index, task, name, self.shards[name].plan, members[name], self.builder, config.parallel
                 )
                 if not len(stream):
                     reasons.append(f"{name}: {stream.why_empty()}")
@@ -386,6 +390,11 @@ class Mixture:
         if (self.streams or split == "train") and total <= 0:
             raise ConfigError(f"mix {mix.name!r}: all weights are zero, or no task with a weight can be filled")
         self.weights = [w / total for w in weights]
+
+    def held_out(self) -> Mixture:
+        """What training never sees, of the same shards."""
+        settings = {"row_tokens": self.row_tokens, "seed": self.seed, "split": "holdout", "opened": self.shards}
+        return Mixture(self.mix, self.tokens, self.tokenizers, **settings)
 
     def block(self, number: int) -> list[list[Sample]]:
         """The rows of one block."""
@@ -407,8 +416,8 @@ class Mixture:
 
     def provenance(self, sample: Sample) -> str:
         """Where a sample came from, for messages."""
-        note = self.shards[sample.source].notes[sample.episode]
-        return f"{self.task_names[sample.task]} at step {sample.now} of {sample.source}/{note['id']}"
+        name = self.shards[sample.source].plan.ids[sample.episode]
+        return f"{self.task_names[sample.task]} at step {sample.now} of {sample.source}/{name}"
 
     def shares(self) -> list[dict[str, Any]]:
         """Per stream: the share of samples and of tokens, the moments and episodes it draws from."""

@@ -469,11 +469,15 @@ class ShardReader:
     def metadata(self) -> list[dict[str, Any]]:
         """What the index says of each sample, without opening a shard."""
         if self._metadata is None:
-            try:
-                self._metadata = [json.loads(note) for note in self._note.to_pylist()]
-            except ValueError as error:
-                raise DataError(f"the index of {self.directory} is corrupt: {error}", fix=_RESTORE) from error
+            self._metadata = [self.note(i) for i in range(len(self))]
         return self._metadata
+
+    def note(self, index: int) -> dict[str, Any]:
+        """What the index says of one sample. Raises: DataError."""
+        try:
+            return json.loads(self._note[index].as_py())
+        except ValueError as error:
+            raise DataError(f"the index of {self.directory} is corrupt: {error}", fix=_RESTORE) from error
 
     def require_fingerprints(self, field: str, expected: dict[str, str]) -> None:
         """field: "tokenizers" or "embodiments". Raises: FingerprintError that names what differs."""

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mmseq.errors import DataError, TaskError
 from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers, scalar_code
 
-CACHE_BYTES = 512 << 20
+CACHE_BYTES = 512 << 20  # of the opened episodes of a mixture, in each process
 
 
 def write_token_shards(
@@ -139,6 +139,58 @@ class TokenizedEpisode:
         return scalar_code(stream, step, len(self), self._success, self._progress)
 
 
+class Kind(NamedTuple):
+    """What, besides the task, decides the length of a sequence. Many episodes and phrasings share one.
+
+    text_tokens: tokens of each text stream in this phrasing.
+    """
+
+    rate_hz: float
+    embodiment: str | None
+    streams: tuple[str, ...]
+    axes: tuple[tuple[str, int], ...]
+    text_tokens: tuple[tuple[str, int], ...]
+
+
+class Plan:
+    """What planning wants of the episodes of a source, in arrays: a mixture may have millions of them.
+
+    ids, lengths int64 (E,) in steps; kinds; kind_ids int32 (V,), of every phrasing of every episode: those of
+    episode e begin at first[e], int64 (E + 1,).
+    """
+
+    def __init__(self, notes: Iterable[dict[str, Any]]):
+        self.ids: list[str] = []
+        lengths: list[int] = []
+        numbers: dict[Kind, int] = {}
+        kind_ids: list[int] = []
+        first = [0]
+        for note in notes:
+            self.ids.append(note["id"])
+            lengths.append(note["length"])
+            texts = {s: v for s, v in note["text_tokens"].items() if v}
+            what = (float(note["rate_hz"]), note["embodiment"], tuple(note["streams"]), tuple(note["axes"].items()))
+            for variant in range(_phrasings([len(v) for v in texts.values()])):
+                kind = Kind(*what, tuple((s, v[variant % len(v)]) for s, v in texts.items()))
+                kind_ids.append(numbers.setdefault(kind, len(numbers)))
+            first.append(len(kind_ids))
+        self.kinds = list(numbers)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.kind_ids, self.first = np.array(kind_ids, dtype=np.int32), np.array(first, dtype=np.int64)
+
+    def variants(self, episode: int) -> int:
+        """How many phrasings an episode has, at least one."""
+        return int(self.first[episode + 1] - self.first[episode])
+
+    def kind(self, episode: int, variant: int = 0) -> int:
+        return int(self.kind_ids[self.first[episode] + variant])
+
+
+def _phrasings(counts: list[int]) -> int:
+    """So many combinations of the texts of an episode are used: all, or where they are many each text at least once."""
+    return min(int(np.lcm.reduce(counts)), max(256, *counts)) if counts else 1
+
+
 class TokenShards:
     """The token shards of one source, with a bounded cache of opened episodes."""
 
@@ -150,6 +202,10 @@ class TokenShards:
         theirs |= {f"embodiment/{name}": print_ for name, print_ in stored.get("embodiments", {}).items()}
         tokenizers.require_fingerprints(theirs, what=str(directory))
         self.tokenizers = tokenizers
+        try:
+            self.plan = Plan(self.reader.note(i) for i in range(len(self.reader)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"the index of {directory} lacks {error}", fix="tokenize again") from error
         self._cache: OrderedDict[int, TokenizedEpisode] = OrderedDict()
         self._cached = 0
         self._limit = cache_bytes
@@ -158,19 +214,13 @@ class TokenShards:
     def __len__(self) -> int:
         return len(self.reader)
 
-    @property
-    def notes(self) -> list[dict[str, Any]]:
-        """Per episode: id, length, rate_hz, embodiment, streams, axes, text_tokens, success."""
-        return self.reader.metadata
-
     def __getitem__(self, index: int) -> TokenizedEpisode:
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
-        note = self.notes[index]
         try:
-            episode = TokenizedEpisode(note, self.reader.read(index), self.tokenizers)
+            episode = TokenizedEpisode(self.reader.note(index), self.reader.read(index), self.tokenizers)
         except (KeyError, TypeError) as error:
             raise DataError(f"{self.reader.directory}: sample {index} is damaged: {error}") from error
         with self._lock:

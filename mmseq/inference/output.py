@@ -19,7 +19,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.inference.predict import Prediction
 from mmseq.tasks import END, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
-from mmseq.tokenization.pictures import strip
+from mmseq.tokenization.pictures import psnr, strip
 from mmseq.tokenization.vision import fit_frames
 
 
@@ -142,7 +142,7 @@ def _write_vision(
     entry: dict[str, Any] = {"shape": list(value.shape)}
     truth_frames = None if real is None else (real[None] if real.ndim == 3 else real)
     if truth_frames is not None:
-        entry["psnr_db"] = psnr(frames, truth_frames)
+        entry["psnr_db"] = float(psnr(frames, truth_frames).mean())
     if folder is None:
         return entry
     files = [f"{name}.png"]
@@ -156,9 +156,3 @@ def _write_vision(
         files.append(f"{name}_real_above_predicted.png")
         Image.fromarray(strip(truth_frames, frames)).save(folder / files[-1])
     return entry | {"files": files}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB between uint8 arrays of one shape, at most 100."""
-    mse = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return min(100.0, 10 * float(np.log10(255**2 / max(mse, 1e-12))))

@@ -51,17 +51,10 @@ def from_language_model(
     FingerprintError when the text tokenizer is another.
     """
     directory = Path(directory)
+    weights = require_language_model(directory, tokenizers)
     theirs = families.read_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
     config = recipe.adopt(theirs, LANGUAGE_MODEL_FIELDS, where=str(directory))
     config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
-    _require_same_text(directory, tokenizers)
-    pieces = tokenizers.vocabulary.ranges["text"].size
-    if theirs.vocabulary < pieces:
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE}: vocab_size={theirs.vocabulary}, its tokenizer has {pieces} pieces",
-            fix="add rows with transformers' resize_token_embeddings and save it again",
-        )
-    weights = StoredWeights(directory)
     with torch.device("meta"):
         model = SequenceModel(config, tokenizers.vocabulary, tokenizers)
     model.transformer.to_empty(device="cpu")
@@ -78,6 +71,22 @@ def from_language_model(
         assert projection is not None
         projection.weight.normal_(generator=generator).mul_(SHARED * spread[:, None])
     return model
+
+
+def require_language_model(directory: Path, tokenizers: Tokenizers) -> StoredWeights:
+    """The weights of a directory, of which nothing is read yet, once it fits the tokenizers.
+
+    Raises: CheckpointError, FingerprintError as `from_language_model`.
+    """
+    theirs = families.read_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    _require_same_text(directory, tokenizers)
+    pieces = tokenizers.vocabulary.ranges["text"].size
+    if theirs.vocabulary < pieces:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE}: vocab_size={theirs.vocabulary}, its tokenizer has {pieces} pieces",
+            fix="add rows with transformers' resize_token_embeddings and save it again",
+        )
+    return StoredWeights(directory)
 
 
 def _require_same_text(directory: Path, tokenizers: Tokenizers) -> None:
@@ -157,7 +166,7 @@ def _borrow_ends(model: SequenceModel, config: dict[str, Any]) -> None:
     assert model.tokenizers is not None
     end = model.tokenizers.text.end
     first = config.get("bos_token_id")
-    if not isinstance(first, int) or not 0 <= first < model.vocabulary.ranges["text"].size:
+    if type(first) is not int or not 0 <= first < model.vocabulary.ranges["text"].size:
         first = end
     embed = model.transformer.embed.weight
     embed[model.vocabulary.structure("<bos>")] = embed[first]

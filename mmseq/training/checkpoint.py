@@ -10,10 +10,10 @@ the weights can be read without DeepSpeed. Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +49,6 @@ class RunState:
 
     step: int = 0
     steps: int = 0
-    tokens: int = 0
     seconds: float = 0.0
     fitted: bool = False  # whether max_minutes has decided `steps`
     asked: tuple[int, float] = (0, 0.0)  # the recipe's steps and max_minutes when it did
@@ -133,8 +132,7 @@ def save(
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
     rank = torch.distributed.get_rank()
-    mark = [secrets.token_hex(8)]  # stands in every file of this checkpoint, so that none is of another
-    torch.distributed.broadcast_object_list(mark, 0)
+    written: dict[str, str] = {}
 
     def begin() -> None:
         if rank == 0:
@@ -144,15 +142,20 @@ def save(
             partial.mkdir()
 
     def write() -> None:
-        _write_fragments(partial / _file_of(rank), local_fragments(engine, model), mark[0])
+        path = partial / _file_of(rank)
+        _write_fragments(path, local_fragments(engine, model))
+        written[path.name] = _sha256(path)
 
     def finish() -> None:
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, written)
         if rank == 0:
+            sums = {name: digest for part in everywhere for name, digest in part.items()}
             shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters() if p.requires_grad}
             index = _index([partial / _file_of(r) for r in range(torch.distributed.get_world_size())], shapes)
             _write_text(
                 partial / STATE_FILE,
-                json.dumps({"run": asdict(state), "identity": identity, "mark": mark[0], **index}, indent=1),
+                json.dumps({"run": asdict(state), "identity": identity, "sha256": sums, **index}, indent=1),
             )
             replace_folder(partial, final)
             _sync(folder)
@@ -188,14 +191,19 @@ def _file_of(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _write_fragments(path: Path, fragments: list[Fragment], mark: str) -> None:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_fragments(path: Path, fragments: list[Fragment]) -> None:
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     for f in fragments:
         starts[f.name] = f.start
         for key, view in f.tensors.items():
             tensors[f"{f.name}|{key}"] = view.detach().to("cpu", torch.float32).contiguous()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts), "mark": mark})
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     _sync(path)
 
 
@@ -264,25 +272,27 @@ class StoredTensors:
             self.shapes: dict[str, list[int]] = data["shapes"]
             self.keys: dict[str, list[str]] = data["keys"]
             self._fragments = data["fragments"]
-            files, mark = dict(data["files"]), data["mark"]
+            files, self._sha256 = dict(data["files"]), dict(data["sha256"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(checkpoint, f"{STATE_FILE} lacks {error}") from error
         for name, size in files.items():
             path = checkpoint / name
             if not path.is_file() or path.stat().st_size != size:
                 raise _damaged(checkpoint, f"{name} is missing or does not have its {size} bytes")
-        self._mark = mark
         self._paths = [checkpoint / name for name in files]
         self._open: dict[int, Any] = {}
 
     def _file(self, number: int) -> Any:
         """Opened once, when something of it is wanted: a rank needs few of the files that many ranks wrote."""
         if number not in self._open:
-            file = safe_open(self._paths[number], "pt")
-            if (file.metadata() or {}).get("mark") != self._mark:
-                raise _damaged(self.checkpoint, f"{self._paths[number].name} is of another checkpoint")
-            self._open[number] = file
+            self._open[number] = safe_open(self._paths[number], "pt")
         return self._open[number]
+
+    def verify(self, part: int, parts: int) -> None:
+        """Read every `parts`-th file from the `part`-th on. Raises: CheckpointError for one that was changed."""
+        for path in self._paths[part::parts]:
+            if _sha256(path) != self._sha256.get(path.name):
+                raise _damaged(self.checkpoint, f"{path.name} is not what was written")
 
     def piece(self, name: str, key: str, start: int, length: int) -> Tensor:
         """fp32 (length,): elements start .. start + length - 1 of a flattened parameter or its state."""
@@ -346,6 +356,7 @@ def _read_into(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) 
             fix="use another out= folder, or the old settings",
         )
     tensors = StoredTensors(checkpoint)
+    tensors.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
     unwanted = {WEIGHT} if base_optimizer(engine).average_decay else {WEIGHT, AVERAGE}
     create_states(engine, model, {name: set(keys) - unwanted for name, keys in tensors.keys.items()}, state.updates)
     for f in local_fragments(engine, model, replicas=True):

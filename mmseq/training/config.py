@@ -169,6 +169,8 @@ class TrainConfig:
         if self.range_weights and not any(self.range_weights.get(r, 1.0) for r in RANGES):
             yield ConfigError("range_weights are 0 for every range, so nothing would be learned")
         for name, weight in self.range_weights.items():
+            if name not in RANGES:
+                yield ConfigError(f"range_weights names an unknown range {name!r}: {did_you_mean(name, RANGES)}")
             if not (math.isfinite(weight) and weight >= 0):
                 yield ConfigError(f"range_weights.{name} must not be negative, got {weight}")
 

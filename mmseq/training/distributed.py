@@ -21,6 +21,7 @@ from mmseq.training.ranks import Ranks
 
 LOCK_FILE = ".lock"
 PATIENCE = timedelta(hours=2)  # of ranks for each other: rank 0 alone writes the finished model
+NAME_S = 600  # that the name of rank 0's machine may take to be known
 EXIT_PREEMPTED = 85  # asked to end, saved, wants to be started again: what train/launch/ requeues on
 
 
@@ -68,17 +69,45 @@ def start_deepspeed(ranks: Ranks) -> Any:
         # that leaves a lock for which every later start waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
+        _await_name(os.environ["MASTER_ADDR"])
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     return deepspeed
 
 
+def most(number: int) -> int:
+    """The largest `number` of all ranks."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.tensor([number], device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def _await_name(host: str) -> None:
+    """Until the name of rank 0's machine can be resolved: in a cluster that starts, names come late.
+
+    Raises: ConfigError after NAME_S seconds; torch would try for as long as a collective may take.
+    """
+    deadline, said = time.monotonic() + NAME_S, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"MASTER_ADDR={host} is the name of no machine: {error.strerror or error}",
+                    fix="set it to the name or address of rank 0's machine",
+                ) from error
+            if not said:
+                print(f"mmseq: waiting for the name {host} (MASTER_ADDR)", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(1.0)
+
+
 def agree(flag: bool) -> bool:
     """Whether `flag` is true on any rank; the same answer on all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seen = torch.tensor([int(flag)], device=device)
-    torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-    return bool(seen.item())
+    return bool(most(int(flag)))
 
 
 def require_shared(folder: Path) -> None:

@@ -7,6 +7,7 @@ Builds the model without memory (on the meta device), reads tokenizers and the m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,9 @@ from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import deepspeed_settings
-from mmseq.training.flops import GPU_GIB, PEAK_TFLOPS
+from mmseq.training.flops import find_gpu
 from mmseq.training.memory import MemoryPart, rank_memory
-from mmseq.training.start import model_shape
+from mmseq.training.start import model_shape, open_mixture, require_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,11 @@ class Plan:
 
 
 def dry_run(config: TrainConfig, *, gpus: int, gpu: str | None = None, mfu: float = 0.4) -> Plan:
-    """Plan a run on `gpus` ranks. gpu: a name in PEAK_TFLOPS, in any case; None: CPUs.
+    """Plan a run on `gpus` ranks. gpu: a name of `GPUS`, in any case; None: CPUs.
 
     Raises: ConfigError for a GPU that is unknown, or a share or number that cannot be.
     """
-    peak = None if gpu is None else peak_of(gpu)
+    found = None if gpu is None else find_gpu(gpu)
     if gpus < 1 or not 0 < mfu <= 1:
         raise ConfigError(f"--gpus {gpus} --mfu {mfu} is no plan", fix="give at least 1 GPU, and a share up to 1")
     notes: list[str] = []
@@ -79,7 +80,7 @@ def dry_run(config: TrainConfig, *, gpus: int, gpu: str | None = None, mfu: floa
             settings = {}
         memory = rank_memory(config, model, parameters, gpus, settings, cpu=gpu is None)
     needed = sum(part.size for part in memory if not part.on_host) / 2**30
-    room = next((size for name, size in GPU_GIB.items() if gpu and name.lower().replace(" ", "-") == gpu.lower()), None)
+    room = found.gib if found else None
     if room and needed > room:
         problems.append(
             ConfigError(
@@ -101,7 +102,7 @@ def dry_run(config: TrainConfig, *, gpus: int, gpu: str | None = None, mfu: floa
         memory=memory,
         world=gpus,
         gpu=gpu,
-        peak_tflops=peak,
+        peak_tflops=found.tflops if found else None,
         mfu=mfu,
         problems=problems,
         notes=notes,
@@ -148,14 +149,6 @@ def attention_flops(model: ModelConfig, document_tokens: float) -> float:
     return 6 * model.layers * model.heads * model.head_size * document_tokens
 
 
-def peak_of(gpu: str) -> float:
-    """Dense bf16 TFLOP/s. Raises: ConfigError for a GPU that the table lacks."""
-    known = {name.lower().replace(" ", "-"): peak for name, peak in PEAK_TFLOPS.items()}
-    if gpu.lower() not in known:
-        raise ConfigError(f"--gpu {gpu!r} is unknown: {did_you_mean(gpu.lower(), known)}")
-    return known[gpu.lower()]
-
-
 def _other_problems(config: TrainConfig, world: int, notes: list[str]) -> Iterator[MMSeqError]:
     """What only the files that a recipe names can show, and what starts only later."""
     if config.model.attention not in ("auto", *BACKENDS):
@@ -165,27 +158,52 @@ def _other_problems(config: TrainConfig, world: int, notes: list[str]) -> Iterat
             deepspeed_settings(config, world)
         except MMSeqError as error:
             yield error
+    yield from _data_problems(config, notes)
+    folder = _existing(Path(config.out))
+    if folder is None or not os.access(folder, os.W_OK | os.X_OK):
+        yield ConfigError(f"out={config.out} cannot be written here", fix="name a folder that can")
+    warmup = config.optimizer.warmup_steps
+    if warmup > max(1, config.steps // 10):
+        notes.append(f"optimizer.warmup_steps={warmup} is shortened to a tenth of {config.steps} steps")
+
+
+def _existing(folder: Path) -> Path | None:
+    """The folder, or the closest above it that is there; None where a file is in the way."""
+    found = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return found if found.is_dir() else None
+
+
+def _data_problems(config: TrainConfig, notes: list[str]) -> Iterator[MMSeqError]:
+    """What tokenizers, mix, token shards and `init_from` say of each other, of those that are there."""
+    from mmseq.data.mixture import load_mix
     from mmseq.tokenization.bundle import FILE, Tokenizers
 
-    if not (Path(config.data.tokenizers) / FILE).is_file():
-        notes.append(f"no tokenizers at data.tokenizers={config.data.tokenizers}")
-    else:
-        try:
-            ranges = Tokenizers.load(config.data.tokenizers).vocabulary.ranges
-            for name in sorted(set(config.range_weights) - set(ranges)):
-                yield ConfigError(f"range_weights names an unknown range {name!r}: {did_you_mean(name, ranges)}")
-        except MMSeqError as error:
-            yield error
-    if not Path(config.data.mix).is_file():
-        notes.append(f"no mix at data.mix={config.data.mix}")
-    else:
-        from mmseq.data.mixture import load_mix
-
-        try:
+    tokenizers = mix = None
+    try:
+        if (Path(config.data.tokenizers) / FILE).is_file():
+            tokenizers = Tokenizers.load(config.data.tokenizers)
+            require_start(config, tokenizers)
+        else:
+            notes.append(f"no tokenizers at data.tokenizers={config.data.tokenizers}")
+    except MMSeqError as error:
+        yield error
+    try:
+        if Path(config.data.mix).is_file():
             mix = load_mix(config.data.mix)
-            missing = [name for name in mix.sources if not (Path(config.data.tokens) / name).is_dir()]
-            if missing:
-                notes.append(f"no token shards of {', '.join(missing)} at data.tokens={config.data.tokens}")
+        else:
+            notes.append(f"no mix at data.mix={config.data.mix}")
+    except MMSeqError as error:
+        yield error
+    if mix is None:
+        return
+    missing = [name for name in mix.sources if not (Path(config.data.tokens) / name).is_dir()]
+    if missing:
+        notes.append(f"no token shards of {', '.join(missing)} at data.tokens={config.data.tokens}")
+    elif tokenizers is not None:
+        try:
+            mixture = open_mixture(config, mix, tokenizers)
+            if config.validate_every and not mixture.held_out().streams:
+                notes.append("validate_every does nothing: the mix holds no episode out (holdout)")
         except MMSeqError as error:
             yield error
 

@@ -101,6 +101,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _import(config, robot, episodes, size, on_progress)
     stored = EpisodeShardReader(episodes).embodiment()
     assert stored is not None
+    _say_constant(stored, say)
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
     tokenizers.save(out / "tokenizers")
@@ -111,6 +112,16 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
     return stored.name
+
+
+def _say_constant(robot: Embodiment, say: Callable[[str], None]) -> None:
+    """Which axes the dataset shows at one value only: a policy will hold them there, and a server want them there."""
+    for stream, axes in (("proprio", robot.proprio), ("action", robot.action)):
+        if axes is not None:
+            rows = zip(axes.names, axes.units, axes.low, axes.high)
+            still = [f"{name} ({low:g} {unit})" for name, unit, low, high in rows if low == high]
+            if still:
+                say(f"note: {stream} {', '.join(still)} never moves in this dataset; limits in the embodiment widen it")
 
 
 def _refuse_another(config: FinetuneConfig, out: Path) -> None:
@@ -210,7 +221,7 @@ def _mix(
     """The arrows for the new robot, and beside them what is rehearsed."""
     reader = EpisodeShardReader(episodes)
     before = _old_mix(Path(config.checkpoint))
-    rehearsed = _rehearsed(config, before, name, out, say) if config.keep else []
+    rehearsed = _rehearsed(config, before, name, out, say)
     share = config.keep if rehearsed else 0.0
     tasks = _new_tasks(config, old, before, reader, name)
     total = sum(t.weight for t in tasks)
@@ -286,7 +297,8 @@ def _streams(reader: EpisodeShardReader) -> list[str]:
 def _rehearsed(
     config: FinetuneConfig, before: MixConfig | None, name: str, out: Path, say: Callable[[str], None]
 ) -> list[TaskConfig]:
-    """The tasks of the old mix whose token shards are still there, linked into this run's."""
+    """The tasks of the old mix whose token shards are still there, linked into this run's. With keep=0 they have no
+    weight and show what is forgotten."""
     recipe = Path(config.checkpoint) / "train.yaml"
     folder = Path(config.tokens) if config.tokens else None
     if folder is None and recipe.is_file():
@@ -294,7 +306,10 @@ def _rehearsed(
     if before is None or folder is None or not folder.is_dir():
         if config.tokens:
             raise DataError(f"--tokens {config.tokens} is not a folder of token shards of the checkpoint's mix")
-        say(f"nothing is rehearsed: the checkpoint's token shards are not at {folder}; --tokens says where they are")
+        say(
+            f"nothing is rehearsed, and forgetting is not measured: the checkpoint's token shards are not at {folder}; "
+            "--tokens says where they are"
+        )
         return []
     there = [key for key in before.sources if (folder / key / "manifest.json").is_file()]
     if name in there:
@@ -368,5 +383,7 @@ def before_and_after(out: Path) -> dict[str, Any]:
         for name, bits in last["bits_per_token"].items()
     }
     report = {"steps": last["step"], "unit": "held-out bits per token", "tasks": table}
-    (out / "finetune.json").write_text(json.dumps(report, indent=2) + "\n")
+    for folder in (out, out / "checkpoint"):
+        if folder.is_dir():
+            (folder / "finetune.json").write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from mmseq.errors import ConfigError, did_you_mean
 from mmseq.model.transformer import ModelConfig
 from mmseq.packing import Batch
 from mmseq.vocabulary import Vocabulary
 
-# Dense bf16 TFLOP/s from the vendors' data sheets, by what torch calls the GPU.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
+
+class Gpu(NamedTuple):
+    """tflops: dense bf16, of the data sheet. gib: memory that a process can have."""
+
+    tflops: float
+    gib: int
 
 
-GPU_GIB = {  # memory that a process can have; of an A100 the larger of the two that are sold
-    "B200": 178,
-    "H200": 140,
-    "H100 PCIe": 79,
-    "H100 NVL": 93,
-    "H100": 79,
-    "A100": 79,
-    "L40S": 44,
-    "RTX 4090": 23,
+# By what torch calls the GPU; the first name that fits counts. Of an A100 the larger of the two that are sold.
+GPUS = {
+    "GB200": Gpu(2500.0, 184),
+    "B200": Gpu(2250.0, 178),
+    "GH200": Gpu(989.0, 94),
+    "H200": Gpu(989.0, 140),
+    "H100 PCIe": Gpu(756.0, 79),
+    "H100 NVL": Gpu(835.0, 93),
+    "H100": Gpu(989.0, 79),
+    "A100": Gpu(312.0, 79),
+    "L40S": Gpu(362.0, 44),
+    "RTX 4090": Gpu(165.0, 23),
 }
 
 
@@ -57,4 +58,12 @@ def peak_tflops(device: torch.device) -> tuple[float | None, str]:
     if device.type != "cuda":
         return None, "CPU"
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None), name
+    return next((gpu.tflops for part, gpu in GPUS.items() if part in name), None), name
+
+
+def find_gpu(name: str) -> Gpu:
+    """By its name in any case, with dashes for spaces. Raises: ConfigError for a GPU that the table lacks."""
+    known = {key.lower().replace(" ", "-"): gpu for key, gpu in GPUS.items()}
+    if name.lower() not in known:
+        raise ConfigError(f"--gpu {name!r} is unknown: {did_you_mean(name.lower(), known)}")
+    return known[name.lower()]

@@ -134,10 +134,10 @@ def _open(path: Path, after: int) -> IO[str]:
 
 
 def _answers(measures: dict[str, float]) -> str:
-    """The first few measures of a task in brackets; its bits stand before them."""
+    """The first few measures of a task; its bits stand before them."""
     shown = [f"{name} {value:.3g}" for name, value in measures.items() if not name.endswith("bits_per_token")]
     more = [f"{len(shown) - SAID_MEASURES} more"] if len(shown) > SAID_MEASURES else []
-    return f" ({', '.join(shown[:SAID_MEASURES] + more)})" if shown else ""
+    return ", ".join(shown[:SAID_MEASURES] + more)
 
 
 def _step_of(line: str) -> float:
@@ -257,11 +257,9 @@ class RunLog:
                 Image.fromarray(picture).save(folder / (re.sub(r"[^\w.-]+", "_", name) + ".png"))
             for logger in self.loggers:
                 logger.draw(step, {f"validation/pictures/{n}": p for n, p in measured.pictures.items()})
-        told = ", ".join(
-            f"{t} {b:.2f}{_answers(measured.teacher_forced.get(t, {}))}" for t, b in record["bits_per_token"].items()
-        )
-        if told:
-            self.say(f"step {step} held out, bits/token and teacher-forced answers: {told}")
+        self.say(f"step {step}, held out:")
+        for task, bits in measured.bits_per_token.items():
+            self.say(f"  {task:<24}{bits:8.3f} bits/token  {_answers(measured.teacher_forced.get(task, {}))}".rstrip())
 
     def close(self) -> None:
         if self.file is not None:

@@ -1,4 +1,4 @@
-"""What a run starts from: fresh weights, a language model (`init_from`), or a checkpoint of ours.
+"""What a run starts from: its data, and fresh weights, a language model (`init_from`) or a checkpoint of ours.
 
 Rank 0 builds the whole model in fp32 on its CPU; DeepSpeed sends it to the other ranks, whole or in shares.
 """
@@ -9,16 +9,45 @@ from pathlib import Path
 
 import torch
 
+from mmseq.data.mixture import MixConfig, Mixture
 from mmseq.errors import CheckpointError, ConfigError, MMSeqError
 from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
 from mmseq.model.families import read_config
-from mmseq.model.language_model import from_language_model, read_json
-from mmseq.model.sequence_model import CONFIG_FILE, SequenceModel
+from mmseq.model.language_model import from_language_model, read_json, require_language_model
+from mmseq.model.sequence_model import CONFIG_FILE, TOKENIZERS_FOLDER, SequenceModel
+from mmseq.model.weights import StoredWeights
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import agree
 from mmseq.training.lora import add_adapters
 from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
+
+
+def open_mixture(config: TrainConfig, mix: MixConfig, tokenizers: Tokenizers) -> Mixture:
+    """The data of a run. Raises: ConfigError, DataError, FingerprintError when it is not there, is of other
+    tokenizers, or has a sequence that no row can hold."""
+    data = config.data
+    mixture = Mixture(mix, data.tokens, tokenizers, row_tokens=data.row_tokens, seed=config.seed)
+    for stream in mixture.streams:
+        longest = stream.longest()
+        if longest.length > data.row_tokens:
+            raise ConfigError(
+                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {data.row_tokens}",
+                fix="raise data.row_tokens or shorten the task",
+            )
+    return mixture
+
+
+def require_start(config: TrainConfig, tokenizers: Tokenizers) -> None:
+    """Raises: what `build_model` raises when `init_from` and the tokenizers do not fit; reads no weights."""
+    if config.init_from is None:
+        return
+    directory = Path(config.init_from)
+    if _is_ours(directory):
+        _require_known(Tokenizers.load(directory / TOKENIZERS_FOLDER), tokenizers, directory)
+        StoredWeights(directory)
+    else:
+        require_language_model(directory, tokenizers)
 
 
 def build_model(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
@@ -100,11 +129,7 @@ def from_checkpoint(directory: Path, recipe: ModelConfig, tokenizers: Tokenizers
     assert old.tokenizers is not None
     config = recipe.adopt(old.config, CHECKPOINT_FIELDS, where=str(directory))
     config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
-    tokenizers.vocabulary.require_same_ranges(old.vocabulary, mine="the tokenizers", theirs=str(directory))
-    kept = {k: v for k, v in old.tokenizers.fingerprints().items() if k in tokenizers.fingerprints()}
-    tokenizers.require_fingerprints(
-        kept, what=str(directory), fix="keep its tokenizers and give a changed embodiment another name"
-    )
+    _require_known(old.tokenizers, tokenizers, directory)
     state = old.transformer.state_dict()
     tokens = old.vocabulary.ranges["embodiment"]
     rows = torch.tensor(_embodiment_rows(old.vocabulary, tokenizers.vocabulary))
@@ -116,6 +141,14 @@ def from_checkpoint(directory: Path, recipe: ModelConfig, tokenizers: Tokenizers
     model.transformer.load_state_dict(state, assign=True)
     model.learn_codes()
     return model
+
+
+def _require_known(old: Tokenizers, new: Tokenizers, directory: Path) -> None:
+    new.vocabulary.require_same_ranges(old.vocabulary, mine="the tokenizers", theirs=str(directory))
+    kept = {k: v for k, v in old.fingerprints().items() if k in new.fingerprints()}
+    new.require_fingerprints(
+        kept, what=str(directory), fix="keep its tokenizers and give a changed embodiment another name"
+    )
 
 
 def _embodiment_rows(old: Vocabulary, new: Vocabulary) -> list[int]:

@@ -48,7 +48,7 @@ from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog, memory_gib, require_loggers
 from mmseq.training.ranks import find_ranks
 from mmseq.training.signals import StopRequest
-from mmseq.training.start import model_of_rank
+from mmseq.training.start import model_of_rank, open_mixture
 from mmseq.training.validation import Validation
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
@@ -73,11 +73,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     out = Path(config.out)
     tokenizers = Tokenizers.load(config.data.tokenizers)
     mix = load_mix(config.data.mix)
-    make = lambda split: Mixture(
-        mix, config.data.tokens, tokenizers, row_tokens=config.data.row_tokens, seed=config.seed, split=split
-    )
-    mixture = make("train")
-    _check_mixture(mixture, config)
+    mixture = open_mixture(config, mix, tokenizers)
 
     deepspeed = start_deepspeed(ranks)
     device = device_of(ranks)
@@ -144,8 +140,10 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     )
     validation = None
     if config.validate_every:
-        validation = Validation(config, make("holdout"), group=rank * groups // world, groups=groups)
-        if validation and state.step == 0:
+        validation = Validation(config, mixture.held_out(), group=rank * groups // world, groups=groups)
+        if not validation:
+            log.say("nothing is validated: the mix holds no episode out; raise its holdout")
+        elif state.step == 0:
             log.validation(0, validation.measure(engine))
     started = time.perf_counter() - state.seconds
     timed: list[float] = []
@@ -159,13 +157,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
         unread = len(step_data.bad) * groups / world
         targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
         _count_bad_samples(step_data, round(bad), state, mixture, config)
+        if bad and not targets:
+            raise DataError(f"no sample of step {state.step + 1} could be read", fix="see the warnings above")
         share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         record = _step(engine, objective, passes, targets, state, config)
         state.step += 1
         state.data = step_data.state
-        state.tokens += int(sum(record["targets"]))
         timed.append(time.perf_counter() - waited)
         state.seconds = time.perf_counter() - started
         if record["skipped"] or record["spike"]:
@@ -226,19 +225,6 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     barrier()
     del hold
     return out / "checkpoint" if rank == 0 and state.step == state.steps else None
-
-
-def _check_mixture(mixture: Mixture, config: TrainConfig) -> None:
-    for stream in mixture.streams:
-        longest = max(stream.longest(), key=lambda sample: sample.length)
-        if longest.length > config.data.row_tokens:
-            raise ConfigError(
-                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {config.data.row_tokens}",
-                fix="raise data.row_tokens or shorten the task",
-            )
-    unknown = set(config.range_weights) - set(mixture.tokenizers.vocabulary.ranges)
-    if unknown:
-        raise ConfigError(f"range_weights names unknown ranges: {', '.join(sorted(unknown))}")
 
 
 def _over_ranks(*numbers: float) -> list[float]:

@@ -23,7 +23,7 @@ from mmseq.errors import DataError, MMSeqError
 from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence
 from mmseq.training.config import TrainConfig
-from mmseq.training.distributed import agree
+from mmseq.training.distributed import agree, most
 from mmseq.training.measures import Span, measure, picture
 from mmseq.vocabulary import RANGE_OF_STREAM
 
@@ -113,7 +113,7 @@ class Validation:
             failed = error
         if agree(failed is not None):
             raise failed or DataError("a held-out sample cannot be read; another rank says which")
-        self.rounds = -(-len(_plan(config, mixture)[0]) // groups)  # with ZeRO 3 ranks pass equally often
+        self.rounds = most(len(self.batches))  # with ZeRO 3 ranks pass equally often
         void = void_sequence(self.tokenizers.vocabulary, self.tokenizers.layout)
         self._nothing = collate([void], self.tokenizers.vocabulary)
 
@@ -169,7 +169,8 @@ def spans(
     done: Counter[str] = Counter()
     ranges = mixture.tokenizers.vocabulary.ranges
     for number, sample, sequence in zip(held.numbers, held.samples, held.sequences, strict=True):
-        robot = mixture.shards[sample.source].notes[sample.episode]["embodiment"]
+        plan = mixture.shards[sample.source].plan
+        robot = plan.kinds[plan.kind(sample.episode)].embodiment
         for place, segment in enumerate(s for s in sequence.segments if s.predicted):
             name = RANGE_OF_STREAM[segment.stream]
             at = slice(done[name], done[name] + segment.stop - segment.start)

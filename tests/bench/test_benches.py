@@ -105,7 +105,7 @@ def test_packing_fills_rows_and_loses_nothing(tmp_path, capsys):
         ("loader window=0", "window must be positive"),
         ("loader window=99", "window=99 does not fit into length=50"),
         ("loss positions=-1", "positions must be positive"),
-        ("packing blocks=0", "blocks must be at least 1"),
+        ("packing blocks=0", "blocks must be positive"),
         ("packing --jsn x", "did you mean '--json'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The order of data: a pure function of seed and position, fair to the weights, blind to the number of workers."""
 
 import collections
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def rows(mixture, count, state=None):
 def test_the_order_is_a_function_of_the_seed(world):
     assert rows(make(world), 60) == rows(make(world), 60)
     assert rows(make(world), 60) != rows(make(world, seed=1), 60)
+
+
+def test_the_longest_sequence_of_a_stream_is_found(tmp_path):
+    bundle = tiny.tokenizers()
+    episodes = [replace(tiny.episode(i, length=4 + i), texts=["go"] * (i % 3 + 1)) for i in range(9)]
+    episodes[2] = replace(episodes[2], texts=["put the red one far behind the small blue one"])  # too short to be used
+    episodes[7] = replace(episodes[7], texts=["go", "put the red one away", "stop"])
+    write_token_shards(episodes, tmp_path / "robot", bundle, name="robot")
+    mixture = make((tmp_path, bundle), weights={"text -> action[8]": 1}, sources={"robot": SourceConfig()}, holdout=0.0)
+    (stream,) = mixture.streams
+    lengths = {len(mixture.build(stream.sample(k, seed=3))) for k in range(400)}
+    longest = stream.longest()
+    assert longest.length == len(mixture.build(longest)) == max(lengths) > min(lengths)
+    assert longest.episode == 7
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -156,7 +171,7 @@ def test_held_out_episodes_are_never_trained_on(world):
     assert kept
     assert not seen & kept
     for source, episode in kept:
-        assert held_out(f"{source}/{train.shards[source].notes[episode]['id']}", 0.3)
+        assert held_out(f"{source}/{train.shards[source].plan.ids[episode]}", 0.3)
 
 
 def test_more_data_moves_no_episode_across():

@@ -1,12 +1,14 @@
 """A dry run says what a recipe costs and everything that is wrong with it, and reads no data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mmseq.cli import main
 from mmseq.config import load_config
 from mmseq.errors import ConfigError
+from mmseq.testing import tiny
 from mmseq.training.config import TrainConfig
 from mmseq.training.dry_run import dry_run
 
@@ -78,7 +80,33 @@ def test_files_that_exist_are_read(trainer, capsys):
     said = capsys.readouterr()
     assert "visoin" in said.err
     assert "'vision'" in said.err
-    assert "note" not in said.out
+    assert "note: no " not in said.out
     assert main([*trainer.command(trainer.root / "never"), "--dry-run"]) == 0
     assert "activations" in capsys.readouterr().out
     assert not (trainer.root / "never").exists()
+
+
+def test_what_the_start_would_refuse(trainer, tmp_path, capsys):
+    """Files that are there but do not fit each other, and a place that cannot be written."""
+
+    def said(*settings: str) -> str:
+        assert main([*trainer.command(tmp_path / "never", *settings), "--dry-run"]) == 2
+        return capsys.readouterr().err
+
+    assert "a row has 16" in said("data.row_tokens=16")
+    other = tiny.tokenizers()
+    other.with_embodiments([replace(tiny.embodiment(), rate_hz=7.0)]).save(tmp_path / "others")
+    assert "other tokenizers" in said(f"data.tokenizers={tmp_path}/others")
+    tiny.language_model(tmp_path / "lm", "llama")
+    assert "text tokenizer of their own" in said(f"init_from={tmp_path}/lm")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in said(f"out={tmp_path}/file/run")
+
+
+def test_what_will_not_happen_is_noted(trainer, tmp_path, capsys):
+    (tmp_path / "all.yaml").write_text((trainer.root / "mix.yaml").read_text() + "holdout: 0\n")
+    settings = ["optimizer.warmup_steps=50", "steps=100", "validate_every=5", f"data.mix={tmp_path}/all.yaml"]
+    assert main([*trainer.command(tmp_path / "never", *settings), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "shortened to a tenth of 100 steps" in said
+    assert "validate_every does nothing" in said

@@ -136,3 +136,13 @@ def test_numbers_that_cannot_be(change, message):
     given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with pytest.raises(ConfigError, match=message):
         find_ranks(given | change)
+
+
+def test_a_name_that_nobody_knows_is_waited_for_and_named(monkeypatch, capsys):
+    from mmseq.training import distributed
+
+    monkeypatch.setattr(distributed, "NAME_S", 0)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=rank0\.invalid"):
+        distributed._await_name("rank0.invalid")
+    distributed._await_name("127.0.0.1")
+    assert "waiting" not in capsys.readouterr().err

@@ -211,6 +211,11 @@ def test_unreadable_samples_have_a_budget(trainer, losses, metrics, tmp_path):
     assert "Traceback" not in refused.output
     trainer.done(tmp_path / "run", 2, *more, "data.max_bad_samples=1000")
     assert len(losses(tmp_path / "run")) == 10
+    for shard in tokens.glob("*/*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    nothing = trainer.run(tmp_path / "nothing", 1, *more, "data.max_bad_samples=100000")
+    assert nothing.codes == [2]
+    assert "no sample of step 1 could be read" in nothing.output
 
 
 def test_two_runs_do_not_share_a_folder(trainer, losses, tmp_path):
@@ -232,11 +237,17 @@ def test_a_file_of_another_checkpoint_is_noticed(trainer, tmp_path):
     out = trainer.done(tmp_path / "run", 1, *FP32, "stop_after=4", "keep_checkpoints=5")
     old, new = complete_checkpoints(out / "checkpoints")
     shutil.copy(old / "rank_00000.safetensors", new / "rank_00000.safetensors")
+    done = trainer.run(out, 2, *FP32)
+    assert 2 in done.codes
+    assert "rank_00000.safetensors is not what was written" in done.output
+    flipped = bytearray((old / "rank_00000.safetensors").read_bytes())
+    flipped[-9] ^= 1
+    (old / "rank_00000.safetensors").write_bytes(flipped)
+    shutil.rmtree(new)
     done = trainer.run(out, 1, *FP32)
     assert done.codes == [2]
-    assert "rank_00000.safetensors is of another checkpoint" in done.output
+    assert "rank_00000.safetensors is not what was written" in done.output
     state = json.loads((old / "state.json").read_text())
-    shutil.rmtree(new)
     state["run"]["step"] = 3
     (old / "state.json").write_text(json.dumps(state))
     done = trainer.run(out, 1, *FP32)

@@ -157,8 +157,8 @@ def test_a_run_measures_writes_and_draws(alone, metrics):
     assert first["forward_dynamics"]["psnr_db"] < last["forward_dynamics"]["psnr_db"] < 60
     names = [sorted(p.name for p in (out / "validation" / s).iterdir()) for s in ("step_00000000", "step_00000010")]
     assert names[0] == names[1]
-    assert "step 10 held out, bits/token and teacher-forced answers: policy " in output
-    assert "(action_error.arm.gripper_unitless " in output
+    assert "step 10, held out:\n  policy  " in output
+    assert " bits/token  action_error.arm.gripper_unitless " in output
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     number = drawn[0].stem.removeprefix("forward_dynamics_")
