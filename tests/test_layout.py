@@ -30,7 +30,18 @@ ALLOWED = {
     "simulation": {"nouns"},
     "recipes": set(),
     "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
-    "bench": {"nouns", "tokenization", "model", "data", "training", "progress", "evaluation", "recipes", "testing"},
+    "bench": {
+        "nouns",
+        "tokenization",
+        "model",
+        "data",
+        "training",
+        "inference",
+        "progress",
+        "evaluation",
+        "recipes",
+        "testing",
+    },
 }
 
 

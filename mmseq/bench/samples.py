@@ -20,7 +20,7 @@ SIZE = 64  # pixels: 8 x 8 tokens, as in the demo
 STEPS = 48
 
 
-def demo_tokenizers(text: TextTokenizer, robots: Iterable[Embodiment]) -> Tokenizers:
+def demo_tokenizers(text: TextTokenizer, robots: Iterable[Embodiment], *, merge: int = 2) -> Tokenizers:
     """As large as the demo's, untrained: how fast codes are read does not depend on what they mean."""
     config = VisionConfig(size=SIZE, patch=8, levels=(8, 8, 6, 5), width=32, hidden=32)
     return Tokenizers(
@@ -30,13 +30,14 @@ def demo_tokenizers(text: TextTokenizer, robots: Iterable[Embodiment]) -> Tokeni
         proprio=BinTokenizer(128),
         progress=ScalarTokenizer(16),
         embodiments=tuple(robots),
+        merge=merge,
     )
 
 
 def make_tokens(directory: Path, *, vocabulary: int, episodes: int = 12) -> Tokenizers:
     """`tokenizers`, `tokens` and `mix.yaml` in `directory`. vocabulary: of the text, beside 1,920 vision codes."""
     robot = tiny.embodiment(size=SIZE)
-    tokenizers = demo_tokenizers(_text(vocabulary), [robot])
+    tokenizers = demo_tokenizers(word_tokenizer(vocabulary), [robot])
     tokenizers.save(directory / "tokenizers")
     robots = (tiny.episode(i, STEPS, robot, SIZE) for i in range(episodes))
     videos = (tiny.video(i, STEPS, SIZE) for i in range(episodes))
@@ -46,7 +47,7 @@ def make_tokens(directory: Path, *, vocabulary: int, episodes: int = 12) -> Toke
     return tokenizers
 
 
-def _text(size: int) -> TextTokenizer:
+def word_tokenizer(size: int) -> TextTokenizer:
     """A tokenizer of `size` words, as many as a language model's; nearly all of them stand only for its size."""
     words = sorted({word for text in [*tiny.TEXTS, "now reach for it, then move it"] for word in text.split()})
     words = ["<unk>", "<|endoftext|>", *words]

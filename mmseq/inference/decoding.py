@@ -168,7 +168,8 @@ class Decoder:
                 f"{task} takes {total} tokens, at most {self.max_tokens} are decoded at once", fix="shorten it"
             )
         parameter = self.model.transformer.embed.weight
-        return Cache.empty(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
+        make = Cache.empty if self.prefixes is None else self.prefixes.cache
+        return make(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
 
     def _axes(self, stream: str, tokens: TokenSource) -> int:
         assert self.model.tokenizers is not None

@@ -1,7 +1,8 @@
-"""Prefixes: what requests begin with is computed once.
+"""Prefixes: what requests begin with is computed once, and the memory of the key/value cache is used again.
 
 From one control step to the next a robot's embodiment and text stay the same; only what follows them, the frames and
-the state of now, is new. The keys and values of the beginning are kept and copied into the cache of each request.
+the state of now, is new. The keys and values of the beginning are kept; where they still lie in the cache that the next
+request gets, not even they are copied.
 """
 
 from __future__ import annotations
@@ -9,30 +10,60 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Cache
+
+CACHE_STEP = 64  # positions: requests whose texts differ by a few tokens share a cache
+CACHES = 8  # kept, one of each number of requests that are decoded together
 
 
 class Prefixes:
-    """Keys and values of the `limit` beginnings that were used last, of one model."""
+    """Of one model: keys and values of the `limit` beginnings that were used last, and caches. made: caches so far."""
 
     def __init__(self, limit: int = 64):
-        self.limit = limit
+        self.limit, self.made = limit, 0
         self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self._caches: OrderedDict[int, Cache] = OrderedDict()  # by number of requests
+        self._lies_in: dict[tuple[int, int], bytes] = {}  # by number of requests and row: how that row begins
+
+    def cache(self, config: ModelConfig, batch: int, length: int, *, dtype: torch.dtype, device: torch.device) -> Cache:
+        """A cache of at least `length` positions. What an earlier request left in it is behind every mask."""
+        found = self._caches.pop(batch, None)
+        if found is None or found.length < length:
+            length = -(-length // CACHE_STEP) * CACHE_STEP
+            found = Cache.empty(config, batch, length, dtype=dtype, device=device)
+            self.made += 1
+            self._forget_rows(batch)
+        self._caches[batch] = found
+        if len(self._caches) > CACHES:
+            self._forget_rows(self._caches.popitem(last=False)[0])
+        return found
+
+    def _forget_rows(self, batch: int) -> None:
+        for row in range(batch):
+            self._lies_in.pop((batch, row), None)
 
     def recall(self, ids: np.ndarray, cache: Cache, row: int) -> bool:
         """Put the keys and values of ids (n,), int64, at the first n positions of a row; False if they are not kept."""
-        found = self._kept.get(ids.tobytes())
+        key = ids.tobytes()
+        found = self._kept.get(key)
         if found is None:
+            self._lies_in.pop((cache.batch, row), None)
             return False
-        self._kept.move_to_end(ids.tobytes())
-        for line, kept in zip((*cache.keys, *cache.values), found):
-            line[row, :, : len(ids)] = kept
+        self._kept.move_to_end(key)
+        if self._lies_in.get((cache.batch, row)) != key:
+            for line, kept in zip((*cache.keys, *cache.values), found):
+                line[row, :, : len(ids)] = kept
+            self._lies_in[cache.batch, row] = key
         return True
 
     def keep(self, ids: np.ndarray, cache: Cache, row: int) -> None:
         """Keep what the first positions of a row hold for ids (n,), int64."""
-        self._kept[ids.tobytes()] = [line[row, :, : len(ids)].clone() for line in (*cache.keys, *cache.values)]
+        key = ids.tobytes()
+        self._kept[key] = [line[row, :, : len(ids)].clone() for line in (*cache.keys, *cache.values)]
+        self._lies_in[cache.batch, row] = key
         if len(self._kept) > self.limit:
             self._kept.popitem(last=False)

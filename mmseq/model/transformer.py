@@ -51,6 +51,10 @@ class Cache:
     values: list[Tensor]
 
     @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
     def length(self) -> int:
         return self.keys[0].shape[2]
 

@@ -13,24 +13,25 @@ from mmseq.vocabulary import Vocabulary
 
 
 class Gpu(NamedTuple):
-    """tflops: dense bf16, of the data sheet. gib: memory that a process can have."""
+    """tflops: dense bf16, and gb_per_s: of the memory, of the data sheet. gib: memory that a process can have."""
 
     tflops: float
     gib: int
+    gb_per_s: int
 
 
 # By what torch calls the GPU; the first name that fits counts. Of an A100 the larger of the two that are sold.
 GPUS = {
-    "GB200": Gpu(2500.0, 184),
-    "B200": Gpu(2250.0, 178),
-    "GH200": Gpu(989.0, 94),
-    "H200": Gpu(989.0, 140),
-    "H100 PCIe": Gpu(756.0, 79),
-    "H100 NVL": Gpu(835.0, 93),
-    "H100": Gpu(989.0, 79),
-    "A100": Gpu(312.0, 79),
-    "L40S": Gpu(362.0, 44),
-    "RTX 4090": Gpu(165.0, 23),
+    "GB200": Gpu(2500.0, 184, 8000),
+    "B200": Gpu(2250.0, 178, 8000),
+    "GH200": Gpu(989.0, 94, 4000),
+    "H200": Gpu(989.0, 140, 4800),
+    "H100 PCIe": Gpu(756.0, 79, 2000),
+    "H100 NVL": Gpu(835.0, 93, 3900),
+    "H100": Gpu(989.0, 79, 3350),
+    "A100": Gpu(312.0, 79, 2039),
+    "L40S": Gpu(362.0, 44, 864),
+    "RTX 4090": Gpu(165.0, 23, 1008),
 }
 
 

@@ -16,6 +16,7 @@ TINY = {
     "loader": "episodes=2 length=12 height=32 width=48 turn_s=0.1 seconds=0.1",
     "loss": "positions=64 width=8 vocabulary=20000 turns=2 seconds=0.1",
     "packing": "blocks=1",
+    "decode": "width=64 layers=1 vocabulary=600 horizon=4 axes=2 passes=2 seconds=0.1",
 }
 
 
@@ -93,6 +94,15 @@ def test_packing_fills_rows_and_loses_nothing(tmp_path, capsys):
     assert rows["packing.demo_mix.lost"]["value"] == rows["packing.20_to_8000.lost"]["value"] == 0
 
 
+def test_decode_computes_what_transformers_computes(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    rows, out = bench("decode", tmp_path, capsys)
+    assert set(rows) == {"decode.passes", "decode.tokens", "decode.passes_against_tokens"}
+    assert " ms, 2 forward passes a chunk" in out
+    assert out.count(" ms, 8 forward passes a chunk") == 2
+    assert "logits agree to" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +115,8 @@ def test_packing_fills_rows_and_loses_nothing(tmp_path, capsys):
         ("loader window=0", "window must be positive"),
         ("loader window=99", "window=99 does not fit into length=50"),
         ("loss positions=-1", "positions must be positive"),
+        ("decode width=65", "width must be a multiple of 64"),
+        ("decode axes=27", "axes must be at most 26"),
         ("packing blocks=0", "blocks must be positive"),
         ("packing --jsn x", "did you mean '--json'"),
     ],

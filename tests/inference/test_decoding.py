@@ -259,6 +259,7 @@ def test_what_requests_begin_with_is_computed_once(model, passes):
             assert fresh.stats.tokens - decoder.stats.tokens == 3 + text  # <bos> <embodiment> <text> and its pieces
         if now in (7, 8):
             assert decoder.stats.tokens < fresh.stats.tokens
+    assert prefixes.made == 2  # caches: one for one request and one for two
 
 
 def test_beginnings_that_were_not_used_for_long_are_forgotten(model):
