@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmseq.errors import ConfigError, TaskError
+from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.range_loss import add_copies
 from mmseq.model.readout import best_codes, mean_codes
@@ -85,11 +86,13 @@ class Decoder:
         temperature: float = 0.0,
         passes: int | None = None,
         prefixes: Prefixes | None = None,
+        extend: CompiledExtend | None = None,
         max_tokens: int = MAX_TOKENS,
     ):
         """passes: forward passes that a final chunk of actions takes, the given side included; None: one per token.
 
-        prefixes: keeps what requests begin with from one call to the next. max_tokens: of a request, given and
+        prefixes: keeps what requests begin with from one call to the next. extend: the model's passes, compiled; wants
+        prefixes, whose caches stay. max_tokens: of a request, given and
         predicted. Raises: ConfigError for a temperature or passes that cannot be.
         """
         if passes is not None and passes < 1:
@@ -101,6 +104,7 @@ class Decoder:
             )
         self.model, self.max_tokens = model, max_tokens
         self.temperature, self.passes, self.prefixes = temperature, passes, prefixes
+        self.extend = model.transformer.extend if extend is None else extend
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
 
@@ -324,7 +328,7 @@ class _Run:
             self.codes,
         ).view(B, width, -1)
         self.copies = move(copies[np.arange(B), np.array(counts) - 1])
-        hidden = transformer.extend(x, move(positions), self.cache, int(positions.max()) + 1)
+        hidden = self.decoder.extend(x, move(positions), self.cache, int(positions.max()) + 1)
         if self.decoder.prefixes is not None:
             for b, ids_n in self.to_keep.items():
                 self.decoder.prefixes.keep(ids_n, self.cache, b)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmseq.errors import ConfigError, TaskError
+from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
 from mmseq.inference.prefixes import Prefixes
 from mmseq.packing import collate
@@ -271,3 +272,15 @@ def test_beginnings_that_were_not_used_for_long_are_forgotten(model):
     for d in (decoder, fresh):
         d.decode(task, [request(model, text="a")])
     assert decoder.stats.tokens < fresh.stats.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [None, 3])
+def test_compiled_passes_decode_the_same(model, passes):
+    """What control steps repeat is compiled once it has come twice; every chunk stays as it was."""
+    task, extend, prefixes = Task.parse(POLICY), CompiledExtend(model.transformer), Prefixes()
+    for now in range(4, 9):
+        found = Decoder(model, passes=passes, prefixes=prefixes, extend=extend).decode(task, [request(model, now=now)])
+        expected = Decoder(model, passes=passes).decode(task, [request(model, now=now)])
+        np.testing.assert_array_equal(found[0][-1].codes, expected[0][-1].codes)
+    assert 1 < len(extend.compiled) <= 4

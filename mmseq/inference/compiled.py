@@ -1,0 +1,49 @@
+"""CompiledExtend: the passes that every control step repeats, compiled; on a GPU replayed as CUDA graphs.
+
+A control step of one robot has the same few shapes each time: what is new since the step before, then one token or the
+masks of a chunk at a time. Python and kernel launches cost more there than the arithmetic. Shapes that have been seen
+twice are compiled, at most `SHAPES` of them; everything else runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from mmseq.model.transformer import Cache, Transformer
+
+SHAPES = 32
+
+
+class CompiledExtend:
+    """Stands for `Transformer.extend` of one model. compiled: the shapes (B, S, C) so far."""
+
+    def __init__(self, transformer: Transformer):
+        self.transformer = transformer
+        self.compiled: set[tuple[int, int, int]] = set()
+        self._seen: Counter[tuple[int, int, int]] = Counter()
+        self._graphs = transformer.embed.weight.device.type == "cuda"
+        self._run = torch.compile(self._extend, dynamic=False, mode="reduce-overhead" if self._graphs else "default")
+        self._static: set[int] = set()
+
+    def _extend(self, x_BSD: Tensor, positions_BS: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        cache = Cache(keys, values)
+        return self.transformer.extend(x_BSD, positions_BS, cache, cache.length)  # one mask for every pass
+
+    def __call__(self, x_BSD: Tensor, positions_BS: Tensor, cache: Cache, longest: int) -> Tensor:
+        """As `Transformer.extend`. The result is overwritten by the next call."""
+        shape = (*positions_BS.shape, cache.length)
+        self._seen[shape] += 1
+        if shape not in self.compiled and (self._seen[shape] < 2 or len(self.compiled) >= SHAPES):
+            return self.transformer.extend(x_BSD, positions_BS, cache, longest)
+        self.compiled.add(shape)
+        if self._graphs:
+            for line in (*cache.keys, *cache.values):
+                if id(line) not in self._static:  # a graph may write to it in place
+                    torch._dynamo.mark_static_address(line)
+                    self._static.add(id(line))
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(recompile_limit=2 * SHAPES):
+            return self._run(x_BSD, positions_BS, cache.keys, cache.values)
