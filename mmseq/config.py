@@ -83,3 +83,24 @@ def _key_problems(schema: Any, data: Any, where: str, prefix: str = "") -> Itera
 
 def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changes(path: str | Path, config: Any) -> list[str]:
+    """The fields in which a configuration differs from the one that is stored at `path`, as `field old -> new`.
+
+    Nothing where none is stored, or it cannot be read.
+    """
+    try:
+        before = _flat(OmegaConf.to_container(OmegaConf.load(path)))
+    except Exception:  # it serves to tell people, nothing depends on it
+        return []
+    now = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    return [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

@@ -99,8 +99,11 @@ def print_checkpoint(found: dict[str, Any]) -> None:
         say(f"\nembodiment {robot['name']}: {robot['rate_hz']:g} Hz, {cameras}, {robot['action_form']} actions")
         for stream in ("proprio", "action"):
             if robot[stream]:
-                axes = zip(robot[stream]["names"], robot[stream]["units"], robot[stream]["low"], robot[stream]["high"])
-                say(f"  {stream}: " + ", ".join(f"{n} {low:g} to {high:g} {u}" for n, u, low, high in axes))
+                axes = robot[stream]
+                rows = zip(axes["names"], axes["units"], axes["low"], axes["high"], axes["minimum"], axes["maximum"])
+                say(f"  {stream}: mostly (1 % to 99 %), and at most")
+                for n, u, low, high, least, most in rows:
+                    say(f"    {n:<16} {low:g} to {high:g} {u}, {least:g} to {most:g}")
     if found["mix"]:
         say(f"\ntrained on the mix {found['mix']['name']!r} of {', '.join(found['mix']['sources'])}")
     for name, task in found["tasks"].items():
@@ -108,7 +111,7 @@ def print_checkpoint(found: dict[str, Any]) -> None:
     if found["measured"] is None:
         say("\nnothing is measured yet: there is no results.json or finetune.json in or beside the checkpoint")
     else:
-        say("\nmeasured")
+        say(f"\nmeasured{': ' + found['measured']['unit'] if 'tasks' in found['measured'] else ''}")
         for name, value in flat(found["measured"]):
             say(f"  {name}: {value}")
 
@@ -134,6 +137,9 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, list) and all(isinstance(row, dict) and "name" in row for row in value):  # results.json
         shown = "{value:.4g} {unit} ({baseline_name} {baseline_value:.4g}, n {n})"
         return [(row["name"], shown.format_map(row)) for row in value]
+    if isinstance(value, dict) and value.keys() == {"before", "after"}:  # finetune.json
+        before = "" if value["before"] is None else f"{value['before']:.3f} -> "
+        return [(prefix.removeprefix("tasks."), f"{before}{value['after']:.3f}")]
     if isinstance(value, dict):
         return [line for k, v in value.items() for line in flat(v, f"{prefix}.{k}" if prefix else str(k))]
     return [(prefix, f"{value:.4g}" if isinstance(value, float) else value)]

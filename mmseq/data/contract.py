@@ -23,6 +23,7 @@ from mmseq.errors import EmbodimentError, did_you_mean
 
 KEYS = ("name", "action_form", "gripper", "proprio", "action")
 AXES_KEYS = ("units", "limits")
+UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
 _GRIPPERS = ("gripper", "jaw", "finger", "hand")
 
 
@@ -111,12 +112,24 @@ def questionnaire(robot: Embodiment) -> str:
         axes: Axes | None = getattr(robot, part)
         if axes is None:
             continue
-        lines += [f"{part}:", "  units:  # rad, deg, m, m/s, percent, ...; one word in place of the list is for all"]
+        lines += [f"{part}:", f"  units:  # {', '.join(UNITS)}; one word in place of the list is for all"]
         lines += [
-            f"    {_quoted(name)}: ???  # {low:g} to {high:g}"
+            f"    {_quoted(name)}: ???  # mostly {low:g} to {high:g} (1 % to 99 % of the data)"
             for name, low, high in zip(axes.names, axes.low, axes.high)
         ]
+        lines += [
+            "  # a value beyond these limits, the data's range and a tenth of it, is refused; uncomment to change them"
+        ]
+        lines += ["  # limits:"]
+        rows = zip(axes.names, axes.minimum, axes.maximum)
+        lines += [f"  #   {_quoted(name)}: [{low:g}, {high:g}]" for name, low, high in rows]
     return "\n".join(lines) + "\n"
+
+
+def unknown_units(robot: Embodiment) -> list[str]:
+    """Units that are spelled as none of `UNITS`, with what was probably meant."""
+    stated = {u for axes in (robot.proprio, robot.action) if axes is not None for u in axes.units}
+    return [f"{unit!r} ({did_you_mean(unit, UNITS)})" for unit in sorted(stated - set(UNITS))]
 
 
 def _quoted(name: str) -> str:
@@ -154,10 +167,11 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
-        if not low <= axes.low[at] <= axes.high[at] <= high:
+        rounding = 1e-4 * (axes.high[at] - axes.low[at])
+        if not low - rounding <= axes.low[at] <= axes.high[at] <= high + rounding:
             raise EmbodimentError(
-                f"{where}: {part}.limits.{name} is [{low:g}, {high:g}], the data reach from {axes.low[at]:g} to "
-                f"{axes.high[at]:g} (1 % and 99 %)",
+                f"{where}: {part}.limits.{name} is [{low:.9g}, {high:.9g}], the data reach from {axes.low[at]:.9g} to "
+                f"{axes.high[at]:.9g} (1 % and 99 %)",
                 fix="check the unit of the limits",
             )
         minimum[at], maximum[at] = low, high

@@ -34,7 +34,7 @@ class CompiledExtend:
 
     def __call__(self, x_BSD: Tensor, positions_BS: Tensor, cache: Cache, longest: int) -> Tensor:
         """As `Transformer.extend`. The result is overwritten by the next call."""
-        shape = (*positions_BS.shape, cache.length)
+        shape = (len(positions_BS), positions_BS.shape[1], cache.length)
         self._seen[shape] += 1
         if shape not in self.compiled and (self._seen[shape] < 2 or len(self.compiled) >= SHAPES):
             return self.transformer.extend(x_BSD, positions_BS, cache, longest)

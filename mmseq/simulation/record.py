@@ -207,7 +207,7 @@ def embodiment(episodes: Sequence[RecordedEpisode]) -> Embodiment:
     proprio = Axes.from_values(
         np.concatenate([episode.proprio for episode in episodes]),
         names=PROPRIO_NAMES,
-        units=("metre", "metre", "metre", "unitless"),
+        units=("m", "m", "m", "unitless"),
     )
     return Embodiment(
         name=ROBOT,

@@ -346,7 +346,8 @@ def load(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> Run
     return state
 
 
-def _read_into(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> RunState:
+def require_same(checkpoint: Path, identity: dict) -> RunState:
+    """Where the run of a checkpoint is. Raises: CheckpointError when it is another run, or damaged."""
     state = read_state(checkpoint)
     stored = _read(checkpoint).get("identity", {})
     wrong = [_difference(k, stored.get(k), v) for k, v in identity.items() if stored.get(k) != v]
@@ -355,6 +356,11 @@ def _read_into(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) 
             f"{checkpoint} belongs to another run ({'; '.join(wrong)})",
             fix="use another out= folder, or the old settings",
         )
+    return state
+
+
+def _read_into(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> RunState:
+    state = require_same(checkpoint, identity)
     tensors = StoredTensors(checkpoint)
     tensors.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
     unwanted = {WEIGHT} if base_optimizer(engine).average_decay else {WEIGHT, AVERAGE}

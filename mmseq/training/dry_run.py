@@ -18,11 +18,12 @@ from mmseq.errors import ConfigError, MMSeqError, did_you_mean, raise_all
 from mmseq.model.attention import BACKENDS
 from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
+from mmseq.training.checkpoint import complete_checkpoints, require_same
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import deepspeed_settings
 from mmseq.training.flops import find_gpu
 from mmseq.training.memory import MemoryPart, rank_memory
-from mmseq.training.start import model_shape, open_mixture, require_start
+from mmseq.training.start import identity_of, model_shape, open_mixture, require_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +205,9 @@ def _data_problems(config: TrainConfig, notes: list[str]) -> Iterator[MMSeqError
             mixture = open_mixture(config, mix, tokenizers)
             if config.validate_every and not mixture.held_out().streams:
                 notes.append("validate_every does nothing: the mix holds no episode out (holdout)")
+            if found := complete_checkpoints(Path(config.out) / "checkpoints"):
+                state = require_same(found[-1], identity_of(config, recipe_model(config), mixture))
+                notes.append(f"goes on from {found[-1]}, step {state.step} of {config.steps}")
         except MMSeqError as error:
             yield error
 

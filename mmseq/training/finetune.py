@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.config import load_config, to_yaml
-from mmseq.data.contract import complete, questionnaire, read_answers
+from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, import_episodes, open_episodes
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
 from mmseq.data.tokenize import tokenize_mix
@@ -101,7 +101,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _import(config, robot, episodes, size, on_progress)
     stored = EpisodeShardReader(episodes).embodiment()
     assert stored is not None
-    _say_constant(stored, say)
+    _say_doubts(stored, say)
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
     tokenizers.save(out / "tokenizers")
@@ -114,8 +114,11 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     return stored.name
 
 
-def _say_constant(robot: Embodiment, say: Callable[[str], None]) -> None:
-    """Which axes the dataset shows at one value only: a policy will hold them there, and a server want them there."""
+def _say_doubts(robot: Embodiment, say: Callable[[str], None]) -> None:
+    """What may be a mistake: units that nobody knows, and axes that have one value only, at which a policy will hold
+    them and a server want them."""
+    if units := unknown_units(robot):
+        say(f"note: units of {robot.name} that are spelled as no other: {', '.join(units)}")
     for stream, axes in (("proprio", robot.proprio), ("action", robot.action)):
         if axes is not None:
             rows = zip(axes.names, axes.units, axes.low, axes.high)

@@ -45,9 +45,11 @@ def train_here(
         assert process.stdout is not None
         before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
         try:
+            shown = False
             for line in process.stdout:
                 file.write(line)
-                if line.startswith(SAID) or "parameters" in line:
+                shown = line.startswith(SAID) or "parameters" in line or (shown and line.startswith("  "))
+                if shown:
                     say(line.rstrip())
             code = process.wait()
         except BaseException:  # the command was interrupted: its ranks must not train on

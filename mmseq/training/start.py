@@ -6,9 +6,11 @@ Rank 0 builds the whole model in fp32 on its CPU; DeepSpeed sends it to the othe
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, Mixture
 from mmseq.errors import CheckpointError, ConfigError, MMSeqError
 from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
@@ -22,20 +24,38 @@ from mmseq.training.distributed import agree
 from mmseq.training.lora import add_adapters
 from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
 
+HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
+
 
 def open_mixture(config: TrainConfig, mix: MixConfig, tokenizers: Tokenizers) -> Mixture:
     """The data of a run. Raises: ConfigError, DataError, FingerprintError when it is not there, is of other
     tokenizers, or has a sequence that no row can hold."""
     data = config.data
     mixture = Mixture(mix, data.tokens, tokenizers, row_tokens=data.row_tokens, seed=config.seed)
-    for stream in mixture.streams:
-        longest = stream.longest()
-        if longest.length > data.row_tokens:
-            raise ConfigError(
-                f"{mixture.provenance(longest)} has {longest.length} tokens, a row has {data.row_tokens}",
-                fix="raise data.row_tokens or shorten the task",
-            )
+    longest = max((stream.longest() for stream in mixture.streams), key=lambda sample: sample.length)
+    if longest.length > data.row_tokens:
+        raise ConfigError(
+            f"{mixture.provenance(longest)} has {longest.length} tokens, more than any other and than "
+            f"data.row_tokens={data.row_tokens}",
+            fix=f"raise that to at least {longest.length}, or shorten the task",
+        )
     return mixture
+
+
+def identity_of(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> dict[str, Any]:
+    """What must be the same when a run goes on. model: its whole shape."""
+    return {
+        "seed": config.seed,
+        "mix": to_yaml(mixture.mix),
+        "tokens": {name: shards.reader.manifest["index"]["sha256"] for name, shards in mixture.shards.items()},
+        "tokenizers": mixture.tokenizers.fingerprints(),
+        "model": {k: v for k, v in model.to_dict().items() if k not in HOW},
+        "optimizer": config.optimizer.kind,
+        "init_from": config.init_from,
+        "base": StoredWeights(config.init_from).fingerprint() if config.init_from else None,
+        "lora": [config.lora.rank, config.lora.alpha],
+        "rows": [config.data.row_tokens, config.data.rows_per_step],
+    }
 
 
 def require_start(config: TrainConfig, tokenizers: Tokenizers) -> None:

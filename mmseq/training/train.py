@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from mmseq.config import to_yaml
+from mmseq.config import changes, to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
 from mmseq.model.attention import choose_backend
-from mmseq.model.weights import StoredWeights
+from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training import checkpoint as checkpoints
@@ -48,11 +48,10 @@ from mmseq.training.loader import steps as loader_steps
 from mmseq.training.logging import RunLog, memory_gib, require_loggers
 from mmseq.training.ranks import find_ranks
 from mmseq.training.signals import StopRequest
-from mmseq.training.start import model_of_rank, open_mixture
+from mmseq.training.start import identity_of, model_of_rank, open_mixture
 from mmseq.training.validation import Validation
 
 SPEED_STEPS = 40  # steps measured before max_minutes decides the length of the run
-HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -90,18 +89,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     mixed = config.deepspeed.dtype == "bf16" and config.deepspeed.zero_stage == 0
     objective = Objective(model, len(mixture.task_names), dict(config.range_weights), autocast=mixed)
     engine = build_engine(deepspeed, config, objective, world)
-    identity = {
-        "seed": config.seed,
-        "mix": to_yaml(mix),
-        "tokens": {name: shards.reader.manifest["index"]["sha256"] for name, shards in mixture.shards.items()},
-        "tokenizers": tokenizers.fingerprints(),
-        "model": {k: v for k, v in model.config.to_dict().items() if k not in HOW},
-        "optimizer": config.optimizer.kind,
-        "init_from": config.init_from,
-        "base": StoredWeights(config.init_from).fingerprint() if config.init_from else None,
-        "lora": [config.lora.rank, config.lora.alpha],
-        "rows": [config.data.row_tokens, config.data.rows_per_step],
-    }
+    identity = identity_of(config, model.config, mixture)
     require_shared(out)
     hold = hold_folder(out)  # as long as this process lives
     found = checkpoints.newest(out / "checkpoints")
@@ -115,18 +103,21 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
                 f"{found} is at step {state.step}, beyond steps={state.steps}",
                 fix="raise steps, or use another out=",
             )
+    changed = changes(out / "config.yaml", config) if found else []
     if rank == 0:  # only now: a run that is refused must not touch what an earlier one wrote
         (out / "config.yaml").write_text(to_yaml(config))
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
     log = RunLog(out, config, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     peak, machine = (config.peak_tflops or None, "peak_tflops") if config.peak_tflops else peak_tflops(device)
     log.say(
-        f"{size / 1e6:.2f} M parameters, vocabulary {len(tokenizers.vocabulary)}, {world} rank(s), ZeRO "
-        f"{config.deepspeed.zero_stage}, {config.deepspeed.dtype}, attention {backend} ({why})"
+        f"{size / 1e6:.2f} M parameters{_trained(model)}, vocabulary {len(tokenizers.vocabulary)}, "
+        f"{world} rank(s), ZeRO {config.deepspeed.zero_stage}, {config.deepspeed.dtype}, attention {backend} ({why})"
         + (", compiled" if config.compile else "")
         + (f", MFU of {peak:g} TFLOP/s ({machine})" if peak else "")
         + (f", resumed at step {state.step}" if found else "")
     )
+    if changed:
+        log.say(f"changed since the run was started last: {', '.join(changed)}")
     rows = config.data.rows_per_step
     data = loader_steps(
         mixture,
@@ -143,6 +134,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
         validation = Validation(config, mixture.held_out(), group=rank * groups // world, groups=groups)
         if not validation:
             log.say("nothing is validated: the mix holds no episode out; raise its holdout")
+            validation = None
         elif state.step == 0:
             log.validation(0, validation.measure(engine))
     started = time.perf_counter() - state.seconds
@@ -225,6 +217,14 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     barrier()
     del hold
     return out / "checkpoint" if rank == 0 and state.step == state.steps else None
+
+
+def _trained(model: SequenceModel) -> str:
+    """In words, when not every weight is trained."""
+    if all(p.requires_grad for p in model.parameters()):
+        return ""
+    learning = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return f", of which {learning / 1e6:.2f} M in adapters learn"
 
 
 def _over_ranks(*numbers: float) -> list[float]:

@@ -57,7 +57,7 @@ def test_episodes_hold_what_was_executed(episodes):
 def test_the_contract_states_units_limits_and_gripper(episodes):
     contract = embodiment(episodes)
     assert contract.proprio.names == ("x", "y", "z", "gripper")
-    assert contract.proprio.units[:3] == ("metre",) * 3
+    assert contract.proprio.units[:3] == ("m",) * 3
     assert contract.action.minimum == (-1.0,) * 4
     assert contract.action.maximum == (1.0,) * 4
     assert (contract.gripper.open, contract.gripper.closed) == (-1.0, 1.0)

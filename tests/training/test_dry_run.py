@@ -93,7 +93,7 @@ def test_what_the_start_would_refuse(trainer, tmp_path, capsys):
         assert main([*trainer.command(tmp_path / "never", *settings), "--dry-run"]) == 2
         return capsys.readouterr().err
 
-    assert "a row has 16" in said("data.row_tokens=16")
+    assert "data.row_tokens=16. Raise that to at least " in said("data.row_tokens=16")
     other = tiny.tokenizers()
     other.with_embodiments([replace(tiny.embodiment(), rate_hz=7.0)]).save(tmp_path / "others")
     assert "other tokenizers" in said(f"data.tokenizers={tmp_path}/others")
@@ -110,3 +110,14 @@ def test_what_will_not_happen_is_noted(trainer, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "shortened to a tenth of 100 steps" in said
     assert "validate_every does nothing" in said
+
+
+def test_a_folder_of_a_run_is_compared_with_the_recipe(trainer, tmp_path, capsys):
+    out = trainer.done(tmp_path / "run", 1, "deepspeed.dtype=fp32", "stop_after=4")
+    dry = [*trainer.command(out, "deepspeed.dtype=fp32"), "--dry-run"]
+    assert main(dry) == 0
+    assert f"goes on from {out}/checkpoints/step_00000004, step 4 of 10" in capsys.readouterr().out
+    assert main([*dry, "model.width=64"]) == 2
+    assert "belongs to another run (the model differs)" in capsys.readouterr().err
+    done = trainer.run(out, 1, "deepspeed.dtype=fp32", "optimizer.learning_rate=0.001")
+    assert "changed since the run was started last: stop_after 4 -> 0, optimizer.learning_rate 0.003 -> 0.001" in done.output
