@@ -39,7 +39,8 @@ class Axes:
     """A named vector: what each of its numbers is, in order.
 
     low, high: 1 % and 99 % quantiles of the training data; values are scaled so that these meet
-    the first and the last bin. minimum, maximum: limits that no valid value leaves.
+    the first and the last bin. minimum, maximum: limits that no valid value leaves. max_step: the largest change of
+    an axis from one control step to the next, in its unit; None where nobody has said.
     """
 
     names: tuple[str, ...]
@@ -48,9 +49,11 @@ class Axes:
     high: tuple[float, ...]
     minimum: tuple[float, ...]
     maximum: tuple[float, ...]
+    max_step: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        for field in ("names", "units", "low", "high", "minimum", "maximum"):
+        stated = () if self.max_step is None else ("max_step",)
+        for field in ("names", "units", "low", "high", "minimum", "maximum", *stated):
             object.__setattr__(self, field, tuple(getattr(self, field)))
             if len(getattr(self, field)) != len(self.names):
                 raise EmbodimentError(
@@ -66,6 +69,11 @@ class Axes:
         for least, most, name in zip(self.minimum, self.maximum, self.names, strict=True):
             if most < least:
                 raise EmbodimentError(f"axis {name!r}: the maximum {most} is below the minimum {least}")
+        for step, name in zip(self.max_step or (), self.names):
+            if not (math.isfinite(step) and step > 0):
+                raise EmbodimentError(
+                    f"axis {name!r}: max_step is {step}", fix="give a positive change per control step"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -182,7 +190,11 @@ class Embodiment:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        data = json.loads(json.dumps(asdict(self)))
+        for part in ("proprio", "action"):  # a contract from before there was a max_step keeps its fingerprint
+            if data[part] is not None and data[part]["max_step"] is None:
+                del data[part]["max_step"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Embodiment:

@@ -99,3 +99,16 @@ def test_a_broken_file_is_an_embodiment_error(tmp_path, text):
 def test_the_dictionary_is_plain_json():
     data = tiny.embodiment().to_dict()
     assert json.loads(json.dumps(data)) == data
+
+
+def test_the_largest_step_is_part_of_the_contract_only_where_it_is_stated(tmp_path):
+    robot = tiny.embodiment()
+    assert robot.fingerprint == "4d838162f1a236b4"  # as before there was a max_step
+    assert "max_step" not in robot.to_dict()["action"]
+    slow = dataclasses.replace(robot, action=dataclasses.replace(robot.action, max_step=[0.5] * len(robot.action)))
+    assert slow.fingerprint != robot.fingerprint
+    slow.save(tmp_path / "slow.json")
+    assert Embodiment.load(tmp_path / "slow.json") == slow
+    for steps in ([0.5], [0.5, 0, 1, 1], [float("inf")] * 4):
+        with pytest.raises(EmbodimentError, match="max_step"):
+            dataclasses.replace(robot.action, max_step=steps)

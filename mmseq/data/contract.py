@@ -8,6 +8,9 @@ the gripper opens it. Both move a robot, so neither is guessed: they are asked f
     gripper: {axis: gripper.pos, open: 100.0, closed: 0.0}        # null: it has none
     proprio: {units: {shoulder_pan.pos: deg, gripper.pos: percent}}
     action: {units: deg, limits: {shoulder_pan.pos: [-90, 90]}}   # one unit for all; limits are optional
+
+`max_step` of an axis, also optional, is its largest change from one control step to the next; the server and the
+client hold to it: `action: {units: deg, max_step: {shoulder_pan.pos: 4.0}}`, or one number for all.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from mmseq.embodiment import ACTION_FORMS, Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, did_you_mean
 
 KEYS = ("name", "action_form", "gripper", "proprio", "action")
-AXES_KEYS = ("units", "limits")
+AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
 _GRIPPERS = ("gripper", "jaw", "finger", "hand")
 
@@ -144,7 +147,7 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             raise EmbodimentError(f"{where}: the dataset has no {part}", fix=f"leave {part} out")
         return None
     units, limits = given.get("units"), given.get("limits") or {}
-    for what, named in (("units", units), ("limits", limits)):
+    for what, named in (("units", units), ("limits", limits), ("max_step", given.get("max_step"))):
         if isinstance(named, dict):
             for name in named:
                 if name not in axes.names:
@@ -176,7 +179,25 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             )
         minimum[at], maximum[at] = low, high
     stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
-    return replace(axes, units=stated, minimum=tuple(minimum), maximum=tuple(maximum))
+    axes = replace(axes, units=stated, minimum=tuple(minimum), maximum=tuple(maximum))
+    return replace(axes, max_step=_max_step(axes, part, given.get("max_step"), where))
+
+
+def _max_step(axes: Axes, part: str, given: Any, where: str) -> tuple[float, ...] | None:
+    """One number per axis; an axis that is not named may cross its whole range in a step."""
+    if given is None:
+        return axes.max_step
+    if not isinstance(given, dict):
+        given = dict.fromkeys(axes.names, given)
+    steps = [(high - low) or 1.0 for low, high in zip(axes.minimum, axes.maximum)]
+    for name, step in given.items():
+        try:
+            steps[axes.names.index(name)] = float(step)
+        except (TypeError, ValueError) as error:
+            raise EmbodimentError(
+                f"{where}: {part}.max_step.{name} is {step!r}", fix="write the largest change per control step"
+            ) from error
+    return tuple(steps)
 
 
 def _gripper(robot: Embodiment, given: Any, where: str) -> Gripper:

@@ -63,11 +63,22 @@ def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_pa
         ({"action": {"units": {"x": 3}}}, "action.units.x is 3"),
         ({"action": {"units": "m", "limits": {"x": [0, 0.1]}}}, "Check the unit of the limits"),
         ({"action": {"units": "m", "limits": {"x": 1}}}, r"Write \[minimum, maximum\]"),
+        ({"action": {"units": "m", "max_step": {"x": "far"}}}, "action.max_step.x is 'far'"),
+        ({"action": {"units": "m", "max_step": {"z": 1}}}, "action.max_step names 'z'"),
+        ({"action": {"units": "m", "max_step": 0}}, "max_step is 0"),
     ],
 )
 def test_answers_that_do_not_fit_are_named(change, says):
     with pytest.raises(EmbodimentError, match=says.replace("{", r"\{")):
         complete(ROBOT, {**ANSWERS, **change}, where="robot.yaml")
+
+
+def test_a_largest_step_for_some_axes_leaves_the_others_free():
+    given = {**ANSWERS, "action": {"units": "m", "max_step": {"x": 0.25}}}
+    action = complete(ROBOT, given, where="robot.yaml").action
+    spans = [high - low for low, high in zip(action.minimum, action.maximum)]
+    assert action.max_step == (0.25, *spans[1:])
+    assert complete(ROBOT, ANSWERS, where="robot.yaml").action.max_step is None
 
 
 @pytest.mark.parametrize("text", ["gripr: 1", "- 1", "action: {unit: m}", "action: [m]", "a: [", "\x00"])
