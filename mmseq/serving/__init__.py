@@ -1,19 +1,23 @@
 """Serving: the wire codec, the server, the observation check and the safety gate."""
 
+from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Contract, Policy, ReplayPolicy
 from mmseq.serving.safety import GateConfig
+from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.server import Server, ServerConfig, serve
 from mmseq.serving.service import example_observation
 
 __all__ = [
+    "Chunking",
     "Contract",
     "GateConfig",
     "ObservationRules",
     "Policy",
     "ReplayPolicy",
     "RequestError",
+    "SchedulerConfig",
     "Server",
     "ServerConfig",
     "example_observation",

@@ -1,27 +1,38 @@
-"""The routes of a server, one port: openpi's websocket on any path, and HTTP.
+"""The routes of a server, one port: openpi's websocket protocol on any path, and HTTP.
 
-==================  ============================================================================
-`WS /`              metadata first, then one reply per observation; an error is a text frame
-`GET /healthz`      200 `OK`, without a token and while the model is busy
-`GET /v1/contract`  what is served: embodiments, fingerprints, tasks, horizon, checkpoint
-`GET /v1/status`    requests, errors by code, counts of the safety gate
-`POST /v1/predict`  any arrow, msgpack or JSON by content type
-==================  ============================================================================
+=========================  =================================================================================
+`WS /`                     metadata first, then one reply per observation; an error is a text frame
+`GET /healthz`             200 `OK`, without a token and while the model is busy
+`GET /readyz`              200, or 503 and why: warming up, stopping, the model hangs; without a token
+`GET /metrics`             Prometheus
+`GET /v1/contract`         what is served: embodiments, fingerprints, tasks, horizon, checkpoint
+`GET /v1/status`           sessions, requests, errors by code, counts of the safety gate
+`POST /v1/predict`         any arrow, msgpack or JSON by content type; images as arrays, PNG and MP4
+`POST /v1/hold`            an operator's hold on every robot, `DELETE /v1/hold` ends it
+`POST /v1/reload`          the checkpoint once more from its place; sessions stay
+`GET /docs`                this, as a page; `GET /openapi.json`
+=========================  =================================================================================
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mmseq.errors import require
+from mmseq.errors import MMSeqError, require
 from mmseq.serving import codec
 from mmseq.serving.errors import RequestError
+from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
 
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
+REASON_LENGTH = 500  # characters of an operator's reason
+
+Handler = Callable[[Any], Awaitable[Any]]
 
 
 def authorize(headers: Any, token: str | None) -> None:
@@ -36,36 +47,93 @@ def authorize(headers: Any, token: str | None) -> None:
         raise RequestError("unauthorized", "the token is missing or wrong", fix="send Authorization: Api-Key TOKEN")
 
 
-def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> Any:
-    """The ASGI application. Raises: DependencyError without the `serve` extra."""
+def build_app(
+    service: Service,
+    *,
+    token: str | None,
+    limits: codec.Limits,
+    stuck_s: float = 30.0,
+    reload: Callable[[], Any] | None = None,
+) -> Any:
+    """The ASGI application. reload: loads what is served once more and makes it served, in a thread.
+
+    Raises: DependencyError without the `serve` extra.
+    """
     fastapi = require("fastapi", "serve")
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
+    from mmseq.serving.openapi import describe, page_of
+
     app = fastapi.FastAPI(title="mmseq", docs_url=None, redoc_url=None, openapi_url=None)
     metadata = codec.pack(service.contract.to_dict())
+    metrics = Metrics(service, stuck_s=stuck_s)
 
     def error_response(error: Exception) -> Response:
         refusal = service.refused(error)
-        return Response(refusal.to_json(), refusal.status, media_type="application/json")
+        headers = {}
+        if refusal.retry_after_ms is not None:
+            headers["Retry-After"] = str(max(1, round(refusal.retry_after_ms / 1000)))
+        return Response(refusal.to_json(), refusal.status, headers, "application/json")
+
+    def guarded(handler: Handler) -> Handler:
+        async def guard(request: Request) -> Response:
+            try:
+                authorize(request.headers, token)
+                return await handler(request)
+            except Exception as error:
+                return error_response(error)
+
+        return guard
+
+    def as_json(body: Any) -> Response:
+        return Response(codec.to_json(body), media_type="application/json")
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("OK\n")
 
+    async def readyz(request: Request) -> Response:
+        why = service.not_ready(stuck_s)
+        return PlainTextResponse("OK\n") if why is None else PlainTextResponse(why + "\n", 503)
+
+    async def scrape(request: Request) -> Response:
+        return Response(metrics.text(), media_type=metrics.content_type)
+
     async def contract(request: Request) -> Response:
-        try:
-            authorize(request.headers, token)
-            return Response(codec.to_json(service.contract.to_dict()), media_type="application/json")
-        except RequestError as error:
-            return error_response(error)
+        return as_json(service.contract.to_dict())
 
     async def status(request: Request) -> Response:
+        return as_json(service.status())
+
+    async def openapi(request: Request) -> Response:
+        return as_json(describe(service.contract, token=token is not None))
+
+    async def page(request: Request) -> Response:
+        return Response(page_of(describe(service.contract, token=token is not None)), media_type="text/html")
+
+    async def hold(request: Request) -> Response:
+        if request.method == "DELETE":
+            return as_json({"held": False, "sessions": service.release()})
+        body = await body_of(request)
         try:
-            authorize(request.headers, token)
-            return Response(codec.to_json(service.status()), media_type="application/json")
-        except RequestError as error:
-            return error_response(error)
+            given = json.loads(body) if body else {}
+        except (ValueError, RecursionError) as error:
+            raise RequestError("malformed", "the body is not JSON", fix='send {"reason": "..."}') from error
+        reason = given.get("reason", "no reason given") if isinstance(given, dict) else None
+        if not isinstance(reason, str):
+            raise RequestError("malformed", "a hold has a reason", fix='send {"reason": "..."}')
+        reason = reason.encode("utf-8", "replace").decode()[:REASON_LENGTH]
+        return as_json({"held": True, "reason": reason, "sessions": service.hold(reason)})
+
+    async def reload_now(request: Request) -> Response:
+        if reload is None:
+            raise RequestError("unsupported", "this server has nothing to load again", fix="start it with a checkpoint")
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, reload)
+        except MMSeqError as error:
+            raise error if isinstance(error, RequestError) else RequestError("refused", str(error)) from error
+        return as_json({"reloads": service.reloads, "sessions": len(service.sessions)})
 
     def encode_reply(encode: Callable[[Any], bytes], reply: dict[str, Any]) -> bytes:
         try:
@@ -84,18 +152,14 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
         return b"".join(parts)
 
     async def predict(request: Request) -> Response:
-        try:
-            authorize(request.headers, token)
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind not in (*MSGPACK, "application/json"):
-                raise RequestError(
-                    "unsupported", f"content type {kind[:60]!r}", fix=f"send application/json or {MSGPACK[0]}"
-                )
-            decode, encode = (codec.unpack, codec.pack) if kind in MSGPACK else (codec.from_json, codec.to_json)
-            body = codec.message(decode(await body_of(request), limits))
-            return Response(encode_reply(encode, await service.predict(body)), media_type=kind)
-        except Exception as error:
-            return error_response(error)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in (*MSGPACK, "application/json"):
+            raise RequestError(
+                "unsupported", f"content type {kind[:60]!r}", fix=f"send application/json or {MSGPACK[0]}"
+            )
+        decode, encode = (codec.unpack, codec.pack) if kind in MSGPACK else (codec.from_json, codec.to_json)
+        body = codec.message(decode(await body_of(request), limits))
+        return Response(encode_reply(encode, await service.predict(body)), media_type=kind)
 
     async def websocket(socket: WebSocket) -> None:
         try:
@@ -104,6 +168,10 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
             await socket.send_denial_response(error_response(error))
             return
         await socket.accept()
+        session = service.open(f"{socket.client.host}:{socket.client.port}" if socket.client else "")
+        connection = socket.scope.get("mmseq.connection")
+        if connection is not None:
+            connection.on_lost = lambda: service.close(session)
         try:
             await socket.send_bytes(metadata)
             previous_ms: float | None = None
@@ -116,7 +184,8 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
                     if frame.get("bytes") is None:
                         raise codec.malformed("a text frame", fix="send binary frames")
                     observation = codec.message(codec.unpack(frame["bytes"], limits))
-                    reply = await service.infer(observation)
+                    del frame  # half a megabyte that would live until the next one
+                    reply = await service.infer(observation, session)
                     if previous_ms is not None:
                         reply["server_timing"]["prev_total_ms"] = previous_ms
                     await socket.send_bytes(encode_reply(codec.pack, reply))
@@ -132,10 +201,24 @@ def build_app(service: Service, *, token: str | None, limits: codec.Limits) -> A
                 previous_ms = 1000 * (time.perf_counter() - begun)
         except WebSocketDisconnect:
             return
+        except asyncio.CancelledError:
+            if session.number in service.sessions:
+                raise  # not by `close`, which cancels what nobody waits for
+        finally:
+            service.close(session)
 
     app.add_route("/healthz", healthz, methods=["GET"])
-    app.add_route("/v1/contract", contract, methods=["GET"])
-    app.add_route("/v1/status", status, methods=["GET"])
-    app.add_route("/v1/predict", predict, methods=["POST"])
+    app.add_route("/readyz", readyz, methods=["GET"])
+    for path, handler, methods in (
+        ("/metrics", scrape, ["GET"]),
+        ("/docs", page, ["GET"]),
+        ("/openapi.json", openapi, ["GET"]),
+        ("/v1/contract", contract, ["GET"]),
+        ("/v1/status", status, ["GET"]),
+        ("/v1/predict", predict, ["POST"]),
+        ("/v1/hold", hold, ["POST", "DELETE"]),
+        ("/v1/reload", reload_now, ["POST"]),
+    ):
+        app.add_route(path, guarded(handler), methods=methods)
     app.router.add_websocket_route("/{path:path}", websocket)
     return app

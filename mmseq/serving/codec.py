@@ -10,7 +10,7 @@ An array is a map with bytes keys, a numpy scalar likewise:
 JSON has the same maps with text keys and base64 data. Decoding trusts nothing: before a byte is
 turned into an object, one pass over the message bounds its depth, the number of its values and
 every length; no object dtype, no structured dtype, no extension type and no pickle exist here.
-Decoded arrays are read-only views of the message. Every refusal is a `RequestError`.
+Decoded arrays are read-only, and large ones views of the message. Every refusal is a `RequestError`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _array(body: dict[str, Any], limits: Limits) -> np.ndarray:
         raise malformed("the shape of an array must be a list of sizes")
     if len(shape) > limits.max_dims:
         raise malformed(f"an array of {len(shape)} axes, the limit is {limits.max_dims}")
-    if not isinstance(data, bytes):
+    if not isinstance(data, bytes | memoryview):
         raise malformed(f"the data of an array must be bytes, got {type(data).__name__}")
     if dtype.itemsize * math.prod(max(size, 1) for size in shape) > limits.max_array_bytes:
         raise RequestError(
@@ -129,13 +129,19 @@ def _array(body: dict[str, Any], limits: Limits) -> np.ndarray:
     if len(data) != expected:
         raise malformed(f"an array {tuple(shape)} of {dtype} has {expected} bytes, got {len(data)}")
     array = np.ndarray(shape=shape, dtype=dtype, buffer=data)
+    if not array.flags.aligned:
+        array = array.copy()
+    array.flags.writeable = False
     if dtype.kind == "U":
         points = np.ndarray(shape=(len(data) // 4,), dtype=dtype.byteorder.replace("|", "=") + "u4", buffer=data)
         if np.any(points > 0x10FFFF) or np.any((points >= 0xD800) & (points <= 0xDFFF)):
             raise malformed("a text array holds a number that is no character")
     elif dtype.kind == "b" and np.any(array.view(np.uint8) > 1):
         raise malformed("a bool array holds a byte other than 0 and 1")
-    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+    if not dtype.isnative:
+        array = array.astype(dtype.newbyteorder("="))
+        array.flags.writeable = False
+    return array
 
 
 def _scalar(body: dict[str, Any]) -> np.generic:
@@ -161,6 +167,9 @@ def _hook(limits: Limits):
             if mark in body or mark.encode() in body:
                 fields = {key.decode("latin-1") if isinstance(key, bytes) else key: body[key] for key in body}
                 return _array(fields, limits) if mark == "__ndarray__" else _scalar(fields)
+        for key, value in body.items():
+            if type(value) is memoryview:
+                body[key] = bytes(value)
         return body
 
     return revive
@@ -171,12 +180,18 @@ _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4
 _FIXED |= {0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 # First byte -> width in bytes of the length that follows.
 _BLOB = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+LARGE = 4096  # bytes of an array from which it is a view of the message and not a copy
+_DATA_KEYS = (b"\x04data", b"\xa4data")  # how the key before it ends, as bytes and as text
 _CONTAINER = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
-def _scan(data: bytes, limits: Limits) -> None:
-    """Walk the message without building anything; refuse what is cut off, too deep or too many."""
+def _scan(data: bytes | bytearray | memoryview, limits: Limits) -> list[tuple[int, int, int]]:
+    """Walk the message without building anything; refuse what is cut off, too deep or too many.
+
+    Returns: for each large `data` of an array, where its value, its bytes, and what follows them begin.
+    """
     end, position, items, open_items = len(data), 0, 1, [1]
+    large: list[tuple[int, int, int]] = []
     while open_items:
         if not open_items[-1]:
             open_items.pop()
@@ -198,8 +213,11 @@ def _scan(data: bytes, limits: Limits) -> None:
         elif first in _FIXED:
             position += _FIXED[first]
         elif first in _BLOB:
-            width = _BLOB[first]
-            position += width + int.from_bytes(data[position : position + width], "big")
+            width, start = _BLOB[first], position - 1
+            length = int.from_bytes(data[position : position + width], "big")
+            position += width + length
+            if length >= LARGE and first <= 0xC6 and data[start - 5 : start] in _DATA_KEYS:
+                large.append((start, position - length, position))
         elif first in _CONTAINER:
             width, per_item = _CONTAINER[first]
             children = per_item * int.from_bytes(data[position : position + width], "big")
@@ -217,17 +235,29 @@ def _scan(data: bytes, limits: Limits) -> None:
             raise malformed(f"it ends after {end} bytes, inside of a value")
     if position != end:
         raise malformed(f"{end - position} bytes follow its end")
+    return large
 
 
 def unpack(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> Any:
     """The value in msgpack bytes. Raises: RequestError for anything malformed or over the limits."""
     if len(data) > limits.max_message_bytes:
         raise RequestError("too_large", f"a message of {len(data)} bytes, the limit is {limits.max_message_bytes}")
-    data = data if isinstance(data, bytes) else bytes(data)
-    _scan(data, limits)
+    large = _scan(data, limits)
     try:
+        views: list[memoryview] = []
+        if large:  # leave them where they are: an extension (which no message may have) says which it is
+            whole, parts, at = memoryview(data), [], 0
+            for start, begin, end in large:
+                parts += [whole[at:start], b"\xd6\x00" + len(views).to_bytes(4, "big")]
+                views.append(whole[begin:end])
+                at = end
+            data = b"".join([*parts, whole[at:]])
         return msgpack.unpackb(
-            data, object_hook=_hook(limits), max_bin_len=limits.max_array_bytes, max_str_len=limits.max_array_bytes
+            data,
+            object_hook=_hook(limits),
+            ext_hook=lambda _, index: views[int.from_bytes(index, "big")],
+            max_bin_len=limits.max_array_bytes,
+            max_str_len=limits.max_array_bytes,
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise malformed(f"{type(error).__name__}: {error}") from error
@@ -245,14 +275,21 @@ def from_json(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
     def refuse(constant: str) -> None:
         raise malformed(f"{constant} is not JSON")
 
+    def whole(text: str) -> str:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise malformed("a text holds half of a surrogate pair")
+        return text
+
     def walk(value: Any, depth: int) -> Any:
         if depth > limits.max_depth:
             raise RequestError("too_large", f"the message is nested more than {limits.max_depth} deep")
         if isinstance(value, list):
             return [walk(item, depth + 1) for item in value]
+        if isinstance(value, str):
+            return whole(value)
         if not isinstance(value, dict):
             return value
-        value = {key: walk(item, depth + 1) for key, item in value.items()}
+        value = {whole(key): walk(item, depth + 1) for key, item in value.items()}
         if "__ndarray__" in value and isinstance(value.get("data"), str):
             try:
                 value["data"] = base64.b64decode(value["data"], validate=True)

@@ -1,12 +1,13 @@
 """What the server says no with: one exception, a short machine-readable code, a sentence for people.
 
 On the websocket it travels as a text frame (binary frames are replies), over HTTP as the body of
-the matching status; both carry `{"error": {"code", "message", "key"}}`. Never a traceback.
+the matching status; both carry `{"error": {"code", "message", "key", "retry_after_ms"}}`. Never a traceback.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from mmseq.errors import ServeError
 
@@ -25,24 +26,36 @@ HTTP_STATUS = {
     "fingerprint": 409,
     "too_large": 413,
     "unsupported": 415,
+    "held": 423,
     "unsafe_action": 502,
     "policy_failed": 500,
     "internal": 500,
     "busy": 503,
     "stopping": 503,
+    "late": 504,
 }
 
 
 class RequestError(ServeError):
     """A request that is refused.
 
-    code: one of `HTTP_STATUS`. key: the key of the observation or message that is at fault.
+    code: one of `HTTP_STATUS`. key: the key of the observation or message that is at fault. retry_after_ms: when
+    asking again may succeed. reason: of an operator's hold.
     """
 
-    def __init__(self, code: str, message: str, *, key: str | None = None, fix: str | None = None):
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        key: str | None = None,
+        fix: str | None = None,
+        retry_after_ms: float | None = None,
+        reason: str | None = None,
+    ):
         super().__init__(message, fix=fix)
-        self.code = code
-        self.key = key
+        self.code, self.key = code, key
+        self.retry_after_ms, self.reason = retry_after_ms, reason
 
     @property
     def status(self) -> int:
@@ -54,7 +67,8 @@ class RequestError(ServeError):
         return self.code in ("policy_failed", "internal", "stopping")
 
     def to_json(self) -> str:
-        body = {"code": self.code, "message": str(self)}
-        if self.key is not None:
-            body["key"] = self.key
+        body: dict[str, Any] = {"code": self.code, "message": str(self)}
+        for name in ("key", "retry_after_ms", "reason"):
+            if getattr(self, name) is not None:
+                body[name] = getattr(self, name)
         return json.dumps({"error": body})

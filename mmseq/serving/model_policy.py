@@ -10,20 +10,24 @@ also `@end`: what a given `image@+16` shows) and `question`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmseq.embodiment import Axes, Embodiment
-from mmseq.errors import CheckpointError, ConfigError, TaskError, did_you_mean
+from mmseq.errors import CheckpointError, ConfigError, MMSeqError, TaskError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.serving.service import example_observation
 from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
+
+log = logging.getLogger("mmseq.serving")
 
 _FUTURE = 1 << 20  # an observation has no end
 SERVED_TOKENS = 2048  # of one request: no client may keep the model from the others for long
@@ -195,7 +199,51 @@ class ModelPolicy:
         """Every predicted stream of any arrow, by name."""
         return self._run(Task.parse(self.tasks.get(arrow, arrow)), observation)
 
+    def infer_many(self, observations: Sequence[dict[str, Any]]) -> list[dict[str, Any] | MMSeqError]:
+        """`infer` for observations of one `batch_key`, decoded together; what one of them fails with is its result."""
+        results: list[dict[str, Any] | MMSeqError] = []
+        requests: dict[int, Request] = {}
+        for i, observation in enumerate(observations):
+            results.append({})
+            try:
+                requests[i] = self._request(self.arrow, observation)
+            except MMSeqError as error:
+                results[i] = error
+        decoded = self._decoder(self.arrow, observations[0]).decode(self.arrow, list(requests.values()))
+        for (i, request), segments in zip(requests.items(), decoded):
+            streams = to_streams(segments, self.tokenizers, request.tokens)
+            results[i] = {"actions": np.asarray(streams["action"], dtype=np.float32)}
+        return results
+
+    def batch_key(self, observation: dict[str, Any]) -> Hashable:
+        """Observations with equal keys can be decoded together: one robot's, the same cameras, one temperature."""
+        images = tuple(sorted((key, value.shape) for key, value in observation.items() if key.startswith(_IMAGES)))
+        return observation.get("embodiment"), images, (observation.get("options") or {}).get("temperature", 0.0)
+
+    def warm_up(self) -> None:
+        """One chunk for each robot, as far as a random observation can have one."""
+        for name, robot in self.robots.items():
+            try:
+                self.infer(example_observation(robot))
+            except MMSeqError as error:  # such as a goal that no random observation has
+                log.info("no warm-up for %s: %s", name, error)
+
     def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
+        request = self._request(task, observation)
+        decoded = self._decoder(task, observation).decode(task, [request])[0]
+        return to_streams(decoded, self.tokenizers, request.tokens)
+
+    def _decoder(self, task: Task, observation: dict[str, Any]) -> Decoder:
+        return Decoder(
+            self.model,
+            temperature=float((observation.get("options") or {}).get("temperature", 0.0)),
+            passes=self.passes if task == self.arrow else None,
+            prefixes=self.prefixes,
+            max_tokens=SERVED_TOKENS,
+        )
+
+    def _request(self, task: Task, observation: dict[str, Any]) -> Request:
+        """Raises: TaskError when the observation cannot fill what the task is given."""
         name = observation.get("embodiment")
         if name is None and len(self.robots) == 1:
             name = next(iter(self.robots))
@@ -224,17 +272,8 @@ class ModelPolicy:
             prefix = self.tokenizers.action.encode(checked, axes)
         else:
             prefix = None
-        options = observation.get("options") or {}
-        decoder = Decoder(
-            self.model,
-            temperature=float(options.get("temperature", 0.0)),
-            passes=self.passes if task == self.arrow else None,
-            prefixes=self.prefixes,
-            max_tokens=SERVED_TOKENS,
-        )
-        request = Request(tokens, tokens.now, prefix=prefix, seed=int(options.get("seed", 0)))
-        decoded = decoder.decode(task, [request])[0]
-        return to_streams(decoded, self.tokenizers, tokens)
+        seed = int((observation.get("options") or {}).get("seed", 0))
+        return Request(tokens, tokens.now, prefix=prefix, seed=seed)
 
 
 def _check_servable(task: Task) -> None:

@@ -9,6 +9,7 @@
 `embodiment_fingerprint`        text                     refused unless it is the server's
 `action_prefix`                 float32 (n, action)      actions already committed, 0 <= n < horizon
 `options`                       map                      passed on to the policy
+`step`, `delay`, ...                                     see `chunking.Turn`
 ==============================  =======================  =============================================
 
 openpi's spellings are understood as well: `/` for `.`, `state`, nested `images`, `observation/image`
@@ -25,6 +26,7 @@ import numpy as np
 
 from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.errors import EmbodimentError, did_you_mean
+from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
 from mmseq.serving.policy import Contract, image_keys
 
@@ -228,7 +230,7 @@ def check_observation(
                 "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
             )
     known = [*image_keys(embodiment), *([STATE] if embodiment.proprio else []), *OTHER_KEYS]
-    known += [key for key in required if key not in known]
+    known += [key for key in (*required, *TURN_KEYS) if key not in known]
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key not in known:
@@ -258,9 +260,9 @@ def _check_options(value: Any) -> dict[str, Any]:
             "wrong_type", f"'options' is {_describe(value)}, expected a map with text keys", key="options"
         )
     temperature, seed = value.get("temperature", 0.0), value.get("seed", 0)
-    if type(temperature) not in (int, float) or not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+    if type(temperature) not in (int, float) or not 0 <= temperature <= 1e6:  # the decoder knows what it can do
         raise RequestError(
-            "out_of_range", f"options.temperature is {temperature!r:.40}, expected 0, or 0.001 to 1000", key="options"
+            "out_of_range", f"options.temperature is {temperature!r:.40}, expected a number from 0 on", key="options"
         )
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise RequestError(

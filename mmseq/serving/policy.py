@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,11 +12,17 @@ import numpy as np
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
+from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
 
 
 class Policy(Protocol):
-    """A model as the server sees it. Called from one thread only, one call at a time."""
+    """A model as the server sees it. Called from one thread only, one call at a time.
+
+    Optional, for batches of several robots: `infer_many(observations)`, which returns a list with a result, or the
+    MMSeqError that it failed with, for each; and `batch_key(observation)`: observations with equal keys may share a
+    batch. Optional: `warm_up()`, called once before the server says that it is ready.
+    """
 
     def contract(self) -> dict[str, Any]:
         """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
@@ -27,7 +33,8 @@ class Policy(Protocol):
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """`{"actions": float32 (horizon, axes), ...}` for a checked observation.
 
-        With `action_prefix` float32 (n, axes) the chunk begins with these n actions.
+        With `action_prefix` float32 (n, axes) the chunk begins with these n actions. `step`, if there, is the
+        session's control step.
         """
         ...
 
@@ -59,7 +66,7 @@ class Contract:
         missing = sorted({"name", "embodiments", "tasks", "horizon"} - set(data))
         if missing:
             raise ServeError(f"the contract of {type(policy).__name__} lacks {', '.join(missing)}")
-        for derived in ("fingerprints", "image_keys", "protocol"):
+        for derived in ("fingerprints", "image_keys", "protocol", "chunking", "hold"):
             data.pop(derived, None)
         try:
             embodiments = {name: Embodiment.from_dict(body) for name, body in dict(data.pop("embodiments")).items()}
@@ -82,6 +89,9 @@ class Contract:
             extra=data,
         )
 
+    def chunked(self, chunking: Chunking) -> Contract:
+        return replace(self, extra={**self.extra, "chunking": asdict(chunking)})
+
     def to_dict(self) -> dict[str, Any]:
         """What clients are sent on connecting and by `GET /v1/contract`."""
         return {
@@ -96,6 +106,7 @@ class Contract:
             "image_keys": sorted({key for body in self.embodiments.values() for key in image_keys(body)}),
             "required_keys": {name: list(self.required(body)) for name, body in self.embodiments.items()},
             "prefix": self.prefix,
+            "hold": {name: hold_of(body) for name, body in self.embodiments.items()},
             **self.extra,
         }
 
@@ -104,6 +115,11 @@ class Contract:
         if self.required_keys is not None:
             return self.required_keys[embodiment.name]
         return (*image_keys(embodiment), *(["observation.state"] if embodiment.proprio else []))
+
+
+def hold_of(embodiment: Embodiment) -> str:
+    """What a robot does without a valid action: `position` repeats the last one, `zero` stops; the gripper stays."""
+    return "position" if embodiment.action_form == "absolute" else "zero"
 
 
 def image_keys(embodiment: Embodiment) -> list[str]:
@@ -117,8 +133,9 @@ class ReplayPolicy:
     """Replays the actions of one episode: a dry run of a robot's whole loop without a model.
 
     horizon, execute: control steps of a chunk, and of it until the client asks again (default: all), by
-    which each `infer` moves on. `options: {"step": t}` replays from step t. After the last action an
-    absolute robot holds it and any other gets zeros.
+    which each `infer` moves on. A client that says its `step` is given the actions from there, and
+    `options: {"step": t}` replays from step t. After the last action an absolute robot holds it and any other
+    gets zeros.
     """
 
     def __init__(self, episode: Episode, embodiment: Embodiment, *, horizon: int = 16, execute: int | None = None):
@@ -146,7 +163,7 @@ class ReplayPolicy:
         return np.concatenate([actions, np.tile(last, (length - len(actions), 1))]).astype(np.float32)
 
     def _start(self, observation: dict[str, Any]) -> int:
-        step = observation.get("options", {}).get("step", self.step)
+        step = observation.get("options", {}).get("step", observation.get("step", self.step))
         if type(step) is not int or step < 0:
             raise RequestError("out_of_range", f"options.step is {step!r}, expected a step from 0 on", key="options")
         return step

@@ -15,17 +15,20 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mmseq.errors import ServeError, require
+from mmseq.errors import MMSeqError, ServeError, require
 from mmseq.serving.app import build_app
+from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy
 from mmseq.serving.safety import GateConfig
-from mmseq.serving.service import Service
+from mmseq.serving.scheduler import SchedulerConfig
+from mmseq.serving.service import Service, prepare
 
 log = logging.getLogger("mmseq.serving")
 
@@ -35,17 +38,23 @@ class ServerConfig:
     """Where and how to serve.
 
     port: 0 takes a free one. token: clients send it as `Authorization: Api-Key TOKEN`; a host other than
-    loopback needs one. max_waiting: requests that may wait for the model. grace_s: time that requests under
-    way get to finish when the server stops.
+    loopback needs one, unless insecure_public. tls_cert, tls_key: PEM files; with them the addresses are https and
+    wss. stuck_s: a model call that takes longer makes `/readyz` say 503. grace_s: time that requests under way get
+    to finish when the server stops.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = field(default=None, repr=False)
+    insecure_public: bool = False
+    tls_cert: str | None = None
+    tls_key: str | None = None
     limits: Limits = field(default_factory=Limits)
     observation: ObservationRules = field(default_factory=ObservationRules)
     gate: GateConfig = field(default_factory=GateConfig)
-    max_waiting: int = 32
+    scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
+    chunking: Chunking = field(default_factory=Chunking)
+    stuck_s: float = 30.0
     grace_s: float = 10.0
 
     def __post_init__(self):
@@ -53,11 +62,13 @@ class ServerConfig:
             raise ServeError("the token must be ASCII text without spaces around it, and not empty")
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}, outside 0..65535")
-        if self.token is None and not is_loopback(self.host):
+        if self.token is None and not self.insecure_public and not is_loopback(self.host):
             raise ServeError(
                 f"host {self.host!r} is reachable from other machines and there is no token",
                 fix="set a token, or serve on 127.0.0.1",
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServeError("tls_cert and tls_key belong together", fix="give both files, or neither")
 
 
 def is_loopback(host: str) -> bool:
@@ -91,13 +102,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """A server in a background thread, with the model in a second one."""
+    """A server in a background thread, with the model in a second one.
 
-    def __init__(self, policy: Policy, config: ServerConfig | None = None):
+    load: makes what is served once more from where it came from, for a reload.
+    """
+
+    def __init__(self, policy: Policy, config: ServerConfig | None = None, *, load: Callable[[], Policy] | None = None):
         self.config = config or ServerConfig()
         self.service = Service(
-            policy, rules=self.config.observation, gate=self.config.gate, max_waiting=self.config.max_waiting
+            policy,
+            rules=self.config.observation,
+            gate=self.config.gate,
+            scheduling=self.config.scheduling,
+            chunking=self.config.chunking,
         )
+        self._load = load
+        self._loading = threading.Lock()
         self.port = self.config.port
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,7 +127,16 @@ class Server:
         if self._thread is not None:
             raise ServeError("the server has been started already", fix="make a new Server")
         uvicorn = require("uvicorn", "serve")
-        app = build_app(self.service, token=self.config.token, limits=self.config.limits)
+        from mmseq.serving.websocket import WebSocketProtocol
+
+        app = build_app(
+            self.service,
+            token=self.config.token,
+            limits=self.config.limits,
+            stuck_s=self.config.stuck_s,
+            reload=None if self._load is None else self.reload,
+        )
+        self._check_tls()
         listener = listen(self.config.host, self.config.port)
         self.port = listener.getsockname()[1]
         self._uvicorn = uvicorn.Server(
@@ -117,15 +146,17 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
-                ws="auto",
+                ws=WebSocketProtocol,
                 ws_max_size=self.config.limits.max_message_bytes,
                 ws_per_message_deflate=False,  # images do not shrink, and latency grows
                 timeout_graceful_shutdown=max(1, round(self.config.grace_s)),
                 server_header=False,
+                ssl_certfile=self.config.tls_cert,
+                ssl_keyfile=self.config.tls_key,
             )
         )
         ready = threading.Event()
-        self.service.worker.start()
+        self.service.start()
         self._thread = threading.Thread(target=self._run, args=(listener, ready), name="mmseq-server", daemon=True)
         self._thread.start()
         ready.wait()
@@ -135,10 +166,36 @@ class Server:
         log.info("serving %s on %s", self.service.contract.name, self.url)
         return self
 
+    def _check_tls(self) -> None:
+        if self.config.tls_cert is None:
+            return
+        import ssl
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.config.tls_cert, self.config.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ServeError(
+                f"cannot use tls_cert {self.config.tls_cert} with tls_key {self.config.tls_key}: {error}",
+                fix="give a PEM certificate and its private key",
+            ) from error
+
+    def reload(self) -> None:
+        """Load what is served once more, beside what serves meanwhile, and serve it from the next request on.
+
+        Raises: ServeError when there is nothing to load or it has another contract, or what loading raises.
+        """
+        if self._load is None:
+            raise ServeError("this server has nothing to load again", fix="start it with a checkpoint")
+        with self._loading:
+            policy = self._load()
+            prepare(policy)
+            self.service.replace(policy)
+        log.info("serving %s as it is now", self.service.contract.name)
+
     @property
     def url(self) -> str:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.config.tls_cert else 'http'}://{host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -173,7 +230,7 @@ class Server:
                 log.warning("requests under way were cut off")
         self._uvicorn.should_exit = True
         self._thread.join(self.config.grace_s + 5)
-        if not self.service.worker.stop(1.0):
+        if not self.service.scheduler.stop(1.0):
             log.warning("the policy is still busy; its thread is left behind")
 
     def __enter__(self) -> Server:
@@ -184,21 +241,43 @@ class Server:
 
 
 def serve(
-    policy: Policy, config: ServerConfig | None = None, *, on_ready: Callable[[Server], None] | None = None
+    policy: Policy,
+    config: ServerConfig | None = None,
+    *,
+    load: Callable[[], Policy] | None = None,
+    on_ready: Callable[[Server], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then stop cleanly and return. Call from the main thread.
 
-    on_ready: called once requests are accepted, e.g. to print the address.
+    load: what SIGHUP and `POST /v1/reload` serve from then on. on_ready: called once requests are accepted, e.g.
+    to print the address.
     """
-    server, asked = Server(policy, config), threading.Event()
-    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    server, woken = Server(policy, config, load=load), threading.Event()
+    asked: set[int] = set()
+
+    def note(number: int, _: object) -> None:
+        asked.add(number)
+        woken.set()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)  # a model in Python must not keep the sockets waiting for 5 ms
     try:
         with server:
             if on_ready is not None:
                 on_ready(server)
-            while not asked.wait(1.0):
+            while not asked & {signal.SIGTERM, signal.SIGINT}:
+                woken.wait(1.0)
+                woken.clear()
                 if not server.alive:
                     raise ServeError("the server ended by itself", fix="see the log")
+                if signal.SIGHUP in asked:
+                    asked.discard(signal.SIGHUP)
+                    try:
+                        server.reload()
+                    except MMSeqError as error:
+                        log.error("nothing was reloaded: %s", error)
     finally:
+        sys.setswitchinterval(interval)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A request from its decoding to its reply, without any network: check, infer, safety gate, timing."""
+"""A request from its decoding to its reply, without any network: check, schedule, infer, splice, gate, timing."""
 
 from __future__ import annotations
 
@@ -6,55 +6,162 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmseq.embodiment import Embodiment
-from mmseq.errors import MMSeqError
+from mmseq.errors import MMSeqError, ServeError
+from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy
 from mmseq.serving.safety import GateConfig, SafetyGate
-from mmseq.serving.worker import Worker
+from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
+from mmseq.serving.session import Session
 
 log = logging.getLogger("mmseq.serving")
 
+HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
+
 
 class Service:
-    """One policy behind its contract. The coroutines belong to one event loop."""
+    """One policy behind its contract. The coroutines belong to one event loop.
 
-    def __init__(self, policy: Policy, *, rules: ObservationRules, gate: GateConfig, max_waiting: int):
+    on_reply: told (seconds of the whole request, seconds of the model, requests in its batch) of each answer.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        rules: ObservationRules | None = None,
+        gate: GateConfig | None = None,
+        scheduling: SchedulerConfig | None = None,
+        chunking: Chunking | None = None,
+    ):
         self.policy = policy
-        self.contract = Contract.from_policy(policy)
-        self.rules = rules
-        self.gate = SafetyGate(gate)
-        self.worker = Worker(max_waiting)
+        contract = Contract.from_policy(policy)
+        self.chunking = (chunking or Chunking()).resolve(contract.horizon, prefix=contract.prefix)
+        self.contract = contract.chunked(self.chunking)
+        self.rules = rules or ObservationRules()
+        self.gate = SafetyGate(gate or GateConfig())
+        self.scheduler = Scheduler(self._answer, scheduling or SchedulerConfig())
+        self.on_reply: Callable[[float, float, int], None] | None = None
         self.started_at = time.monotonic()
         self.requests: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.sessions: dict[int, Session] = {}
+        self.delays = Delays()
         self.in_flight = 0
         self.stopping = False
+        self.warm = False
+        self.held: str | None = None  # the reason of the operator's hold
+        self.holds = 0  # begun since the start: what was asked before the last one is not answered after it
+        self.reloads = 0
 
-    async def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """The reply to an observation: `actions` float32 (H, D), `policy_timing`, `server_timing`, in ms.
+    # Sessions
+
+    def open(self, peer: str = "") -> Session:
+        session = Session(self.chunking, self.contract.horizon, peer=peer)
+        self.sessions[session.number] = session
+        self.scheduler.robots = len(self.sessions)
+        return session
+
+    def close(self, session: Session) -> None:
+        """Its robot is gone: nobody waits for what it asked."""
+        self.sessions.pop(session.number, None)
+        self.scheduler.robots = len(self.sessions)
+        if session.job is not None:
+            self.scheduler.cancel(session.job)
+
+    # The operator's hold
+
+    def hold(self, reason: str) -> int:
+        """Answer every request with `held` from now on, those under way included; how many sessions there are."""
+        self.held = reason
+        self.holds += 1
+        log.warning("held by the operator: %s", reason)
+        for session in self.sessions.values():
+            session.memory.forget()  # a robot that was stopped does not go on with what it was sent
+        self.scheduler.cancel_all(self._held())
+        return len(self.sessions)
+
+    def release(self) -> int:
+        """End the hold; how many sessions there are."""
+        if self.held is not None:
+            log.warning("released by the operator")
+        self.held = None
+        return len(self.sessions)
+
+    def _held(self) -> RequestError:
+        reason = self.held or "released meanwhile"
+        return RequestError(
+            "held",
+            f"an operator holds every robot: {reason}",
+            fix="keep the robot where it is, and ask again",
+            retry_after_ms=HELD_RETRY_MS,
+            reason=reason,
+        )
+
+    def _admit(self) -> None:
+        if self.stopping:
+            raise RequestError("stopping", "the server is stopping")
+        if self.held is not None:
+            raise self._held()
+
+    # Requests
+
+    async def infer(self, observation: dict[str, Any], session: Session) -> dict[str, Any]:
+        """The reply to an observation: `actions` float32 (H, A), `policy_timing`, `server_timing` in ms, and the
+        observation's `step` and `sent_at`.
 
         Raises: RequestError.
         """
+        arrived = time.monotonic()
         self.requests["infer"] += 1
+        session.requests += 1
+        session.asked_at = arrived
+        self._admit()
+        turn, observation = take_turn(observation)
         checked, embodiment = check_observation(observation, self.contract, self.rules)
-        result, timing = await self._run(self.policy.infer, checked)
+        session.serves(embodiment.name)
+        memory = session.memory
+        step = memory.begin(turn)
+        mode = "plain" if turn.chunking == "plain" else self.chunking.mode
+        if mode == "realtime" and step is not None and "action_prefix" not in checked:
+            delay = self.delays.steps(embodiment.rate_hz) if turn.delay is None else turn.delay
+            prefix = memory.prefix(step, delay)
+            if prefix is not None:
+                checked["action_prefix"] = prefix
+        if turn.step is not None:
+            checked["step"] = turn.step
+        job = self._job("infer", (checked,), arrived, turn)
+        result = await self._run(job, session)
         if "actions" not in result:
             raise self._broken("infer", TypeError(f"no 'actions' in {sorted(result)}"))
+        actions, prefix = result["actions"], checked.get("action_prefix")
+        before = memory.before(step) if step is not None else None
+        if mode == "ensemble" and step is not None:
+            actions = memory.ensemble(step, self.gate.well_formed(actions, embodiment, self.contract.horizon))
         reply = dict(result)
-        reply["actions"], clamped = self.gate.check(
-            result["actions"], embodiment, horizon=self.contract.horizon, prefix=checked.get("action_prefix")
+        reply["actions"], safety = self.gate.check(
+            actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before
         )
-        if clamped:
-            reply["safety"] = {"clamped": clamped}
+        took = time.monotonic() - arrived
+        self.gate.stale(1000 * took)
+        memory.remember(step, reply["actions"])
+        self.delays.add(took)
+        if safety:
+            reply["safety"] = safety
+        timing = self._timing(job)
         reply.setdefault("policy_timing", {"infer_ms": timing["infer_ms"]})
         reply["server_timing"] = timing
+        if turn.step is not None:
+            reply["step"] = turn.step
+        if turn.sent_at is not None:
+            reply["sent_at"] = turn.sent_at
         return reply
 
     async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +169,9 @@ class Service:
 
         Predicted actions go through the safety gate like those of `infer`. Raises: RequestError.
         """
+        arrived = time.monotonic()
         self.requests["predict"] += 1
+        self._admit()
         arrow, observation = body.get("arrow"), body.get("observation")
         if not isinstance(arrow, str) or not isinstance(observation, dict) or set(body) != {"arrow", "observation"}:
             raise RequestError(
@@ -71,9 +180,9 @@ class Service:
         if not all(isinstance(key, str) for key in observation):
             raise RequestError("malformed", "the keys of an observation are text", key="observation")
         checked, embodiment = check_given(observation, self.contract, self.rules)
-        result, timing = await self._run(self.policy.predict, arrow, checked)
-        prediction = self._gate_prediction(dict(result), embodiment)
-        return {"prediction": prediction, "server_timing": timing}
+        job = self._job("predict", (arrow, checked), arrived, Turn())
+        prediction = self._gate_prediction(dict(await self._run(job, None)), embodiment)
+        return {"prediction": prediction, "server_timing": self._timing(job)}
 
     def _gate_prediction(self, prediction: dict[str, Any], embodiment: Embodiment) -> dict[str, Any]:
         for key, value in prediction.items():
@@ -81,38 +190,94 @@ class Service:
                 prediction[key], _ = self.gate.check(value, embodiment, horizon=None)
         return prediction
 
-    async def _run(self, call: Callable[..., Any], *arguments: Any) -> tuple[dict[str, Any], dict[str, float]]:
-        if self.stopping:
-            raise RequestError("stopping", "the server is stopping")
-        asked = time.perf_counter()
+    def _job(self, call: str, arguments: tuple, arrived: float, turn: Turn) -> Job:
+        expires = None if turn.deadline_ms is None else arrived + turn.deadline_ms / 1000
+        background = call == "predict"
+        key: Any = object()  # alone
+        batch_key = getattr(self.policy, "batch_key", None)
+        if not background and batch_key is not None:
+            key = batch_key(arguments[0])
+        return Job(
+            call=call,
+            arguments=arguments,
+            key=key,
+            future=asyncio.get_running_loop().create_future(),
+            arrived=arrived,
+            order=arrived + (BACKGROUND_S if background else ORDER_S) if expires is None else expires,
+            expires=expires,
+            background=background,
+        )
 
-        def timed() -> tuple[Any, float, float]:
-            begun = time.perf_counter()
-            result = call(*arguments)
-            return result, begun, time.perf_counter()
-
+    async def _run(self, job: Job, session: Session | None) -> dict[str, Any]:
+        holds = self.holds
+        self.scheduler.submit(job)
+        if session is not None:
+            session.job = job
         self.in_flight += 1
         try:
-            result, begun, ended = await asyncio.wrap_future(self.worker.submit(timed))
-        except RequestError:
-            raise
-        except MMSeqError as error:
-            raise RequestError("refused", str(error)) from error
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            raise self._broken(call.__name__, error) from error
+            result = await job.future
         finally:
             self.in_flight -= 1
-        if not isinstance(result, dict):
-            raise self._broken(call.__name__, TypeError(f"returned {type(result).__name__}"))
-        return result, {"infer_ms": 1000 * (ended - begun), "queue_ms": 1000 * (begun - asked)}
+            if session is not None:
+                session.job = None
+        if holds != self.holds:
+            raise self._held()
+        if self.on_reply is not None:
+            self.on_reply(time.monotonic() - job.arrived, job.ended - job.begun, job.batch)
+        return result
+
+    @staticmethod
+    def _timing(job: Job) -> dict[str, float]:
+        queue_ms, infer_ms = 1000 * (job.begun - job.arrived), 1000 * (job.ended - job.begun)
+        return {"infer_ms": infer_ms, "queue_ms": queue_ms, "batch": job.batch}
+
+    # In the model's thread
+
+    def _answer(self, batch: Sequence[Job]) -> None:
+        policy = self.policy  # one for the whole batch, also when another takes its place meanwhile
+        if len(batch) > 1:
+            try:
+                results = policy.infer_many([job.arguments[0] for job in batch])  # type: ignore[attr-defined]
+                if len(results) != len(batch):
+                    raise ServeError(f"infer_many gave {len(results)} results for {len(batch)} observations")
+                for job, result in zip(batch, results):
+                    job.outcome = self._outcome(job.call, result)
+                return
+            except Exception as error:  # one of them may be at fault: each by itself then
+                log.warning("a batch of %d failed, answering one by one: %s", len(batch), error)
+        for job in batch:
+            try:
+                job.outcome = self._outcome(job.call, getattr(policy, job.call)(*job.arguments))
+            except BaseException as error:
+                job.outcome = self._outcome(job.call, error)
+
+    def _outcome(self, call: str, result: Any) -> Any:
+        """A policy's result as a dict, or the RequestError that it amounts to."""
+        if isinstance(result, dict | RequestError):
+            return result
+        if isinstance(result, MMSeqError):
+            return RequestError("refused", str(result))
+        if not isinstance(result, BaseException):
+            result = TypeError(f"returned {type(result).__name__}")
+        return self._broken(call, result)
 
     def _broken(self, call: str, error: BaseException) -> RequestError:
         log.error("the policy failed in %s", call, exc_info=error)
         return RequestError(
             "policy_failed", f"the policy failed in {call} with {type(error).__name__}", fix="see the server's log"
         )
+
+    # Its life
+
+    def start(self) -> None:
+        self.scheduler.start(self._warm_up)
+
+    def _warm_up(self) -> None:
+        try:
+            prepare(self.policy)
+        except Exception:  # what is wrong with it, the first request will say
+            log.exception("the policy failed to warm up")
+        self.warm = True
 
     def refused(self, error: Exception) -> RequestError:
         """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
@@ -124,13 +289,39 @@ class Service:
         self.errors[error.code] += 1
         return error
 
+    def replace(self, policy: Policy) -> None:
+        """Serve `policy` from the next batch on; sessions stay. Raises: ServeError unless its contract is the same."""
+        theirs = Contract.from_policy(policy).chunked(self.chunking).to_dict()
+        mine = self.contract.to_dict()
+        differing = sorted(key for key in mine if key not in ("name", "checkpoint") and mine[key] != theirs.get(key))
+        if differing:
+            raise ServeError(
+                f"the new policy has another contract: {', '.join(differing)}", fix="start a second server for it"
+            )
+        self.policy = policy
+        self.reloads += 1
+
+    def not_ready(self, stuck_s: float) -> str | None:
+        """Why no request should be sent here; None when this server is ready."""
+        if self.stopping:
+            return "stopping"
+        if not self.warm:
+            return "warming up"
+        if self.scheduler.busy_s > stuck_s:
+            return f"the model has been busy for {self.scheduler.busy_s:.0f} s"
+        return None
+
     def status(self) -> dict[str, Any]:
         return {
             "uptime_s": round(time.monotonic() - self.started_at, 1),
+            "held": self.held,
             "in_flight": self.in_flight,
-            "waiting": self.worker.waiting,
+            "waiting": self.scheduler.waiting,
             "requests": dict(self.requests),
             "errors": dict(self.errors),
+            "batches": {str(size): count for size, count in sorted(self.scheduler.stats.sizes.items())},
+            "sessions": [session.status() for session in list(self.sessions.values())[:256]],
+            "reloads": self.reloads,
             "safety": self.gate.status(),
         }
 
@@ -140,6 +331,13 @@ class Service:
         deadline = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+
+
+def prepare(policy: Policy) -> None:
+    """Let a policy do once what is slow the first time."""
+    warm_up = getattr(policy, "warm_up", None)
+    if warm_up is not None:
+        warm_up()
 
 
 def example_observation(embodiment: Embodiment, *, seed: int = 0) -> dict[str, Any]:

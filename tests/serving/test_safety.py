@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,8 @@ def test_clamp_limits_and_counts(embodiment):
     gate, actions = SafetyGate(GateConfig()), chunk()
     actions[2, 1], actions[7, 3] = 5, -9
     checked, clamped = gate.check(actions, embodiment, horizon=8)
-    assert (checked[2, 1], checked[7, 3], clamped) == (2, -2, 2)
+    assert (checked[2, 1], checked[7, 3]) == (2, -1)  # the gripper's limits are open and closed
+    assert clamped == {"clamped": 2, "axes": {"y": {"limit": 1}, "gripper": {"limit": 1, "gripper": 1}}}
     assert actions[2, 1] == 5  # the policy's own array is left alone
     gate.check(chunk(), embodiment, horizon=8)
     assert (gate.counts.chunks, gate.counts.chunks_clamped, gate.counts.values_clamped) == (2, 1, 2)
@@ -53,3 +56,57 @@ def test_the_chunk_begins_with_exactly_the_prefix(embodiment):
     checked, _ = SafetyGate(GateConfig()).check(chunk(), embodiment, horizon=8, prefix=prefix)
     np.testing.assert_array_equal(checked[:3], prefix)
     np.testing.assert_array_equal(checked[3:], 0)
+
+
+def steady(embodiment, step=0.5):
+    return replace(embodiment, action=replace(embodiment.action, max_step=(step,) * 4))
+
+
+def test_a_jump_is_slowed_down_step_by_step(embodiment):
+    gate, actions = SafetyGate(GateConfig(gripper="ignore")), chunk()
+    actions[2:, 0] = 1.2
+    checked, told = gate.check(actions, steady(embodiment), horizon=8)
+    np.testing.assert_allclose(checked[:, 0], [0, 0, 0.5, 1, 1.2, 1.2, 1.2, 1.2], atol=1e-6)
+    assert told == {"clamped": 2, "axes": {"x": {"rate": 2}}}
+    assert gate.counts.by_axis["arm", "x", "rate"] == 2
+    assert np.abs(np.diff(checked, axis=0)).max() <= 0.5 + 1e-6
+
+
+def test_the_first_action_follows_the_one_before_it_or_the_prefix(embodiment):
+    gate, body = SafetyGate(GateConfig()), steady(embodiment)
+    before = np.array([1, 0, 0, 0], np.float32)
+    checked, _ = gate.check(chunk(), body, horizon=8, before=before)
+    np.testing.assert_allclose(checked[:3, 0], [0.5, 0, 0])
+    prefix = np.array([[2, 0, 0, 0], [1.8, 0, 0, 0]], np.float32)
+    checked, _ = gate.check(chunk(), body, horizon=8, prefix=prefix, before=before)
+    np.testing.assert_allclose(checked[:6, 0], [2, 1.8, 1.3, 0.8, 0.3, 0], atol=1e-6)  # what is committed stays
+
+
+def test_a_jump_is_refused_with_its_axis_where_configured(embodiment):
+    gate, actions = SafetyGate(GateConfig(too_fast="refuse")), chunk()
+    actions[4:, 1] = 0.75
+    with pytest.raises(RequestError, match=r"axis 'y' moves from 0 to 0.75 at step 4; its max_step is 0.5 m"):
+        gate.check(actions, steady(embodiment), horizon=8)
+    assert gate.status()["by_axis"] == {"arm": {"y": {"rate": 1}}}
+    assert gate.check(actions, embodiment, horizon=8)[1] == {}  # a contract that says nothing limits nothing
+
+
+def test_a_gripper_that_means_something_else(embodiment):
+    actions = chunk()
+    actions[5, 3] = 1.5  # open is 1
+    checked, told = SafetyGate(GateConfig()).check(actions, embodiment, horizon=8)
+    assert (checked[5, 3], told["axes"]) == (1, {"gripper": {"gripper": 1}})
+    with pytest.raises(RequestError, match=r"gripper 'gripper' is 1.5 at step 5; open is 1 and closed -1"):
+        SafetyGate(GateConfig(gripper="refuse")).check(actions, embodiment, horizon=8)
+    assert SafetyGate(GateConfig(gripper="ignore")).check(actions, embodiment, horizon=8)[1] == {}
+    actions[5, 3] = 1.1  # what data overshoot
+    assert SafetyGate(GateConfig(gripper="refuse")).check(actions, embodiment, horizon=8)[1] == {}
+
+
+def test_an_answer_that_is_too_old(embodiment):
+    gate = SafetyGate(GateConfig(max_age_ms=100))
+    gate.stale(99)
+    with pytest.raises(RequestError, match="took 101 ms") as caught:
+        gate.stale(101)
+    assert (caught.value.code, gate.counts.chunks_stale) == ("late", 1)
+    SafetyGate(GateConfig()).stale(1e9)

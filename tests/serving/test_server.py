@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -6,34 +5,15 @@ import sys
 import threading
 import time
 
-import httpx
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
 from mmseq.errors import ServeError
 from mmseq.serving import GateConfig, ReplayPolicy, Server, ServerConfig, codec
 from mmseq.serving.codec import Limits
-
-
-def dial(server, token=None, **headers):
-    if token:
-        headers["Authorization"] = f"Api-Key {token}"
-    return connect(
-        f"ws://127.0.0.1:{server.port}", compression=None, max_size=None, proxy=None, additional_headers=headers
-    )
-
-
-def ask(socket, observation):
-    socket.send(observation if isinstance(observation, bytes | str) else codec.pack(observation))
-    reply = socket.recv(timeout=10)
-    return codec.unpack(reply) if isinstance(reply, bytes) else json.loads(reply)["error"]
-
-
-def http(server, method, path, **arguments):
-    with httpx.Client(trust_env=False) as client:
-        return client.request(method, f"http://127.0.0.1:{server.port}{path}", **arguments)
+from mmseq.serving.scheduler import SchedulerConfig
+from mmseq.testing.wire import ask, dial, http
 
 
 class Scripted(ReplayPolicy):
@@ -147,7 +127,8 @@ class TestWebsocket:
             socket.recv()
             reply = ask(socket, far)
             assert reply["actions"].max() == 2
-            assert reply["safety"] == {"clamped": 32}
+            assert reply["safety"]["clamped"] == 32
+            assert reply["safety"]["axes"]["x"] == {"limit": 8}
         server = start(scripted, gate=GateConfig(out_of_range="refuse"))
         with dial(server) as socket:
             socket.recv()
@@ -292,7 +273,7 @@ class TestLife:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmseq-")]
 
     def test_too_many_waiting_requests_are_refused(self, start, scripted, observation):
-        server = start(scripted, max_waiting=1)
+        server = start(scripted, scheduling=SchedulerConfig(max_waiting=1))
         sockets = [dial(server) for _ in range(3)]
         try:
             for socket in sockets:

@@ -1,0 +1,43 @@
+"""A session: one robot's connection, and what the server remembers of it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+from mmseq.serving.chunking import Chunking, ChunkMemory
+from mmseq.serving.scheduler import Job
+
+_numbers = itertools.count(1)
+
+
+class Session:
+    """job: the request that waits or is computed; a session has one at a time, since a connection is read one
+    message after the other.
+    """
+
+    def __init__(self, chunking: Chunking, horizon: int, *, peer: str = ""):
+        self.number, self.peer = next(_numbers), peer
+        self.memory = ChunkMemory(chunking, horizon)
+        self.opened_at = self.asked_at = time.monotonic()
+        self.embodiment: str | None = None
+        self.requests = 0
+        self.job: Job | None = None
+
+    def serves(self, embodiment: str) -> None:
+        """Another robot on the same connection begins from nothing."""
+        if self.embodiment != embodiment:
+            self.memory.forget()
+            self.embodiment = embodiment
+
+    def status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "session": self.number,
+            "peer": self.peer,
+            "embodiment": self.embodiment,
+            "requests": self.requests,
+            "open_s": round(now - self.opened_at, 1),
+            "quiet_s": round(now - self.asked_at, 1),
+        }

@@ -1,0 +1,178 @@
+"""Which request is answered next, with whom, and which is not answered at all."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from mmseq.serving.errors import RequestError
+from mmseq.serving.scheduler import Job, Scheduler, SchedulerConfig
+
+
+class Model:
+    """Notes its batches, and waits in the first until it is released."""
+
+    def __init__(self, **config):
+        self.batches, self.gate, self.entered = [], threading.Event(), threading.Event()
+        self.scheduler = Scheduler(self.run, SchedulerConfig(**config))
+        self.scheduler.start()
+
+    def run(self, batch):
+        self.batches.append([job.arguments[0] for job in batch])
+        self.entered.set()
+        assert self.gate.wait(5)
+        for job in batch:
+            job.outcome = {"name": job.arguments[0]}
+
+    def ask(self, name, *, key="robot", deadline_s=None, order_s=1.0, background=False):
+        now = time.monotonic()
+        expires = None if deadline_s is None else now + deadline_s
+        job = Job(
+            call="infer",
+            arguments=(name,),
+            key=key,
+            future=asyncio.get_running_loop().create_future(),
+            arrived=now,
+            order=expires or now + order_s,
+            expires=expires,
+            background=background,
+        )
+        self.scheduler.submit(job)
+        return job
+
+    async def first(self):
+        job = self.ask("first")
+        await asyncio.to_thread(self.entered.wait, 5)
+        return job
+
+
+def run(scenario, **config):
+    model = Model(**config)
+    try:
+        asyncio.run(asyncio.wait_for(scenario(model), 10))
+    finally:
+        model.gate.set()
+        assert model.scheduler.stop(5)
+    return model
+
+
+def test_the_earliest_deadline_is_first_and_then_the_earliest_arrival():
+    async def scenario(model):
+        jobs = [await model.first()]
+        jobs += [model.ask("a"), model.ask("b"), model.ask("urgent", deadline_s=0.5), model.ask("c")]
+        model.gate.set()
+        assert [(await job.future)["name"] for job in jobs] == ["first", "a", "b", "urgent", "c"]
+
+    assert run(scenario, max_batch=1).batches == [["first"], ["urgent"], ["a"], ["b"], ["c"]]
+
+
+def test_requests_that_came_meanwhile_share_a_batch_with_their_kind():
+    async def scenario(model):
+        jobs = [await model.first()]
+        jobs += [model.ask(f"{kind}{i}", key=kind) for i in range(3) for kind in "ab"]
+        model.gate.set()
+        await asyncio.gather(*(job.future for job in jobs))
+        assert [job.batch for job in jobs] == [1, 2, 2, 2, 2, 1, 1]
+        assert model.scheduler.stats.sizes == {1: 3, 2: 2}
+
+    assert run(scenario, max_batch=2).batches[1:] == [["a0", "a1"], ["b0", "b1"], ["a2"], ["b2"]]
+
+
+def test_an_idle_model_waits_for_others_but_not_for_long():
+    async def scenario(model):
+        model.gate.set()
+        begun = time.monotonic()
+        jobs = [model.ask("a")]
+        await asyncio.sleep(0.01)
+        jobs.append(model.ask("b"))
+        await asyncio.gather(*(job.future for job in jobs))
+        assert 0.03 < time.monotonic() - begun < 1
+        begun = time.monotonic()
+        full = [model.ask("c"), model.ask("d"), model.ask("e")]
+        await asyncio.gather(*(job.future for job in full))
+        assert time.monotonic() - begun < 0.03  # nobody waits when a batch is full
+
+    assert run(scenario, batch_wait_ms=40, max_batch=3).batches == [["a", "b"], ["c", "d", "e"]]
+
+
+def test_a_full_queue_says_busy_at_once_and_when_to_come_back():
+    async def scenario(model):
+        await model.first()
+        waiting = [model.ask("a"), model.ask("b")]
+        for background in (False, True):
+            with pytest.raises(RequestError, match="2 requests are waiting") as caught:
+                model.ask("c", background=background)
+            assert caught.value.code == "busy"
+            assert caught.value.retry_after_ms >= 1
+        model.gate.set()
+        await asyncio.gather(*(job.future for job in waiting))
+        assert model.scheduler.waiting == 0
+
+    run(scenario, max_waiting=2)
+
+
+def test_the_background_takes_half_of_the_queue():
+    async def scenario(model):
+        await model.first()
+        model.ask("a", background=True), model.ask("b", background=True)
+        with pytest.raises(RequestError, match=r"requests are waiting"):
+            model.ask("c", background=True)
+        last = model.ask("robot")
+        model.gate.set()
+        await last.future
+
+    run(scenario, max_waiting=4)
+
+
+def test_a_retry_hint_grows_with_the_queue():
+    async def scenario(model):
+        model.gate.set()
+        await model.ask("a").future
+        model.scheduler.stats.batch_s = 0.1
+        assert model.scheduler.retry_after_ms() == pytest.approx(100)
+        model.scheduler.waiting = 7
+        assert model.scheduler.retry_after_ms() == pytest.approx(400)
+        model.scheduler.waiting = 0
+
+    run(scenario, max_batch=2)
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told_when_it_passes():
+    async def scenario(model):
+        first = await model.first()
+        late = model.ask("late", deadline_s=0.03)
+        begun = time.monotonic()
+        with pytest.raises(RequestError, match="deadline") as caught:
+            await late.future
+        assert caught.value.code == "late"
+        assert time.monotonic() - begun < 1  # the model is still busy with the first
+        model.gate.set()
+        await first.future
+
+    assert run(scenario).batches == [["first"]]
+
+
+def test_what_was_cancelled_never_runs_and_does_not_pile_up():
+    async def scenario(model):
+        first = await model.first()
+        for _ in range(500):  # a client that connects, asks and vanishes, over and over
+            model.scheduler.cancel(model.ask("gone"))
+        assert len(model.scheduler._heap) <= 2 * 4 + 1
+        kept = model.ask("kept")
+        model.gate.set()
+        await first.future
+        assert (await kept.future)["name"] == "kept"
+
+    assert run(scenario, max_waiting=4).batches == [["first"], ["kept"]]
+
+
+def test_whatever_the_model_raises_reaches_its_caller():
+    async def scenario(model):
+        model.scheduler._run = lambda batch: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            await model.ask("a").future
+        with pytest.raises(ZeroDivisionError):
+            await model.ask("b").future
+
+    run(scenario)
