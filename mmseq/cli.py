@@ -177,14 +177,22 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--out", metavar="DIR", help="write JSON, PNG and MP4 there")
 
     c = add(commands, "serve", _serve, "serve a checkpoint to robots, on openpi's websocket protocol and HTTP")
-    c.add_argument("checkpoint", metavar="CHECKPOINT")
-    c.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; a public address needs a token")
-    c.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    c.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="what to serve; or see --config, --replay")
+    c.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as gate.too_fast=refuse")
+    c.add_argument("--config", metavar="FILE", help="settings as YAML; serve/server.yaml has them all")
+    c.add_argument("--replay", metavar="DATASET:EPISODE", help="send the recorded actions of an episode: a dry run")
+    c.add_argument("--host", help="default: 127.0.0.1; a public address needs a token")
+    c.add_argument("--port", type=int, help="default: 8000; 0 takes a free one")
     c.add_argument("--token-file", metavar="FILE", help="clients must send its content as `Authorization: Api-Key`")
+    c.add_argument("--insecure-public", action="store_true", default=None, help="a public address without a token")
+    c.add_argument("--tls-cert", metavar="FILE", help="serve https and wss with this PEM certificate")
+    c.add_argument("--tls-key", metavar="FILE", help="its private key")
+    c.add_argument("--chunking", metavar="MODE", help="plain, ensemble or realtime, for clients that do not do it")
+    c.add_argument("--execute", type=int, help="control steps between two requests of such a client")
     c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
     c.add_argument("--embodiment", metavar="NAME", help="the one robot to serve; default: all it knows")
     c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
-    c.add_argument("--device", default="cpu")
+    c.add_argument("--device", help="default: cpu")
 
     c = add(commands, "eval", _eval, "drive the simulator through the server")
     c.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -294,27 +302,26 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from mmseq.serving.model_policy import serve_checkpoint
+    from dataclasses import replace
 
-    token = None
-    if args.token_file:
-        try:
-            token = Path(args.token_file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--token-file {args.token_file}: {getattr(error, 'strerror', 'not text')}") from error
-        if not token:
-            raise ConfigError(f"--token-file {args.token_file} is empty")
-    serve_checkpoint(
-        args.checkpoint,
-        host=args.host,
-        port=args.port,
-        token=token,
-        device=args.device,
-        arrow=args.policy,
-        embodiment=args.embodiment,
-        passes=args.passes,
-        on_ready=lambda server: print(f"serving {args.checkpoint} at {server.url}", flush=True),
-    )
+    from mmseq.config import load_config
+    from mmseq.serving.launch import ServeSettings, launch
+
+    overrides = list(args.overrides)
+    if args.checkpoint and "=" in args.checkpoint and not Path(args.checkpoint).exists():
+        overrides, args.checkpoint = [args.checkpoint, *overrides], None
+    settings = load_config(ServeSettings, args.config, overrides)
+    if args.replay and args.config and not args.checkpoint:
+        settings.checkpoint = None  # the file's settings, another thing to serve
+    names = ("replay", "host", "port", "token_file", "insecure_public", "tls_cert", "tls_key", "policy", "embodiment")
+    for name in ("checkpoint", *names, "passes", "device"):
+        if getattr(args, name) is not None:
+            setattr(settings, name, getattr(args, name))
+    changes = {"mode": args.chunking, "execute": args.execute}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    settings.chunking = replace(settings.chunking, **changes)
+    what = settings.checkpoint or f"the recorded actions of {settings.replay}"
+    launch(settings, on_ready=lambda server: print(f"serving {what} at {server.url}", flush=True))
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mmseq.errors import MMSeqError, require
-from mmseq.serving import codec
+from mmseq.serving import codec, media
 from mmseq.serving.errors import RequestError
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
@@ -159,7 +159,19 @@ def build_app(
             )
         decode, encode = (codec.unpack, codec.pack) if kind in MSGPACK else (codec.from_json, codec.to_json)
         body = codec.message(decode(await body_of(request), limits))
-        return Response(encode_reply(encode, await service.predict(body)), media_type=kind)
+        form = body.pop("as", "array")
+        if form not in media.KINDS:
+            raise RequestError("malformed", f"'as' is {form!r:.40}, expected one of {', '.join(media.KINDS)}", key="as")
+        reply, rate_hz = await service.predict(body)
+        accepted = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip().lower()
+        in_thread = asyncio.to_thread  # a video takes longer than the loop may be away
+        if accepted in ("image/png", "video/mp4"):
+            data = await in_thread(media.only_file, reply["prediction"], accepted, rate_hz)
+            return Response(data, media_type=accepted)
+        if form != "array":
+            text = kind not in MSGPACK
+            reply["prediction"] = await in_thread(media.as_files, reply["prediction"], form, rate_hz, text=text)
+        return Response(encode_reply(encode, reply), media_type=kind)
 
     async def websocket(socket: WebSocket) -> None:
         try:

@@ -1,6 +1,7 @@
 """ModelPolicy: a checkpoint as the server sees it.
 
-    serve_checkpoint("runs/demo/checkpoint", port=8000)
+    policy = ModelPolicy.from_pretrained("runs/demo/checkpoint")
+    serve(policy, ServerConfig(port=8000))
 
 An observation holds what is known now: `observation.images.<camera>` uint8 (H, W, 3), or (n, H, W, 3)
 with the past frames that end now; `observation.state` float32 (axes,); `prompt`. For other arrows also
@@ -11,7 +12,7 @@ also `@end`: what a given `image@+16` shows) and `question`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -303,29 +304,3 @@ def required_keys(task: Task, body: Embodiment) -> list[str]:
         elif segment.stream == "proprio":
             keys["observation.state"] = None
     return list(keys)
-
-
-def serve_checkpoint(
-    checkpoint: str | Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    device: str = "cpu",
-    arrow: str | None = None,
-    embodiment: str | None = None,
-    passes: int | None = None,
-    blank_images: bool = False,
-    on_ready: Callable[..., None] | None = None,
-) -> None:
-    """Serve a checkpoint until SIGTERM or SIGINT.
-
-    Raises: ServeError when the port is in use, or the address is public and there is no token.
-    """
-    from mmseq.serving.server import ServerConfig, serve
-
-    config = ServerConfig(host=host, port=port, token=token)
-    policy = ModelPolicy.from_pretrained(
-        checkpoint, device=device, arrow=arrow, embodiment=embodiment, passes=passes, blank_images=blank_images
-    )
-    serve(policy, config, on_ready=on_ready)

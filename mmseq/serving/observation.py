@@ -46,7 +46,7 @@ class ObservationRules:
 
     unknown_keys: Literal["refuse", "ignore"] = "refuse"
     state_range: Literal["refuse", "clamp", "ignore"] = "refuse"
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 def canonical_keys(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
 ORDER_S = 1.0  # a request without a deadline stands in the queue as if it had this one
@@ -33,6 +34,11 @@ class SchedulerConfig:
     max_waiting: int = 32
     max_batch: int = 8
     batch_wait_ms: float = 0.0
+
+    def __post_init__(self):
+        for name, least in (("max_waiting", 1), ("max_batch", 1), ("batch_wait_ms", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"scheduling.{name} is {getattr(self, name)}", fix=f"use {least} or more")
 
 
 @dataclass(eq=False, slots=True)

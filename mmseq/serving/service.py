@@ -164,8 +164,9 @@ class Service:
             reply["sent_at"] = turn.sent_at
         return reply
 
-    async def predict(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`{"arrow": text, "observation": map}` -> `{"prediction": {stream: value}, "server_timing": {...}}`.
+    async def predict(self, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """`{"arrow": text, "observation": map}` -> `{"prediction": {stream: value}, "server_timing": {...}}`, and the
+        rate of its steps in Hz.
 
         Predicted actions go through the safety gate like those of `infer`. Raises: RequestError.
         """
@@ -182,7 +183,7 @@ class Service:
         checked, embodiment = check_given(observation, self.contract, self.rules)
         job = self._job("predict", (arrow, checked), arrived, Turn())
         prediction = self._gate_prediction(dict(await self._run(job, None)), embodiment)
-        return {"prediction": prediction, "server_timing": self._timing(job)}
+        return {"prediction": prediction, "server_timing": self._timing(job)}, embodiment.rate_hz
 
     def _gate_prediction(self, prediction: dict[str, Any], embodiment: Embodiment) -> dict[str, Any]:
         for key, value in prediction.items():

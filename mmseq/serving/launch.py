@@ -1,0 +1,135 @@
+"""`mmseq serve`: from a checkpoint, or a recorded episode, and a file of settings to a running server.
+
+mmseq serve runs/demo/checkpoint --chunking realtime --execute 8
+mmseq serve --config serve/server.yaml gate.too_fast=refuse
+mmseq serve --replay shards/robot:3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmseq.errors import ConfigError, DataError, did_you_mean
+from mmseq.serving.chunking import Chunking
+from mmseq.serving.codec import Limits
+from mmseq.serving.observation import ObservationRules
+from mmseq.serving.policy import Policy, ReplayPolicy
+from mmseq.serving.safety import GateConfig
+from mmseq.serving.scheduler import SchedulerConfig
+from mmseq.serving.server import Server, ServerConfig, serve
+
+
+@dataclass(kw_only=True)
+class ServeSettings:
+    """What `mmseq serve` can be told, by a YAML file and `key=value`.
+
+    checkpoint: a directory; or replay: `DATASET:EPISODE`, whose recorded actions are sent in chunks of
+    replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the one
+    robot to serve. passes: forward passes per chunk. token_file: a file with the token that clients must send. The
+    rest is described at `ServerConfig`.
+    """
+
+    checkpoint: str | None = None
+    replay: str | None = None
+    replay_horizon: int = 16
+    device: str = "cpu"
+    policy: str | None = None
+    embodiment: str | None = None
+    passes: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_file: str | None = None
+    insecure_public: bool = False
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    chunking: Chunking = field(default_factory=Chunking)
+    gate: GateConfig = field(default_factory=GateConfig)
+    observation: ObservationRules = field(default_factory=ObservationRules)
+    scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
+    limits: Limits = field(default_factory=Limits)
+    stuck_s: float = 30.0
+    grace_s: float = 10.0
+
+
+def server_config(settings: ServeSettings) -> ServerConfig:
+    """Raises: ConfigError for a token that cannot be read, ServeError for what cannot be served."""
+    same = ("host", "port", "insecure_public", "tls_cert", "tls_key", "chunking", "gate", "observation")
+    same += ("scheduling", "limits", "stuck_s", "grace_s")
+    return ServerConfig(token=_token(settings.token_file), **{name: getattr(settings, name) for name in same})
+
+
+def loader(settings: ServeSettings) -> Callable[[], Policy]:
+    """What loads the policy, now and at every reload. Raises: ConfigError when there is none, or two."""
+    if (settings.checkpoint is None) == (settings.replay is None):
+        raise ConfigError(
+            "nothing to serve" if settings.checkpoint is None else "a checkpoint and a replay cannot both be served",
+            fix="name a checkpoint, or an episode with --replay DATASET:EPISODE",
+        )
+    return lambda: _load(settings)
+
+
+def _load(settings: ServeSettings) -> Policy:
+    if settings.replay is not None:
+        return replay_policy(
+            settings.replay,
+            embodiment=settings.embodiment,
+            horizon=settings.replay_horizon,
+            execute=settings.chunking.execute,
+        )
+    from mmseq.serving.model_policy import ModelPolicy
+
+    assert settings.checkpoint is not None
+    return ModelPolicy.from_pretrained(
+        settings.checkpoint,
+        device=settings.device,
+        arrow=settings.policy,
+        embodiment=settings.embodiment,
+        passes=settings.passes,
+    )
+
+
+def replay_policy(
+    address: str, *, embodiment: str | None = None, horizon: int = 16, execute: int | None = None
+) -> ReplayPolicy:
+    """The recorded actions of `DATASET:EPISODE`, or of a dataset's first episode.
+
+    Raises: ConfigError for an address that is none, DataError for an episode that is not there.
+    """
+    from mmseq.data.sources import embodiments_of, open_source  # data lies beside serving: reached for on demand
+
+    path, colon, number = address.rpartition(":")
+    if not colon or not number.isdigit():
+        if colon and not Path(address).exists():
+            raise ConfigError(f"replay is {address!r}: {number!r} is not a number", fix="write DATASET:EPISODE")
+        path, number = address, "0"
+    source = open_source(path)
+    if int(number) >= len(source):
+        raise DataError(f"{path} has {len(source)} episodes, numbered from 0: there is no {number}")
+    episode, robots = source[int(number)], {robot.name: robot for robot in embodiments_of(source)}
+    name = embodiment or episode.embodiment or next(iter(robots), "")
+    if name not in robots:
+        raise DataError(f"{path} has no contract of robot {name!r}: {did_you_mean(str(name), robots)}")
+    return ReplayPolicy(episode, robots[name], horizon=horizon, execute=execute)
+
+
+def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. SIGHUP loads what is served again.
+
+    Raises: ConfigError, ServeError, or what loading raises.
+    """
+    config, load = server_config(settings), loader(settings)  # mistakes are told before anything is loaded
+    serve(load(), config, load=load, on_ready=on_ready)
+
+
+def _token(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path}: {getattr(error, 'strerror', 'not text')}") from error
+    if not token:
+        raise ConfigError(f"--token-file {path} is empty")
+    return token
