@@ -215,9 +215,10 @@ def build_parser() -> argparse.ArgumentParser:
         "loader       token shards and live video against lerobot: data=PATH_TO_LEROBOT_V3 window=1 seconds=60 ...\n"
         "loss         the range loss against full fp32 logits: positions=4096 vocabulary=150000 ...\n"
         "packing      useful slots of packed rows: blocks=4\n"
-        "decode       a chunk of actions against transformers' generate: width=256 layers=4 passes=4 seconds=60 ...",
+        "decode       a chunk of actions against transformers' generate: width=256 layers=4 passes=4 seconds=60 ...\n"
+        "serve        the server against openpi's: image=224 cameras=3 clients=32 seconds=20 ...",
     )
-    c.add_argument("what", metavar="BENCH", choices=("throughput", "loader", "loss", "packing", "decode"))
+    c.add_argument("what", metavar="BENCH", choices=("throughput", "loader", "loss", "packing", "decode", "serve"))
     c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the bench")
     c.add_argument("--json", metavar="FILE", help="write the rows there as JSON")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import json
 import math
 import re
@@ -105,7 +106,11 @@ def _text(value: Any, what: str) -> str:
 
 
 def _dtype(value: Any) -> np.dtype:
-    text = _text(value, "a dtype")
+    return _dtype_of(_text(value, "a dtype"))
+
+
+@functools.lru_cache(maxsize=64)
+def _dtype_of(text: str) -> np.dtype:
     if not (_NUMBER.fullmatch(text) or _TEXT.fullmatch(text)):
         raise malformed(f"dtype {text[:40]!r}", fix="send bool, int, uint, float or text arrays")
     return np.dtype(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +12,21 @@ from mmseq.serving.service import Service
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SIZES = (1, 2, 4, 8, 16, 32)
+
+
+class _Counts:
+    """A histogram whose `add` costs a request next to nothing."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, how many lie below), as Prometheus wants them."""
+        return list(zip([*map(str, map(float, self.bounds)), "+Inf"], itertools.accumulate(self.counts)))
 
 
 class Metrics:
@@ -22,17 +39,13 @@ class Metrics:
         self._service, self._stuck_s = service, stuck_s
         self._registry = self._client.CollectorRegistry()
         self._registry.register(self)
-        histogram = self._client.Histogram
-        options: dict[str, Any] = {"registry": self._registry}
-        self._total = histogram("mmseq_request_seconds", "From arrival to answer", buckets=SECONDS, **options)
-        self._model = histogram("mmseq_model_seconds", "Of the model call", buckets=SECONDS, **options)
-        self._batch = histogram("mmseq_batch_size", "Requests that shared a model call", buckets=SIZES, **options)
+        self._total, self._model, self._batch = _Counts(SECONDS), _Counts(SECONDS), _Counts(SIZES)
         service.on_reply = self._observe
 
     def _observe(self, total_s: float, model_s: float, batch: int) -> None:
-        self._total.observe(total_s)
-        self._model.observe(model_s)
-        self._batch.observe(batch)
+        self._total.add(total_s)
+        self._model.add(model_s)
+        self._batch.add(batch)
 
     def text(self) -> bytes:
         return self._client.generate_latest(self._registry)
@@ -52,6 +65,12 @@ class Metrics:
         def gauge(name: str, help: str, value: float) -> Any:
             return core.GaugeMetricFamily(name, help, value=value)
 
+        def histogram(name: str, help: str, counts: _Counts) -> Any:
+            return core.HistogramMetricFamily(name, help, buckets=counts.buckets(), sum_value=counts.sum)
+
+        yield histogram("mmseq_request_seconds", "From arrival to answer", self._total)
+        yield histogram("mmseq_model_seconds", "Of the model call", self._model)
+        yield histogram("mmseq_batch_size", "Requests that shared a model call", self._batch)
         gate = service.gate.counts
         yield counter("mmseq_requests", "Requests by kind", ["call"], dict(service.requests))
         yield counter("mmseq_errors", "Refused requests by code", ["code"], dict(service.errors))

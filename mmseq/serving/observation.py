@@ -76,6 +76,8 @@ def canonical_keys(
 
 
 def _canonical_key(key: str, cameras: list[str]) -> str:
+    if key.startswith(IMAGES) or key in OTHER_KEYS:
+        return key.replace("/", ".")
     key = key.replace("/", ".")
     if key == "state":
         return STATE
@@ -229,14 +231,18 @@ def check_observation(
             raise RequestError(
                 "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
             )
-    known = [*image_keys(embodiment), *([STATE] if embodiment.proprio else []), *OTHER_KEYS]
-    known += [key for key in (*required, *TURN_KEYS) if key not in known]
+    cameras = {IMAGES + camera.name: camera for camera in embodiment.cameras}
+    known = {*cameras, *required, *([STATE] if embodiment.proprio else []), *OTHER_KEYS}
     checked: dict[str, Any] = {}
     for key, value in flat.items():
-        if key not in known:
+        if key in cameras:
+            checked[key] = check_image(value, cameras[key], key=key)
+        elif key not in known:
             if rules.unknown_keys == "refuse":
                 raise RequestError(
-                    "unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key
+                    "unknown_key",
+                    f"{key[:80]!r} is not known: {did_you_mean(key[:80], known | set(TURN_KEYS))}",
+                    key=key,
                 )
         elif key == "prompt":
             checked[key] = _check_text(value, key)

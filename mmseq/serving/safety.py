@@ -112,10 +112,11 @@ class SafetyGate:
         limits = self._of(embodiment)
         found: dict[str, np.ndarray] = {}
         free = actions[n:]  # a view: what is not committed yet
-        outside = (free < limits.low - limits.slack) | (free > limits.high + limits.slack)
-        if outside.any():
-            found["limit"] = outside
-            if self.config.out_of_range == "refuse":
+        if not ((free >= limits.low) & (free <= limits.high)).all():
+            outside = (free < limits.low - limits.slack) | (free > limits.high + limits.slack)
+            if outside.any():
+                found["limit"] = outside
+            if outside.any() and self.config.out_of_range == "refuse":
                 step, axis = np.argwhere(outside)[0]
                 self._violated(
                     found,
@@ -123,7 +124,7 @@ class SafetyGate:
                     f"action axis {axes.names[axis]!r} is {free[step, axis]:.5g} at step {n + step}, outside "
                     f"{axes.minimum[axis]:.5g}..{axes.maximum[axis]:.5g} {axes.units[axis]}",
                 )
-        np.clip(free, limits.low, limits.high, out=free)
+            np.clip(free, limits.low, limits.high, out=free)
         self._gripper(free, n, limits, embodiment, found)
         if limits.max_step is not None:
             self._rate(actions, n, limits.max_step, before, embodiment, found)

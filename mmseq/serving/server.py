@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import ipaddress
 import logging
 import signal
@@ -262,6 +263,8 @@ def serve(
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)  # a model in Python must not keep the sockets waiting for 5 ms
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no pause to look through a million objects of torch
     try:
         with server:
             if on_ready is not None:
@@ -279,5 +282,6 @@ def serve(
                         log.error("nothing was reloaded: %s", error)
     finally:
         sys.setswitchinterval(interval)
+        gc.unfreeze()
         for number, handler in previous.items():
             signal.signal(number, handler)

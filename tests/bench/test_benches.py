@@ -17,6 +17,7 @@ TINY = {
     "loss": "positions=64 width=8 vocabulary=20000 turns=2 seconds=0.1",
     "packing": "blocks=1",
     "decode": "width=64 layers=1 vocabulary=600 horizon=4 axes=2 passes=2 seconds=0.1",
+    "serve": "cameras=1 image=32 calls=20 seconds=0 clients=3 load_s=0.3 load_turns=1 model_ms=1",
 }
 
 
@@ -103,6 +104,17 @@ def test_decode_computes_what_transformers_computes(tmp_path, capsys):
     assert "logits agree to" in out
 
 
+def test_serve_answers_every_client_with_its_own(tmp_path, capsys):
+    pytest.importorskip("fastapi")
+    rows, _ = bench("serve", tmp_path, capsys)
+    load = {f"serve.load.{name}" for name in ("answers_per_s", "fairness", "p99_ms", "health_p99_ms", "crossed")}
+    assert set(rows) == {"serve.round_trip.p50", "serve.round_trip.p99"} | load
+    assert rows["serve.load.crossed"]["value"] == rows["serve.load.crossed"]["baseline_value"] == 0
+    assert 0 < rows["serve.load.fairness"]["value"] <= 1
+    assert 0 < rows["serve.round_trip.p50"]["value"] <= rows["serve.round_trip.p99"]["value"]
+    assert "openpi" in rows["serve.round_trip.p99"]["baseline_name"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +130,8 @@ def test_decode_computes_what_transformers_computes(tmp_path, capsys):
         ("decode width=65", "width must be a multiple of 64"),
         ("decode axes=27", "axes must be at most 26"),
         ("packing blocks=0", "blocks must be positive"),
+        ("packing blocks=0", "blocks must be at least 1"),
+        ("serve clients=0", "clients must be at least 1"),
         ("packing --jsn x", "did you mean '--json'"),
     ],
 )
