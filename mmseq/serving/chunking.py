@@ -82,7 +82,7 @@ def take_turn(observation: dict[str, Any]) -> tuple[Turn, dict[str, Any]]:
         elif key == "reset":
             good, wanted = type(value) is bool, "true or false"
         else:
-            good, wanted = value == "plain", "'plain', or nothing for the server's own"
+            good, wanted = isinstance(value, str) and value == "plain", "'plain', or nothing for the server's own"
         if not good:
             raise RequestError("out_of_range", f"{key!r} is {value!r:.40}, expected {wanted}", key=key)
     return Turn(**given), rest

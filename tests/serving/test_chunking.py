@@ -123,6 +123,7 @@ def test_a_turn_is_taken_out_of_an_observation():
         ("reset", 1),
         ("chunking", "realtime"),
         ("chunking", b"plain"),
+        ("chunking", np.zeros(0)),
     ],
 )
 def test_turns_that_cannot_be(key, value):
