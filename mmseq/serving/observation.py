@@ -160,7 +160,8 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
     expected = f"float32 {f'(n, {len(axes)})' if ndim == 2 else f'({len(axes)},)'} for axes {list(axes.names)}"
     if isinstance(value, list):  # from JSON and from clients without arrays
         try:
-            value = np.asarray(value, dtype=np.float32)
+            with np.errstate(over="ignore"):
+                value = np.asarray(value, dtype=np.float32)
         except (ValueError, TypeError, OverflowError) as error:
             raise RequestError(
                 "wrong_type", f"{key!r} is not a list of numbers, expected {expected}", key=key

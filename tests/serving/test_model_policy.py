@@ -178,3 +178,24 @@ def test_a_chunk_in_few_passes_only_of_a_policy_that_has_learned_it(policy, chec
     expected = policy.model.predict(ARROW, tiny.episode(3), 5, passes=2)["action"]
     found = ModelPolicy(policy.model, passes=2).infer(observe(tiny.episode(3), 5))["actions"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_batch_of_robots_gets_what_each_would_get_alone(policy):
+    axes = policy.robots["arm"].action
+    prefix = policy.tokenizers.action.decode(np.array([[3, 30, 7, 0]]), axes)
+    asked = [observe(tiny.episode(i), 2 + i) | {"embodiment": "arm"} for i in range(3)]
+    asked[1] = {**asked[1], "action_prefix": prefix, "options": {"seed": 5}}
+    assert len({policy.batch_key(one) for one in asked}) == 1
+    broken = {key: value for key, value in asked[0].items() if key != "observation.state"}
+    found = policy.infer_many([*asked, broken])
+    for one, result in zip(asked, found):
+        np.testing.assert_allclose(result["actions"], policy.infer(one)["actions"], atol=1e-6)
+    np.testing.assert_array_equal(found[1]["actions"][:1], prefix)
+    assert isinstance(found[3], TaskError)
+    for other in ({"options": {"temperature": 0.5}}, {"embodiment": "leg"}):
+        assert policy.batch_key({**asked[0], **other}) != policy.batch_key(asked[0])
+
+
+def test_warming_up_answers_once_and_forgives_what_it_cannot_make(policy):
+    policy.warm_up()
+    ModelPolicy(policy.model, arrow="image, proprio, image@+5 -> action[5]").warm_up()

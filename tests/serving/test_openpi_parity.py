@@ -1,6 +1,6 @@
 """The real, unmodified openpi client against a live server, when one can be had.
 
-    pip install <openpi>/packages/openpi-client        # into any environment, Python 3.11 and numpy 1
+    pip install <openpi>/packages/openpi-client typing_extensions    # into any environment, numpy 1
     MMSEQ_OPENPI_PYTHON=/that/bin/python pytest tests/serving/test_openpi_parity.py
 
 Without it, `test_codec.py` holds the bytes and `test_server.py` the order of the messages.
@@ -61,11 +61,11 @@ def openpi_python() -> str:
 def test_the_unmodified_openpi_client_gets_the_same_actions(openpi_python, start, policy):
     server = start(policy, token="s3cret")
     environment = {key: value for key, value in os.environ.items() if key.lower() != "pythonpath"} | {"NO_PROXY": "*"}
-    command = [openpi_python, "-c", PROGRAM, str(server.port), "200"]
+    command = [openpi_python, "-c", PROGRAM, str(server.port), "1000"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    expected = [policy.chunk(4 * call, 8) for call in range(200)]
+    expected = [policy.chunk(4 * call, 8) for call in range(1000)]
     np.testing.assert_array_equal(np.float32(found["actions"]), expected)
     assert found["name"] == "replay of pick-3"
     assert "missing_key" in found["refused"]
