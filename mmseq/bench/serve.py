@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.bench.rows import BenchRow, Spread, row
+from mmseq.bench.rows import BenchRow, Spread, require_positive, row
 from mmseq.bench.servers import openpi_name, robot
 from mmseq.errors import ConfigError, ServeError
 
@@ -46,10 +46,8 @@ class Config:
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
-        for name in ("cameras", "image", "calls", "clients", "load_turns"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seconds", "load_s", "model_ms"):
+        require_positive(self, "cameras", "image", "calls", "clients", "load_s", "load_turns")
+        for name in ("seconds", "model_ms"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
