@@ -200,6 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--episodes", type=int, default=20, help="unseen layouts per task (default: 20)")
     c.add_argument("--seed", type=int, default=100_000, help="of the first layout")
     c.add_argument("--execute", type=int, default=1, help="control steps of each chunk before the next request")
+    c.add_argument("--chunking", default="plain", metavar="MODE", help="plain, ensemble or realtime (default: plain)")
+    c.add_argument("--delay-ms", type=float, default=0, help="of an answer, in the simulator's time (default: 0)")
+    c.add_argument("--jitter-ms", type=float, default=0, help="the delay varies by up to this much (default: 0)")
     c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
@@ -341,7 +344,10 @@ def _eval(args: argparse.Namespace) -> None:
         tasks=[t.strip() for t in args.tasks.split(",")] if args.tasks else list(DEMO_TASKS),
         episodes=args.episodes,
         seed=args.seed,
+        chunking=args.chunking,
         execute=args.execute,
+        delay_ms=args.delay_ms,
+        jitter_ms=args.jitter_ms,
         passes=args.passes,
         spread=DEMO_SPREAD if args.spread is None else args.spread,
         keep=0,

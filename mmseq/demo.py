@@ -316,7 +316,7 @@ def _drive(config: DemoConfig, tasks: list[str], out: Path, stages: Stages) -> t
         controllers = ("blanked_images", "random", "expert_tokens")
         loop = ClosedLoopConfig(**common, episodes=fewer, controllers=controllers)  # type: ignore[arg-type]
         rollouts += evaluate_checkpoint(out / "checkpoint", loop, on_progress=update)
-    rows = [{k: v for k, v in asdict(r).items() if k != "frames"} for r in rollouts]
+    rows = [{k: v for k, v in asdict(r).items() if k not in ("frames", "splices")} for r in rollouts]
     (out / "rollouts.json").write_text(json.dumps(rows) + "\n")
     return rollouts, success_results(rollouts, config.seed)
 

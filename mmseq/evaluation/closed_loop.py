@@ -5,6 +5,12 @@
 The server runs in this process; each worker is a simulator in a process of its own that connects to
 it over loopback. Baselines run beside it: the same policy with blanked images, random actions, and
 the scripted expert through the action bins (the ceiling).
+
+Time is the simulator's: one control step passes while the loop does one tick, however long a request takes here,
+and its answer arrives `delay_ms` (+- `jitter_ms`) of that time later. What a delay costs can so be measured on
+any machine:
+
+    mmseq eval CHECKPOINT --chunking realtime --execute 8 --delay-ms 200 --jitter-ms 50
 """
 
 from __future__ import annotations
@@ -19,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.errors import ConfigError, require
+from mmseq.errors import ConfigError, ServeError, require
 from mmseq.evaluation.results import Result, wilson
+from mmseq.evaluation.splices import RecordingClient, SpliceMeter, Splices
 
 CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
 
@@ -29,16 +36,20 @@ CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
 class ClosedLoopConfig:
     """What is driven and how.
 
-    execute: control steps of each chunk before the next request. passes: forward passes per chunk, of a policy
-    that was trained for it; None: one per token. spread: of the layouts (see
-    `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
+    chunking, execute: how chunks become actions, and the control steps from one request to the next (see
+    `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
+    passes: forward passes per chunk, of a policy that was trained for it; None: one per token. spread: of the
+    layouts (see `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
     whose frames are returned. controllers: among `CONTROLLERS`.
     """
 
     tasks: list[str] = field(default_factory=list)
     episodes: int = 20
     seed: int = 100_000
+    chunking: str = "plain"
     execute: int = 1
+    delay_ms: float = 0.0
+    jitter_ms: float = 0.0
     passes: int | None = None
     max_steps: int = 90
     spread: float = 1.0
@@ -49,7 +60,8 @@ class ClosedLoopConfig:
 
 @dataclass
 class Rollout:
-    """One episode. frames: uint8 (steps, H, W, 3), kept for some. seconds: of waiting for the server."""
+    """One episode. frames: uint8 (steps, H, W, 3), kept for some. seconds: of waiting for the server. held: control
+    steps without a valid action. splices: where a new chunk took over from another (see `Splices`)."""
 
     controller: str
     task: str
@@ -58,6 +70,8 @@ class Rollout:
     steps: int
     requests: int = 0
     seconds: float = 0.0
+    held: int = 0
+    splices: Splices | None = None
     frames: np.ndarray | None = None
 
 
@@ -84,7 +98,13 @@ def evaluate_checkpoint(
             f"unknown controllers {sorted(unknown)}",
             fix=f"name tasks, episodes of at least 1, and controllers among {', '.join(CONTROLLERS)}",
         )
-    require("mmseq_client", "serve")
+    if config.delay_ms < 0 or config.jitter_ms < 0:
+        raise ConfigError(f"delay_ms is {config.delay_ms}, jitter_ms {config.jitter_ms}", fix="use 0 or more")
+    client = require("mmseq_client", "serve")
+    try:
+        client.Chunking(config.chunking, config.execute)
+    except client.ClientError as error:
+        raise ConfigError(str(error)) from error
     import torch
 
     threads = torch.get_num_threads()
@@ -171,43 +191,84 @@ def _drive(job: tuple) -> list[Rollout]:
 
 
 def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, bins: int, keep: bool) -> Rollout:
-    import time
-
-    from mmseq.simulation.experts import Expert, quantise, task_language
+    from mmseq.simulation.experts import Expert, quantise
 
     env.reset(seed)
-    instruction = task_language(env.task).instructions[0]
     rollout = Rollout(controller, env.task, seed, False, 0)
     frames: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     expert = Expert(env.task) if controller == "expert_tokens" else None
-    if client is not None:
-        from mmseq_client import ChunkPlayer
-
-        player = ChunkPlayer(client, execute=settings["execute"])
-        camera = client.metadata["image_keys"][0]
+    driver = None if client is None else _Driver(env, client, settings, rng)
     while not rollout.success and rollout.steps < settings["max_steps"]:
+        if keep:
+            frames.append(env.render())
         if expert is not None:
             action = quantise(expert.action(env), bins)
-        elif client is None:
+        elif driver is None:
             action = rng.uniform(-1, 1, 4).astype(np.float32)
         else:
-            observation: dict[str, Any] = {"prompt": instruction}
-            if player.asks_next or keep:  # a picture only when it is sent or kept
-                seen = env.observe()
-                observation |= {camera: seen["image"], "observation.state": seen["proprio"]}
-                if keep:
-                    frames.append(seen["image"])
-            began = time.perf_counter()
-            action = player.step(observation)
-            rollout.seconds += time.perf_counter() - began
-            rollout.requests = player.requests
+            action = driver.next_action()
         rollout.success = bool(env.step(action))
         rollout.steps += 1
     if keep:
-        frames.append(env.observe()["image"])
-        rollout.frames = np.stack(frames)
+        rollout.frames = np.stack([*frames, env.render()])
+    if driver is not None:
+        rollout.requests, rollout.held = driver.loop.counts["requests"], driver.loop.counts["held"]
+        rollout.seconds, rollout.splices = driver.executor.busy_s, driver.splices.found
     return rollout
+
+
+class _Driver:
+    """One episode of the robots' control loop, in simulated time. Is the `mmseq_client.Robot` of the simulator too."""
+
+    def __init__(self, env: Any, client: Any, settings: dict, rng: np.random.Generator):
+        from mmseq_client import Chunking, ControlLoop, SimulatedClock, SimulatedExecutor
+
+        from mmseq.simulation.experts import task_language
+
+        self.env, self.client = env, RecordingClient(client)
+        self.clock, delay, jitter = SimulatedClock(), 1e-3 * settings["delay_ms"], 1e-3 * settings["jitter_ms"]
+        latency = lambda: max(0.0, rng.uniform(delay - jitter, delay + jitter))
+        timeout_s = max(1.0, 2 * (delay + jitter))
+        self.executor = SimulatedExecutor(self.clock, latency, timeout_s)
+        self.loop = ControlLoop(
+            self.client,  # type: ignore[arg-type]
+            self,
+            Chunking(settings["chunking"], settings["execute"]),
+            prompt=task_language(env.task).instructions[0],
+            timeout_s=timeout_s,
+            on_event=_fail,
+            clock=self.clock,
+            executor=self.executor,
+        )
+        self.splices = SpliceMeter(self.contract())
+        self.command = np.zeros(4, np.float32)  # a robot that nobody commanded yet stands still
+        self.command[3] = -1.0  # with the gripper open, as after a reset
+
+    def next_action(self) -> np.ndarray:
+        """What the robot does in the control step that begins now, (4,)."""
+        self.splices.add(self.loop.tick(), self.client.chunk)
+        self.clock.sleep(1 / self.loop.rate_hz)
+        return self.command
+
+    def contract(self) -> dict[str, Any]:
+        return next(iter(self.client.metadata["embodiments"].values()))
+
+    def observe(self) -> dict[str, Any]:
+        seen = self.env.observe()
+        return {self.client.metadata["image_keys"][0]: seen["image"], "observation.state": seen["proprio"]}
+
+    def act(self, action: np.ndarray) -> None:
+        self.command = action
+
+    def stop(self) -> None:
+        pass
+
+
+def _fail(kind: str, detail: str) -> None:
+    """A policy that cannot answer is no policy that fails the task: the evaluation ends."""
+    if kind in ("refused", "withheld", "broke", "contract"):
+        raise ServeError(f"the server did not answer with a chunk: {kind}: {detail}")
 
 
 def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:

@@ -129,35 +129,3 @@ def test_it_comes_back_after_a_restart_but_not_to_another_policy(
     finally:
         client.close()
         first.stop()
-
-
-@pytest.mark.parametrize("commit", [0, 2, 4])
-def test_a_player_replays_the_episode_step_by_step(start, policy, dial, client_package, observation, episode, commit):
-    player = client_package.ChunkPlayer(dial(start(policy)), execute=4, commit=commit)
-    played = [player.step(observation) for _ in range(20)]
-    np.testing.assert_array_equal(played, episode["action"][:20])
-    assert player.requests == 5
-    player.reset()
-    player.step({**observation, "options": {"step": 9}})
-    assert player.requests == 6
-
-
-def test_a_forced_prefix_is_executed_whatever_the_model_says(
-    start, episode, embodiment, dial, client_package, observation
-):
-    """The second chunk disagrees with the first; its committed beginning is still what was promised."""
-    policy = ReplayPolicy(episode, embodiment, horizon=8, execute=8)
-    plain = client_package.ChunkPlayer(dial(start(policy)), execute=4)
-    jumped = [plain.step(observation) for _ in range(8)]
-    np.testing.assert_array_equal(jumped[4:], episode["action"][8:12])
-    policy.step = 0
-    forced = client_package.ChunkPlayer(dial(start(policy)), execute=4, commit=3)
-    smooth = [forced.step(observation) for _ in range(8)]
-    np.testing.assert_array_equal(smooth[:7], episode["action"][:7])
-    np.testing.assert_array_equal(smooth[7], episode["action"][11])
-
-
-@pytest.mark.parametrize(("execute", "commit"), [(0, 0), (9, 0), (4, 5), (8, 1), (4, -1)])
-def test_a_player_refuses_what_a_chunk_cannot_give(start, policy, dial, client_package, execute, commit):
-    with pytest.raises(client_package.ClientError, match="expected"):
-        client_package.ChunkPlayer(dial(start(policy)), execute=execute, commit=commit)

@@ -1,24 +1,28 @@
 """Client of an mmseq policy server: numpy, msgpack and websockets, Python >= 3.9, nothing else."""
 
-from mmseq_client.client import (
-    Client,
-    ClientError,
-    ContractError,
-    RefusedError,
-    example_observation,
-    fingerprint,
-    healthz,
-)
-from mmseq_client.player import ActionQueue, ChunkPlayer
+from mmseq_client.chunking import ChunkBuffer, Chunking
+from mmseq_client.client import Client, healthz
+from mmseq_client.contract import example_observation, fingerprint
+from mmseq_client.errors import ClientError, ContractError, RefusedError, UnsafeActionError
+from mmseq_client.gate import ActionGate
+from mmseq_client.loop import ControlLoop, Robot, Tick
+from mmseq_client.simulated import SimulatedClock, SimulatedExecutor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
-    "ActionQueue",
-    "ChunkPlayer",
+    "ActionGate",
+    "ChunkBuffer",
+    "Chunking",
     "Client",
     "ClientError",
     "ContractError",
+    "ControlLoop",
     "RefusedError",
+    "Robot",
+    "SimulatedClock",
+    "SimulatedExecutor",
+    "Tick",
+    "UnsafeActionError",
     "example_observation",
     "fingerprint",
     "healthz",

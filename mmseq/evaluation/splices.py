@@ -1,0 +1,91 @@
+"""How smoothly chunks follow each other: the change of the action where one takes over, against inside of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Splices:
+    """Of one or more episodes.
+
+    at_splice, inside: the largest change of an axis (the gripper aside) from one control step to the next, as a share
+    of the axis' 1 % to 99 % range: where a new chunk takes over from another, and within a chunk. Holds are neither.
+    identical: splices before which the robot executed exactly what the new chunk begins with.
+    """
+
+    at_splice: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    identical: int = 0
+
+    @classmethod
+    def join(cls, several: Iterable[Splices]) -> Splices:
+        joined = cls()
+        for one in several:
+            joined.at_splice += one.at_splice
+            joined.inside += one.inside
+            joined.identical += one.identical
+        return joined
+
+    def p99(self) -> tuple[float, float] | None:
+        """The 99th percentiles at a splice and inside a chunk; None when there is not one of each."""
+        if not self.at_splice or not self.inside:
+            return None
+        return float(np.quantile(self.at_splice, 0.99)), float(np.quantile(self.inside, 0.99))
+
+
+class RecordingClient:
+    """A client that also keeps the last chunk that came back."""
+
+    def __init__(self, client: Any):
+        self._client = client
+        self.chunk: np.ndarray | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def infer(self, *arguments: Any) -> dict[str, Any]:
+        reply = self._client.infer(*arguments)
+        self.chunk = np.array(reply["actions"])
+        return reply
+
+
+class SpliceMeter:
+    """Compares what a robot executed with what the server sent, without asking the loop how it spliced."""
+
+    def __init__(self, embodiment: Mapping[str, Any]):
+        axes, gripper = embodiment["action"], (embodiment.get("gripper") or {}).get("axis")
+        self._motion = [i for i, name in enumerate(axes["names"]) if name != gripper]
+        self._scale = np.maximum(np.subtract(axes["high"], axes["low"]), 1e-6)[self._motion]
+        self._sent: dict[int, np.ndarray] = {}  # chunks by the control step of their observation
+        self._executed: dict[int, np.ndarray] = {}
+        self._last: Any = None
+        self.found = Splices()
+
+    def add(self, tick: Any, chunk: np.ndarray | None) -> None:
+        """One control step of `mmseq_client.ControlLoop.tick`. chunk: that came back, or will, if one was asked for."""
+        if tick.asked and chunk is not None:
+            self._sent[tick.step] = chunk
+        if tick.held:
+            self._last = None
+            return
+        if self._last is not None:
+            change = np.abs(tick.action - self._last.action)[self._motion] / self._scale
+            if tick.sequence == self._last.sequence:
+                self.found.inside.append(float(change.max()))
+            else:
+                self.found.at_splice.append(float(change.max()))
+                self.found.identical += self._kept(tick)
+        self._executed[tick.step], self._last = tick.action, tick
+
+    def _kept(self, tick: Any) -> bool:
+        begin = tick.step - tick.age_steps
+        steps = range(begin, tick.step)
+        return all(
+            step in self._executed and np.array_equal(self._executed[step], self._sent[begin][step - begin])
+            for step in steps
+        )

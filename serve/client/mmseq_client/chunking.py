@@ -1,0 +1,198 @@
+"""Which action belongs to which control step: chunks, their splices, and when to ask for the next one.
+
+Pure bookkeeping over (control step, chunk): no I/O and no clock, so the same code runs on a robot, in a
+simulator and in tests. H is the horizon, the control steps of a chunk.
+
+========== ===========================================================================================
+plain      the newest chunk takes over when it arrives, at the row of the control step that it is then
+ensemble   as ACT: a step's action is the mean of the rows that all chunks have for it, with weights
+           exp(-decay * i), i = 0 the oldest (Zhao et al. 2023, arXiv:2304.13705)
+realtime   the d actions that will be executed while the model thinks are sent with the observation, and the
+           new chunk begins with exactly these (Black et al. 2025, arXiv:2506.07339, without approximation)
+========== ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+
+from mmseq_client.errors import ClientError
+
+MODES = ("plain", "ensemble", "realtime")
+_DELAYS = 50  # replies whose delay is remembered
+_DELAY_QUANTILE = 0.95
+_SAME = 1e-5  # rounding on the wire
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How chunks become actions, spelled as in the server's configuration.
+
+    mode: one of `MODES`. execute: control steps from one request to the next (s); None: half of the horizon, in
+    ensemble 1. The delay d of a reply, in control steps, is measured, and s is kept in d <= s <= H - d.
+    decay: of the weights in ensemble.
+    """
+
+    mode: str = "plain"
+    execute: int | None = None
+    decay: float = 0.01
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ClientError(f"chunking mode is {self.mode!r}; use one of {', '.join(MODES)}")
+        if self.execute is not None and (type(self.execute) is not int or self.execute < 1):
+            raise ClientError(f"chunking execute is {self.execute!r}; use a whole number of control steps from 1 on")
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise ClientError(f"chunking decay is {self.decay!r}; use 0 or more")
+
+    def steps(self, horizon: int) -> int:
+        """s for chunks of `horizon`. Raises: ClientError when a chunk is too short for it."""
+        if self.execute is None:
+            return 1 if self.mode == "ensemble" else max(1, horizon // 2)
+        if self.execute > horizon:
+            raise ClientError(f"execute is {self.execute}, expected 1..{horizon} (the horizon)")
+        return self.execute
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to send now. prefix: float32 (n, axes), the actions that will be executed meanwhile, n <= delay."""
+
+    sequence: int
+    step: int
+    delay: int
+    prefix: np.ndarray
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The action of one control step, float32 (axes,). sequence: of the newest chunk in it; age_steps: since the
+    observation that chunk was made from."""
+
+    action: np.ndarray
+    sequence: int
+    age_steps: int
+
+
+@dataclass
+class _Chunk:
+    sequence: int
+    step: int  # of its observation
+    first: int  # the control step of row 0: `step`, later by the steps the robot has held since
+    actions: np.ndarray
+
+
+class ChunkBuffer:
+    """The chunks under way.
+
+    Each control step: `ask` (and send what it returns), `accept` what came back, then `action`. max_age: control
+    steps from an observation after which none of its actions may be executed; at most, and by default, H.
+    prefix: whether the server forces a prefix, which realtime needs.
+    """
+
+    def __init__(self, chunking: Chunking, horizon: int, max_age: int | None = None, prefix: bool = True):
+        if chunking.mode == "realtime" and not prefix:
+            raise ClientError(
+                "the server's policy does not force a prefix, which realtime needs; use plain or ensemble"
+            )
+        self.chunking, self.horizon, self.execute = chunking, horizon, chunking.steps(horizon)
+        self.max_age = horizon if max_age is None else max(1, min(horizon, max_age))
+        self._delays: deque[int] = deque(maxlen=_DELAYS)
+        self._sequence = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all chunks and the request under way; what is known of the delay stays."""
+        self._chunks: list[_Chunk] = []
+        self._flight: Ask | None = None
+        self._played: dict[int, np.ndarray] = {}  # since the request under way, by control step
+        self._held_from: int | None = None  # holding, since the request under way, from this step on
+
+    @property
+    def delay(self) -> int:
+        """d: the control steps that a reply takes, a high quantile of the last ones."""
+        if not self._delays:
+            return 0
+        return sorted(self._delays)[math.ceil(_DELAY_QUANTILE * len(self._delays)) - 1]
+
+    def left(self, step: int) -> int:
+        """How many actions there are from `step` on."""
+        return max((self._until(chunk) - step for chunk in self._chunks), default=0)
+
+    def due(self, step: int) -> bool:
+        """Whether the next chunk is to be asked for at this step."""
+        if self._flight is not None:
+            return False
+        if self.left(step) <= self.delay:
+            return True
+        return step - self._chunks[-1].step >= min(max(self.execute, self.delay), max(1, self.horizon - self.delay))
+
+    def ask(self, step: int) -> Ask | None:
+        """The request to send at this step, or None."""
+        if not self.due(step):
+            return None
+        self._sequence += 1
+        prefix = np.zeros((0, 0), np.float32)
+        if self.chunking.mode == "realtime" and self.left(step) > 0:
+            newest = self._chunks[-1]
+            row = step - newest.first
+            prefix = newest.actions[row : row + min(self.delay, self.left(step), self.horizon - 1)]
+        self._flight = Ask(self._sequence, step, self.delay, prefix)
+        self._played, self._held_from = {}, None
+        return self._flight
+
+    def accept(
+        self, sequence: int, actions: np.ndarray, step: int, limit: Callable[[np.ndarray], None] | None = None
+    ) -> str | None:
+        """Take the chunk (H, axes) that answers request `sequence`. Returns: None, or why it is discarded.
+
+        limit: called with the rows that are still to come, (n, axes), to change them in place or to raise.
+        """
+        ask = self._flight
+        if ask is None or ask.sequence != sequence:
+            return "out of order"
+        self._flight = None
+        self._delays.append(min(step - ask.step, self.horizon))
+        if step - ask.step >= self.max_age:
+            return "stale"
+        if len(ask.prefix) and np.abs(actions[: len(ask.prefix)] - ask.prefix).max() > _SAME:
+            return "without its prefix"
+        if self.chunking.mode == "realtime" and any(
+            np.abs(actions[at - ask.step] - played).max() > _SAME for at, played in self._played.items()
+        ):
+            return "late"  # longer than committed: the robot went on along the old chunk, elsewhere than the new one
+        held = 0 if self._held_from is None else step - self._held_from
+        chunk = _Chunk(sequence, ask.step, ask.step + held, np.array(actions, np.float32))
+        if limit is not None:
+            limit(chunk.actions[step - chunk.first :])
+        kept = [old for old in self._chunks if self._until(old) > step] if self.chunking.mode == "ensemble" else []
+        self._chunks = [*kept, chunk]
+        return None
+
+    def lost(self, sequence: int, step: int, late: bool = False) -> None:
+        """There will be no answer to `sequence`. late: because it would have taken longer than expected."""
+        if self._flight is not None and self._flight.sequence == sequence:
+            if late:
+                self._delays.append(min(max(self.delay + 1, step - self._flight.step), self.horizon))
+            self._flight = None
+
+    def action(self, step: int) -> Planned | None:
+        """The action of control step `step`; None when no valid one is left, and the robot has to hold."""
+        live = [chunk for chunk in self._chunks if step < self._until(chunk)]
+        if not live:
+            self._held_from = step if self._held_from is None else self._held_from
+            return None
+        rows = np.stack([chunk.actions[step - chunk.first] for chunk in live])
+        weights = np.exp(-self.chunking.decay * np.arange(len(live)))
+        action = rows[-1] if len(live) == 1 else (weights @ rows / weights.sum()).astype(np.float32)
+        self._played[step] = action
+        return Planned(action.copy(), live[-1].sequence, step - live[-1].step)
+
+    def _until(self, chunk: _Chunk) -> int:
+        """The first control step that the chunk has no action for any more."""
+        return min(chunk.first + len(chunk.actions), chunk.step + self.max_age)

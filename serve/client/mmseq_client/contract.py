@@ -1,0 +1,53 @@
+"""The contract of one robot, as a dict: comparing two, their fingerprint, and a valid random observation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from mmseq_client.errors import ContractError
+
+
+def fingerprint(embodiment: dict[str, Any]) -> str:
+    """16 hexadecimal digits of a robot's contract, the same that the server computes."""
+    text = json.dumps(embodiment, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def require_served(embodiment: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The server's own copy of a robot's contract.
+
+    metadata: the server's first frame. Raises: ContractError that names each field that differs.
+    """
+    served = metadata.get("embodiments") or {}
+    name = embodiment.get("name")
+    if name not in served:
+        raise ContractError("embodiment {!r} is not served; there is {}".format(name, ", ".join(sorted(served))))
+    lines = differences(json.loads(json.dumps(embodiment)), served[name])
+    if lines:
+        raise ContractError("embodiment {!r} differs: {}".format(name, "; ".join(lines)))
+    return served[name]
+
+
+def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """The fields in which two contracts differ, `field: mine here, theirs on the server`."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = sorted(set(mine) | set(theirs))
+        return [line for key in keys for line in differences(mine.get(key), theirs.get(key), prefix + key + ".")]
+    return [] if mine == theirs else [f"{prefix[:-1]}: {mine} here, {theirs} on the server"]
+
+
+def example_observation(embodiment: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """A valid random observation of a contract, to try a server without a robot."""
+    random = np.random.RandomState(seed)
+    observation: dict[str, Any] = {"prompt": "do the task", "embodiment": embodiment["name"]}
+    for camera in embodiment.get("cameras") or []:
+        shape = (camera["height"], camera["width"], 3)
+        observation["observation.images." + camera["name"]] = random.randint(0, 256, shape).astype(np.uint8)
+    proprio = embodiment.get("proprio")
+    if proprio:
+        observation["observation.state"] = random.uniform(proprio["low"], proprio["high"]).astype(np.float32)
+    return observation

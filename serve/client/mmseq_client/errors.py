@@ -1,0 +1,33 @@
+"""What can go wrong between a robot and its server."""
+
+from __future__ import annotations
+
+
+class ClientError(Exception):
+    """The server cannot be reached, the connection broke, or what came back is not a reply."""
+
+
+class ContractError(ClientError):
+    """Robot and server do not mean the same thing by their numbers."""
+
+
+class UnsafeActionError(ClientError):
+    """The gate on the robot withheld actions: not finite, of another shape, or outside of the limits."""
+
+
+class RefusedError(ClientError):
+    """The server refused a request.
+
+    code: a short word, as `missing_key`. key: the key at fault, if one is. retry_after_ms: when to ask again,
+    where the server says it (`busy`, `held`).
+    """
+
+    def __init__(self, code: str, message: str, key: str | None = None, retry_after_ms: float | None = None):
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.key = key
+        self.retry_after_ms = retry_after_ms
+
+    def __reduce__(self):
+        return type(self), (self.code, self.message, self.key, self.retry_after_ms)

@@ -1,0 +1,108 @@
+"""The last check before an action reaches the motors: finite, shape, limits, rate of change, gripper, age."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from mmseq_client.errors import ContractError, UnsafeActionError
+
+_SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
+
+
+class ActionGate:
+    """Checks chunks when they arrive and each action before it leaves, against the robot's contract.
+
+    out_of_range: `clamp` limits an axis to minimum..maximum (the gripper to open..closed) and its change from one
+    control step to the next to `max_step`, where the contract has it; `refuse` withholds the chunk instead.
+    counts: what it has limited and withheld. Raises: ContractError for a contract without actions.
+    """
+
+    def __init__(self, embodiment: dict[str, Any], out_of_range: str = "clamp"):
+        if out_of_range not in ("clamp", "refuse"):
+            raise ContractError(f"out_of_range is {out_of_range!r}; use clamp or refuse")
+        axes = embodiment.get("action")
+        if not axes:
+            raise ContractError("embodiment {!r} has no action axes".format(embodiment.get("name")))
+        self.names: list[str] = list(axes["names"])
+        self.refuses = out_of_range == "refuse"
+        self.low, self.high = np.float32(axes["minimum"]), np.float32(axes["maximum"])
+        self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
+        gripper = embodiment.get("gripper")
+        self.gripper = self.names.index(gripper["axis"]) if gripper else None
+        if gripper:
+            least, most = sorted((gripper["open"], gripper["closed"]))
+            self.low[self.gripper] = max(self.low[self.gripper], least)
+            self.high[self.gripper] = min(self.high[self.gripper], most)
+        self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
+        self.counts: Counter[str] = Counter()
+
+    def check_chunk(self, actions: Any, horizon: int) -> np.ndarray:
+        """A reply's actions as float32 (horizon, axes) within the limits.
+
+        Raises: UnsafeActionError that names the axis, the step and the value.
+        """
+        wanted = (horizon, len(self.names))
+        if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "iuf" or actions.shape != wanted:
+            got = getattr(actions, "shape", type(actions).__name__)
+            self._withhold("shape", f"actions are {got}, expected float32 {wanted} for axes {self.names}")
+        with np.errstate(over="ignore"):
+            actions = actions.astype(np.float32)
+        bad = ~np.isfinite(actions)
+        if bad.any():
+            step, axis = np.argwhere(bad)[0]
+            self._withhold("not_finite", f"axis {self.names[axis]!r} is {actions[step, axis]} at step {step}")
+        outside = (actions < self.low - self.slack) | (actions > self.high + self.slack)
+        if outside.any():
+            step, axis = np.argwhere(outside)[0]
+            if self.refuses:
+                limits = f"{self.low[axis]:.5g}..{self.high[axis]:.5g}"
+                self._withhold(
+                    "out_of_range",
+                    f"axis {self.names[axis]!r} is {actions[step, axis]:.5g} at step {step}, outside {limits}",
+                )
+            self.counts["clamped_range"] += int(outside.sum())
+        return np.clip(actions, self.low, self.high)
+
+    def limit_steps(self, actions: np.ndarray, previous: np.ndarray | None) -> None:
+        """Keep each axis' change per control step within `max_step`, from `previous` (axes,) on; in place.
+
+        Raises: UnsafeActionError when it is configured to refuse.
+        """
+        if self.max_step is None:
+            return
+        for row, action in enumerate(actions):
+            if previous is not None:
+                low, high = previous - self.max_step, previous + self.max_step
+                outside = np.abs(action - previous) > self.max_step * (1 + _SLACK)
+                if outside.any():
+                    axis = int(np.argmax(outside))
+                    if self.refuses:
+                        change = abs(float(action[axis] - previous[axis]))
+                        self._withhold(
+                            "max_step",
+                            f"axis {self.names[axis]!r} changes by {change:.5g} at step {row}, "
+                            f"more than {self.max_step[axis]:.5g}",
+                        )
+                    self.counts["clamped_step"] += int(outside.sum())
+                np.clip(action, low, high, out=action)
+            previous = action
+
+    def check_action(
+        self, action: np.ndarray, previous: np.ndarray | None, *, age_steps: int, max_age: int
+    ) -> np.ndarray:
+        """The one action that is about to be executed, float32 (axes,), after all of the above and its age.
+
+        Raises: UnsafeActionError.
+        """
+        if not 0 <= age_steps < max_age:
+            self._withhold("stale", f"the action is {age_steps} control steps old, at most {max_age - 1} are allowed")
+        checked = self.check_chunk(action[None], 1)
+        self.limit_steps(checked, previous)
+        return checked[0]
+
+    def _withhold(self, reason: str, what: str) -> None:
+        self.counts[reason] += 1
+        raise UnsafeActionError(f"the gate withheld it ({reason}): {what}")

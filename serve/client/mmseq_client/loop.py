@@ -1,0 +1,316 @@
+"""The control loop of a robot: asks ahead of time, executes, splices, holds when nothing valid is left.
+
+    with Client("127.0.0.1", 8000) as client:
+        ControlLoop(client, robot, Chunking("realtime", execute=8), prompt="pick up the cup").run(seconds=60)
+
+A background thread waits for the server; the loop itself never does.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Callable, Protocol
+
+import numpy as np
+
+from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
+from mmseq_client.client import Client
+from mmseq_client.errors import ClientError, ContractError, RefusedError, UnsafeActionError
+from mmseq_client.gate import ActionGate
+
+log = logging.getLogger("mmseq_client")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
+_LATE_CODES = ("late",)
+
+
+class Robot(Protocol):
+    """A robot, real or simulated. All four are called from the thread of the loop, and must not wait."""
+
+    def contract(self) -> dict[str, Any]:
+        """The embodiment as JSON: axes in order with units and limits, rate, cameras, gripper convention."""
+        ...
+
+    def observe(self) -> dict[str, Any]:
+        """What is sensed now: `observation.images.<camera>` uint8 (H, W, 3), `observation.state` float32 (proprio,)."""
+        ...
+
+    def act(self, action: np.ndarray) -> None:
+        """Command one control step, float32 (axes,), in the contract's order and units."""
+        ...
+
+    def stop(self) -> None:
+        """Come to rest and stay there; called once, at the end and after any error."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one control step did. action: commanded, float32 (axes,), None when nothing was (before the first
+    action). held: no valid action was there. sequence, age_steps: of the chunk it comes from, and since its
+    observation. asked: whether a chunk was asked for."""
+
+    step: int
+    action: np.ndarray | None
+    held: bool
+    asked: bool
+    sequence: int | None = None
+    age_steps: int | None = None
+
+
+class ControlLoop:
+    """Drives one robot from one server.
+
+    chunking: default what the server is configured for, else plain. prompt: sent with each observation that has
+    none. max_age_s: actions of an older observation are not executed; default, and at most, the horizon.
+    timeout_s: the longest wait for a reply before the connection is opened anew. out_of_range: see `ActionGate`.
+    on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, broke,
+    contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
+
+    The robot's contract is compared with the server's here, before any motion, and after each reconnection.
+    Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        robot: Robot,
+        chunking: Chunking | None = None,
+        prompt: str | None = None,
+        max_age_s: float | None = None,
+        timeout_s: float = 1.0,
+        out_of_range: str = "clamp",
+        on_event: Callable[[str, str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        executor: Any = None,
+        seed: int | None = None,
+    ):
+        embodiment = client.check_contract(robot.contract())
+        metadata = client.metadata
+        told = metadata.get("chunking")
+        self._extended = told is not None  # a server that knows step, sent_at, delay, deadline_ms
+        if chunking is None:
+            chunking = (
+                Chunking(**{key: told[key] for key in ("mode", "execute", "decay") if key in told})
+                if told
+                else Chunking()
+            )
+        self.client, self.robot, self.prompt, self.timeout_s = client, robot, prompt, timeout_s
+        self.gate = ActionGate(embodiment, out_of_range)
+        self.rate_hz = float(embodiment["rate_hz"])
+        max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
+        self.buffer = ChunkBuffer(chunking, client.horizon, max_age, bool(metadata.get("prefix")))
+        form = "position" if embodiment.get("action_form", "absolute") == "absolute" else "zero"
+        self._holds_position = (metadata.get("hold") or {}).get(embodiment["name"], form) == "position"
+        self.counts: Counter[str] = Counter()
+        self._on_event, self._clock, self._sleep = on_event, clock, sleep
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
+        self._random = random.Random(seed)
+        self._job: Any = None
+        self._ask: Ask | None = None  # that the job is for; None: it connects
+        self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
+        self._last: np.ndarray | None = None  # commanded
+        self._holding, self._stopping, self._reset = False, False, True
+        self._step, self._origin, self._now = -1, 0.0, 0.0
+        self.why = "no chunk yet"  # nothing valid is left: the last thing that went wrong
+
+    def run(self, seconds: float | None = None) -> None:
+        """Control steps at the robot's rate until the time is over or `end` is called; the robot stops after it.
+
+        Raises: whatever the robot raises.
+        """
+        began = self._now = self._clock()
+        self._origin, self._stopping = began - (self._step + 1) / self.rate_hz, False
+        try:
+            while not self._stopping and (seconds is None or self._clock() - began < seconds):
+                self.tick()
+                self._sleep(max(0.0, self._origin + (self._step + 1) / self.rate_hz - self._clock()))
+        finally:
+            self.robot.stop()
+
+    def close(self) -> None:
+        """End the background thread; a wait for a reply ends with the connection."""
+        self.client.close()
+        self._executor.shutdown()
+
+    def end(self) -> None:
+        """Let `run` return after the control step under way; from any thread."""
+        self._stopping = True
+
+    def reset(self) -> None:
+        """A new episode: no action of the old one is executed any more."""
+        self.buffer.reset()
+        self._last, self._reset, self._holding = None, True, False
+        self.why = "a new episode"
+
+    def tick(self) -> Tick:
+        """One control step, now."""
+        step = self._advance()
+        self._collect(step)
+        asked = self._request(step)
+        if asked:
+            self._collect(step)  # in a simulation the answer may be there at once
+        planned = self.buffer.action(step)
+        action = None
+        if planned is not None:
+            try:
+                action = self.gate.check_action(
+                    planned.action, self._last, age_steps=planned.age_steps, max_age=self.buffer.max_age
+                )
+            except UnsafeActionError as error:
+                self.buffer.reset()
+                self._event("withheld", str(error))
+        self.counts["ticks"] += 1
+        if planned is None or action is None:
+            return self._hold(step, asked)
+        if self._holding:
+            self._holding = False
+            self._event("resume", f"step {step}")
+        self.robot.act(action)
+        self._last = action
+        return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
+
+    def _advance(self) -> int:
+        """The number of the control step that the clock says it is, always after the one before."""
+        now = self._clock()
+        if self._step < 0:
+            self._origin = now
+        elif now < self._now:  # nobody knows how long ago the last observation was
+            self._origin = now - (self._step + 1) / self.rate_hz
+            self._retry_at = now
+            self.buffer.reset()
+            self._event("clock", f"it went back by {self._now - now:.3f} s")
+        step = max(self._step + 1, int((now - self._origin) * self.rate_hz + 1e-6))
+        if step > self._step + 1:
+            self.counts["skipped"] += step - self._step - 1
+        self._step, self._now = step, now
+        return step
+
+    def _request(self, step: int) -> bool:
+        """Ask for the next chunk, or for a connection, when it is time. Returns: whether something was asked."""
+        if self._job is not None or self._now < self._retry_at:
+            return False
+        if not self._connected:
+            self._ask = None
+            self._job = self._executor.submit(self._reconnect)
+            return True
+        self._ask = self.buffer.ask(step)
+        if self._ask is None:
+            return False
+        observation = dict(self.robot.observe())
+        if self.prompt is not None:
+            observation.setdefault("prompt", self.prompt)
+        if len(self._ask.prefix):
+            observation["action_prefix"] = self._ask.prefix
+        if self._extended:
+            use = self._ask.delay if len(self._ask.prefix) else self.buffer.max_age
+            observation.update(
+                step=step,
+                sent_at=self._now,
+                delay=self._ask.delay,
+                deadline_ms=1000.0 * max(1, use) / self.rate_hz,
+                chunking="plain",  # the chunking is done here
+            )
+            if self._reset:
+                observation["reset"] = True
+        self._job = self._executor.submit(self.client.infer, observation, self.timeout_s, False)
+        self.counts["requests"] += 1
+        return True
+
+    def _reconnect(self) -> None:
+        self.client.close()
+        self.client.connect(0.0)
+
+    def _collect(self, step: int) -> None:
+        """Take what the background has brought, if it has."""
+        if self._job is None or not self._job.done():
+            return
+        job, ask = self._job, self._ask
+        self._job = self._ask = None
+        try:
+            reply = job.result()
+        except RefusedError as error:
+            self._refused(error, ask, step)
+        except ClientError as error:
+            self._connected = False
+            if isinstance(error, ContractError):
+                self.buffer.reset()
+            self._give_up(ask, step, self._back_off())
+            self._event("contract" if isinstance(error, ContractError) else "broke", str(error))
+        else:
+            if ask is None:
+                self._connected, self._retry_at, self._reset = True, self._now, True
+                self._event("connected", f"{self.client.metadata.get('name')}")
+            else:
+                self._accept(reply, ask, step)
+
+    def _accept(self, reply: dict[str, Any], ask: Ask, step: int) -> None:
+        try:
+            actions = self.gate.check_chunk(reply.get("actions"), self.buffer.horizon)
+            if reply.get("step", ask.step) != ask.step:
+                raise UnsafeActionError(f"the reply is for step {reply['step']}, asked was {ask.step}")
+            previous = self._last
+            discarded = self.buffer.accept(
+                ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous)
+            )
+        except UnsafeActionError as error:
+            self._give_up(ask, step, self._back_off())
+            self._event("withheld", str(error))
+            return
+        self._pause, self._retry_at = _FIRST_PAUSE_S, self._now
+        self._reset &= discarded == "out of order"  # the answer to a request from before the reset
+        if discarded is not None:
+            self._event("discarded", discarded)
+
+    def _refused(self, error: RefusedError, ask: Ask | None, step: int) -> None:
+        if error.code in _STOP_CODES:
+            self.buffer.reset()
+        if ask is None or error.code in ("stopping", "policy_failed", "internal"):
+            self._connected = False  # the server ends the connection with these
+        pause = self._back_off()
+        if error.retry_after_ms is not None:
+            pause = min(10.0, 0.001 * float(error.retry_after_ms)) * self._random.uniform(1.0, 1.25)
+        self._give_up(ask, step, pause, late=error.code in _LATE_CODES)
+        self._event("refused", str(error))
+
+    def _give_up(self, ask: Ask | None, step: int, pause: float, late: bool = False) -> None:
+        if ask is not None:
+            self.buffer.lost(ask.sequence, step, late)
+        self._retry_at = self._now + pause
+
+    def _back_off(self) -> float:
+        """A growing pause with jitter, in seconds, so that many robots do not come back at once."""
+        pause, self._pause = self._pause, min(_LONGEST_PAUSE_S, 2 * self._pause)
+        return pause * self._random.uniform(0.5, 1.0)
+
+    def _hold(self, step: int, asked: bool) -> Tick:
+        self.counts["held"] += 1
+        if not self._holding:
+            self._holding = True
+            self._event("hold", f"step {step}: {self.why}")
+        if self._last is None:
+            return Tick(step, None, True, asked)  # nothing was commanded yet, so there is nothing to take back
+        action = self._last if self._holds_position else np.zeros_like(self._last)
+        if self.gate.gripper is not None:
+            action = action.copy()
+            action[self.gate.gripper] = self._last[self.gate.gripper]
+        self.robot.act(action)
+        self._last = action
+        return Tick(step, action.copy(), True, asked)
+
+    def _event(self, kind: str, detail: str) -> None:
+        self.counts[kind] += 1
+        if kind not in ("hold", "resume", "connected"):
+            self.why = f"{kind}: {detail}"
+        log.log(
+            logging.INFO if kind in ("resume", "connected", "discarded") else logging.WARNING, "%s: %s", kind, detail
+        )
+        if self._on_event is not None:
+            self._on_event(kind, detail)

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+from mmseq_client import ChunkBuffer, Chunking, ClientError
+
+H = 16
+
+
+def chunk(step: int, horizon: int = H) -> np.ndarray:
+    """(H, 2): the step of its observation, and the control step that each row is for."""
+    return np.stack([np.full(horizon, step), step + np.arange(horizon)], 1).astype(np.float32)
+
+
+def play(buffer: ChunkBuffer, steps: int, delay: int, *, model=chunk, first: int = 0) -> list:
+    """The plan of every control step with answers that take `delay` steps; a forced prefix is kept."""
+    flight, plans = None, []
+    for step in range(first, first + steps):
+
+        def answer(now: int) -> None:
+            nonlocal flight
+            if flight and now >= flight.step + delay:
+                actions = model(flight.step)
+                actions[: len(flight.prefix)] = flight.prefix.reshape(-1, actions.shape[1])
+                buffer.accept(flight.sequence, actions, now)
+                flight = None
+
+        answer(step)
+        ask = buffer.ask(step)
+        flight = ask or flight
+        answer(step)
+        plans.append(buffer.action(step))
+    return plans
+
+
+@pytest.mark.parametrize("mode", ["plain", "realtime"])
+@pytest.mark.parametrize("execute", [1, 4, 8, 16])
+def test_without_delay_a_chunk_is_executed_from_its_beginning_and_replaced_after_execute_steps(mode, execute):
+    plans = play(ChunkBuffer(Chunking(mode, execute), H), 40, 0)
+    found = np.stack([plan.action for plan in plans])
+    np.testing.assert_array_equal(found[:, 1], np.arange(40))
+    np.testing.assert_array_equal(found[:, 0], np.arange(40) // execute * execute)
+
+
+@pytest.mark.parametrize("delay", [1, 3, 5, 8])
+@pytest.mark.parametrize("mode", ["plain", "realtime", "ensemble"])
+def test_with_delay_only_the_beginning_holds_and_each_step_gets_its_own_row(mode, delay):
+    plans = play(ChunkBuffer(Chunking(mode, 8), H), 100, delay)
+    assert [plan is None for plan in plans] == [True] * delay + [False] * (100 - delay)
+    first_round = next(i for i, plan in enumerate(plans) if plan and plan.sequence > 1)
+    for step in range(first_round, 100):
+        row = plans[step].action[1]
+        assert row == pytest.approx(step, abs=delay if mode != "plain" else 0)  # the first chunk began late
+        assert plans[step].age_steps < H
+
+
+def test_a_first_chunk_begins_at_its_first_row_because_the_robot_stood_still():
+    plans = play(ChunkBuffer(Chunking("plain", 8), H), 10, 4)
+    np.testing.assert_array_equal([plan.action[1] for plan in plans[4:]], np.arange(6))
+
+
+def test_realtime_commits_what_is_executed_and_continues_exactly_there():
+    """Chunks disagree by a constant of their own; in realtime only rows after the committed ones show it."""
+    random = np.random.default_rng(0)
+    model = lambda step: random.normal(size=(H, 2)).astype(np.float32)
+    buffer = ChunkBuffer(Chunking("realtime", 6), H)
+    asks, accepted = [], []
+    ask, accept = buffer.ask, buffer.accept
+    buffer.ask = lambda step: (asks.append(ask(step)), asks[-1])[1]
+    buffer.accept = lambda *a: (accepted.append((a, accept(*a))), accepted[-1][1])[1]
+    plans = play(buffer, 200, 4, model=model)
+    asks = {a.sequence: a for a in asks if a}
+    assert all(reason is None for _, reason in accepted)
+    assert all(len(a.prefix) == 4 == a.delay for a in list(asks.values())[1:])
+    splices = 0
+    for (sequence, actions, now), _ in accepted[1:]:
+        begin = asks[sequence].step
+        executed = np.stack([plan.action for plan in plans[begin:now]])
+        np.testing.assert_array_equal(executed, actions[: now - begin])
+        splices += 1
+    assert splices > 25
+
+
+def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on():
+    buffer = ChunkBuffer(Chunking("realtime", 4), H)
+    play(buffer, 1, 0)
+    [buffer.action(step) for step in range(1, 4)]
+    buffer._delays.extend([2] * 50)
+    ask = buffer.ask(4)
+    assert len(ask.prefix) == 2
+    [buffer.action(step) for step in range(4, 8)]  # four, two more than committed
+    late = chunk(4) + 100
+    late[:2] = ask.prefix
+    assert buffer.accept(ask.sequence, late, 8) == "late"
+    assert buffer.action(8).sequence == 1
+    assert buffer.due(9)
+    assert buffer.delay == 2
+    buffer._delays.clear()
+    buffer.lost(buffer.ask(9).sequence, 12, late=True)
+    assert buffer.delay == 3
+
+
+def test_a_chunk_whose_prefix_was_not_kept_is_discarded():
+    buffer = ChunkBuffer(Chunking("realtime", 4), H)
+    play(buffer, 4, 0)
+    buffer._delays.extend([2] * 50)
+    ask = buffer.ask(4)
+    assert buffer.accept(ask.sequence, chunk(4) + 1, 5) == "without its prefix"
+    assert buffer.action(5).sequence == 1
+
+
+def test_out_of_order_duplicated_and_stale_answers_are_discarded():
+    buffer = ChunkBuffer(Chunking("plain", 4), H)
+    ask = buffer.ask(0)
+    assert buffer.ask(1) is None  # one at a time
+    assert buffer.accept(99, chunk(0), 1) == "out of order"
+    assert buffer.accept(ask.sequence, chunk(0), 1) is None
+    assert buffer.accept(ask.sequence, chunk(0), 2) == "out of order"
+    buffer.reset()
+    old = buffer.ask(20)
+    buffer.reset()
+    assert buffer.accept(old.sequence, chunk(20), 21) == "out of order"
+    ask = buffer.ask(30)
+    assert buffer.accept(ask.sequence, chunk(30), 30 + H) == "stale"
+    assert buffer.action(30 + H) is None
+
+
+def test_nothing_is_left_after_the_horizon_or_the_maximal_age():
+    for max_age, last in ((None, 15), (5, 4)):
+        buffer = ChunkBuffer(Chunking("plain", 16), H, max_age)
+        buffer.accept(buffer.ask(0).sequence, chunk(0), 0)
+        plans = [buffer.action(step) for step in range(20)]
+        assert [plan is not None for plan in plans] == [True] * (last + 1) + [False] * (19 - last)
+
+
+def test_the_distance_of_requests_stays_between_the_delay_and_what_a_chunk_leaves():
+    for delay, execute, expected in ((6, 2, 6), (6, 16, 10), (0, 16, 16), (3, 5, 5)):
+        buffer = ChunkBuffer(Chunking("plain", execute), H)
+        asks = []
+        ask = buffer.ask
+        buffer.ask = lambda step, asks=asks, ask=ask: (asks.append(ask(step)), asks[-1])[1]
+        play(buffer, 200, delay)
+        steps = [a.step for a in asks if a]
+        assert set(np.diff(steps[-5:])) == {expected}, (delay, execute)
+
+
+def test_ensemble_weighs_rows_of_the_same_step_as_act_does():
+    buffer = ChunkBuffer(Chunking("ensemble", 1, decay=0.5), 4)
+    plans = play(buffer, 6, 0, model=lambda step: np.full((4, 2), step, np.float32))
+    weights = np.exp(-0.5 * np.arange(4))
+    np.testing.assert_allclose(plans[5].action[0], weights @ [2, 3, 4, 5] / weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(plans[1].action[0], weights[:2] @ [0, 1] / weights[:2].sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Chunking("rtc"), "use one of plain, ensemble, realtime"),
+        (lambda: Chunking("plain", 0), "from 1 on"),
+        (lambda: Chunking("ensemble", decay=-1), "use 0 or more"),
+        (lambda: ChunkBuffer(Chunking("plain", 17), H), "expected 1..16"),
+        (lambda: ChunkBuffer(Chunking("realtime"), H, prefix=False), "use plain or ensemble"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(make, words):
+    with pytest.raises(ClientError, match=words):
+        make()

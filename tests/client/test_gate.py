@@ -1,0 +1,78 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from mmseq_client import ActionGate, ContractError, UnsafeActionError
+
+
+@pytest.fixture(scope="module")
+def contract(embodiment) -> dict:
+    small = dataclasses.replace(
+        embodiment, action=dataclasses.replace(embodiment.action, minimum=(-1,) * 4, maximum=(2,) * 4)
+    )
+    body = small.to_dict()
+    body["action"]["max_step"] = [0.5, 0.5, 0.5, 2.0]
+    return body
+
+
+def chunk(steps: int = 4) -> np.ndarray:
+    return np.zeros((steps, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("actions", "reason"),
+    [
+        (None, "shape"),
+        ("0 0 0 0", "shape"),
+        (np.zeros((4, 3), np.float32), "shape"),
+        (np.zeros((3, 4), np.float32), "shape"),
+        (np.zeros(4, np.float32), "shape"),
+        (np.full((4, 4), "0"), "shape"),
+        (np.full((4, 4), np.nan, np.float32), "not_finite"),
+        (np.full((4, 4), 1e300), "not_finite"),
+    ],
+)
+def test_what_is_no_chunk_is_withheld_in_every_configuration(contract, actions, reason):
+    for configured in ("clamp", "refuse"):
+        gate = ActionGate(contract, configured)
+        with pytest.raises(UnsafeActionError, match=reason):
+            gate.check_chunk(actions, 4)
+        assert gate.counts[reason] == 1
+
+
+def test_limits_are_clamped_or_refused_and_the_gripper_stays_between_open_and_closed(contract):
+    actions = chunk()
+    actions[1] = (3, -5, 0, 1.5)
+    gate = ActionGate(contract)
+    np.testing.assert_array_equal(gate.check_chunk(actions, 4)[1], [2, -1, 0, 1])
+    assert gate.counts["clamped_range"] == 3
+    with pytest.raises(UnsafeActionError, match=r"axis 'x' is 3 at step 1, outside -1\.\.2"):
+        ActionGate(contract, "refuse").check_chunk(actions, 4)
+
+
+def test_the_change_per_control_step_is_limited_from_the_action_before(contract):
+    actions = np.ones((4, 4), np.float32)
+    gate = ActionGate(contract)
+    gate.limit_steps(actions, np.zeros(4, np.float32))
+    np.testing.assert_allclose(actions[:, 0], [0.5, 1, 1, 1])
+    np.testing.assert_allclose(actions[:, 3], 1)
+    actions = np.ones((4, 4), np.float32)
+    gate.limit_steps(actions, None)  # nothing was executed yet
+    np.testing.assert_allclose(actions, 1)
+    with pytest.raises(UnsafeActionError, match=r"changes by 1 at step 0, more than 0\.5"):
+        ActionGate(contract, "refuse").limit_steps(actions, np.zeros(4, np.float32))
+
+
+def test_an_action_older_than_allowed_is_withheld(contract):
+    gate = ActionGate(contract)
+    gate.check_action(chunk()[0], None, age_steps=15, max_age=16)
+    for age in (16, -1):
+        with pytest.raises(UnsafeActionError, match="stale"):
+            gate.check_action(chunk()[0], None, age_steps=age, max_age=16)
+
+
+def test_a_contract_without_actions_and_an_unknown_configuration_are_refused(contract):
+    with pytest.raises(ContractError, match="no action axes"):
+        ActionGate({"name": "eye"})
+    with pytest.raises(ContractError, match="clamp or refuse"):
+        ActionGate(contract, "ignore")

@@ -1,0 +1,256 @@
+"""The control loop in simulated time: the code that robots run, with delays of one's choice."""
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+from mmseq_client import (
+    Chunking,
+    ClientError,
+    ContractError,
+    ControlLoop,
+    RefusedError,
+    SimulatedClock,
+    SimulatedExecutor,
+)
+
+PERIOD_S = 1 / 50
+HORIZON = 16
+
+
+def simulate(
+    server, robot, latency_s, chunking, *, timeout_s=0.5, **options
+) -> tuple[ControlLoop, SimulatedClock, list]:
+    clock, events = SimulatedClock(100.0), []
+    loop = ControlLoop(
+        server,
+        robot,
+        chunking,
+        timeout_s=timeout_s,
+        clock=clock,
+        executor=SimulatedExecutor(clock, latency_s, timeout_s),
+        on_event=lambda *event: events.append(event),
+        seed=0,
+        **options,
+    )
+    return loop, clock, events
+
+
+def drive(loop, clock, steps: int) -> list:
+    ticks = []
+    for _ in range(steps):
+        ticks.append(loop.tick())
+        clock.sleep(PERIOD_S)
+    return ticks
+
+
+def check(ticks, robot, horizon=HORIZON) -> None:
+    """What must hold of every run: the rows of `CountingServer` say where an action comes from.
+
+    No action of an observation as old as the horizon, a command in each control step from the first one on, and a
+    hold repeats the action before it.
+    """
+    commanded = [tick for tick in ticks if tick.action is not None]
+    assert len(commanded) == len(robot.actions)
+    assert len(commanded) == len(ticks) - next(i for i, tick in enumerate(ticks) if tick.action is not None)
+    previous = None
+    for tick, action in zip(commanded, robot.actions, strict=True):
+        if tick.held:
+            np.testing.assert_array_equal(action, previous)
+        else:
+            assert 0 <= tick.step - action[0] < horizon
+        previous = action
+
+
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+def test_ahead_of_time_requests_leave_no_gap(server, robot, mode):
+    loop, clock, events = simulate(server, robot, lambda: 0.1, Chunking(mode, 4))
+    ticks = drive(loop, clock, 500)
+    check(ticks, robot)
+    assert [tick.held for tick in ticks] == [True] * 5 + [False] * 495
+    assert [kind for kind, _ in events] == ["hold", "resume"]
+
+
+def test_realtime_sends_the_measured_delay_and_the_actions_committed(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.095, Chunking("realtime", 6))
+    ticks = drive(loop, clock, 100)
+    last = server.asked[-1]
+    assert last["delay"] == len(last["action_prefix"]) == 5
+    assert last["deadline_ms"] == pytest.approx(100)
+    assert last["chunking"] == "plain"
+    executed = {tick.step: tick.action for tick in ticks}
+    np.testing.assert_array_equal(last["action_prefix"][:3], [executed[last["step"] + i] for i in range(3)])
+    assert "action_prefix" not in server.asked[0]
+    assert server.asked[0]["reset"]
+    assert "reset" not in last
+
+
+def test_a_server_that_knows_no_steps_is_sent_none(server, robot):
+    del server.metadata["chunking"]
+    seen = []
+    server.infer = lambda observation, *_: seen.append(observation) or {"actions": np.zeros((16, 4), np.float32)}
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, None, prompt="go")
+    assert loop.buffer.chunking == Chunking("plain")
+    drive(loop, clock, 20)
+    assert all(set(o) == {"observation.images.front", "observation.state", "prompt"} for o in seen)
+    server.metadata["chunking"] = {"mode": "realtime", "execute": 5}
+    assert simulate(server, robot, lambda: 0.0, None)[0].buffer.chunking == Chunking("realtime", 5)
+
+
+def test_when_nothing_is_left_it_holds_at_once_says_so_and_resumes(server, robot):
+    latency = [0.04] * 10 + [math.inf] + [0.04] * 1000
+    loop, clock, events = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
+    ticks = drive(loop, clock, 300)
+    check(ticks, robot)
+    assert [kind for kind, _ in events] == ["hold", "resume", "hold", "broke", "connected", "resume"]
+    held = [tick.step for tick in ticks if tick.held]
+    lost = server.asked[10]["step"]
+    assert held[2] == lost - 8 + 2 + 16 - 2  # the step after the last row of the chunk before
+    assert server.connections == 2
+
+
+def test_delta_robots_hold_with_zeros_and_keep_the_gripper(embodiment, robot, server):
+    delta = dataclasses.replace(embodiment, action_form="delta")
+    robot._contract = delta.to_dict()
+    server.metadata["embodiments"] = {"arm": delta.to_dict()}
+    answer = server.infer
+
+    def infer(observation, *rest):
+        reply = answer(observation, *rest)
+        reply["actions"][:, 3] = 1
+        return reply
+
+    server.infer = infer
+    latency = [0.0, math.inf, math.inf]
+    loop, clock, _ = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
+    ticks = drive(loop, clock, 20)
+    np.testing.assert_array_equal(ticks[-1].action, [0, 0, 0, 1])
+    assert ticks[-1].held
+    server.metadata["hold"] = {"arm": "position"}
+    latency = [0.0, math.inf, math.inf]
+    loop, clock, _ = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
+    np.testing.assert_array_equal(drive(loop, clock, 20)[-1].action, [0, 15, 15, 1])
+
+
+@pytest.mark.parametrize(
+    ("code", "stops"), [("held", True), ("fingerprint", True), ("busy", False), ("late", False), ("wrong_shape", False)]
+)
+def test_refusals_hold_at_once_or_when_the_chunk_is_over(server, robot, code, stops):
+    answer, refusing = server.infer, [False]
+
+    def infer(*arguments):
+        if refusing[0]:
+            server.asked.append(arguments[0])
+            raise RefusedError(code, "not now", retry_after_ms=200.0)
+        return answer(*arguments)
+
+    server.infer = infer
+    loop, clock, events = simulate(server, robot, lambda: 0.02, Chunking("plain", 4))
+    drive(loop, clock, 41)
+    refusing[0], before = True, len(server.asked)
+    ticks = drive(loop, clock, 100)
+    first = next(i for i, tick in enumerate(ticks) if tick.held)
+    assert first <= 4 if stops else first >= 10
+    assert 6 <= len(server.asked) - before <= 10  # as often as it was told to
+    assert ("refused", f"{code}: not now") in events
+    refusing[0] = False
+    assert not any(tick.held for tick in drive(loop, clock, 50)[20:])
+
+
+def test_a_wrong_contract_is_refused_before_motion_and_held_after_a_reconnection(server, robot, embodiment):
+    other = dataclasses.replace(embodiment, rate_hz=20)
+    server.metadata["embodiments"] = {"arm": other.to_dict()}
+    with pytest.raises(ContractError, match="rate_hz: 50 here, 20"):
+        simulate(server, robot, lambda: 0.0, None)
+    server.metadata["embodiments"] = {"arm": embodiment.to_dict()}
+    loop, clock, events = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    drive(loop, clock, 20)
+    same = server.connect
+
+    def connect(timeout_s):
+        raise ContractError("the server came back with another policy")
+
+    server.connect = connect
+    server.infer, infer = (lambda *_: (_ for _ in ()).throw(ClientError("the connection broke"))), server.infer
+    ticks = drive(loop, clock, 100)
+    assert all(tick.held for tick in ticks[10:])
+    assert {"broke", "contract"} <= {kind for kind, _ in events}
+    server.connect, server.infer = same, infer
+    assert not any(tick.held for tick in drive(loop, clock, 300)[150:])
+
+
+def test_a_clock_that_jumps_back_or_ahead_makes_no_old_action_run(server, robot):
+    loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    jump_s = 0.0
+    loop._clock = lambda: clock.now + jump_s
+    drive(loop, clock, 50)
+    jump_s = 30.0
+    ahead = drive(loop, clock, 50)
+    assert ahead[0].held
+    assert not ahead[-1].held
+    assert ahead[0].step > 1500
+    jump_s = -1000.0
+    back = drive(loop, clock, 50)
+    assert [tick.step for tick in back] == list(range(back[0].step, back[0].step + 50))
+    assert back[0].held
+    assert not back[-1].held
+    assert "clock" in {kind for kind, _ in events}
+
+
+def test_reset_begins_a_new_episode(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    drive(loop, clock, 20)
+    loop.reset()
+    ticks = drive(loop, clock, 20)
+    assert ticks[0].action is None
+    assert [o["step"] for o in server.asked if o.get("reset")] == [0, 20]
+
+
+def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server, robot, embodiment):
+    body = embodiment.to_dict()
+    body["action"]["max_step"] = [2.0, 2.0, 2.0, 2.0]
+    robot._contract = body
+    server.metadata["embodiments"] = {"arm": body}
+    loop, clock, events = simulate(server, robot, lambda: 0.07, Chunking("realtime", 6))
+    ticks = drive(loop, clock, 400)
+    moved = np.abs(np.diff(np.stack(robot.actions), axis=0))
+    assert moved.max() <= 2.0 + 1e-3
+    assert loop.gate.counts["clamped_step"] > 0
+    assert not any(tick.held for tick in ticks[10:])
+    assert "discarded" not in {kind for kind, _ in events}
+
+
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+def test_random_delays_jitter_and_loss(server, robot, mode):
+    """20,000 control steps here; `test_many_control_steps` has the volume."""
+    dice = random.Random(1)
+    latency = lambda: math.inf if dice.random() < 0.05 else dice.uniform(0, 0.5)
+    loop, clock, _ = simulate(server, robot, latency, Chunking(mode, 4))
+    check(drive(loop, clock, 20_000), robot)
+    assert 0 < loop.counts["held"] < 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+@pytest.mark.parametrize("execute", [4, 8])
+def test_many_control_steps(server, robot, mode, execute):
+    """180,000 in all, an hour at 50 Hz: delays of 0 to 500 ms that drift and jitter, 5 % of replies lost."""
+    dice, base = random.Random(execute), [0.0]
+
+    def latency():
+        base[0] = min(0.5, max(0.0, base[0] + dice.gauss(0, 0.02)))
+        return math.inf if dice.random() < 0.05 else min(0.5, max(0.0, base[0] + dice.uniform(-0.05, 0.05)))
+
+    server.horizon = server.metadata["horizon"] = 40  # 800 ms
+    loop, clock, _ = simulate(server, robot, latency, Chunking(mode, execute), timeout_s=0.6)
+    check(drive(loop, clock, 30_000), robot, horizon=40)
+    assert loop.counts["held"] < 15_000
+    print(mode, execute, dict(loop.counts))
+
+
+def test_the_observation_reaches_the_server_with_the_prompt(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 8), prompt="pick up the cup")
+    drive(loop, clock, 3)
+    assert server.asked[0]["prompt"] == "pick up the cup"
