@@ -223,17 +223,6 @@ def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server
 
 
 @pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
-def test_random_delays_jitter_and_loss(server, robot, mode):
-    """20,000 control steps here; `test_many_control_steps` has the volume."""
-    dice = random.Random(1)
-    latency = lambda: math.inf if dice.random() < 0.05 else dice.uniform(0, 0.5)
-    loop, clock, _ = simulate(server, robot, latency, Chunking(mode, 4))
-    check(drive(loop, clock, 20_000), robot)
-    assert 0 < loop.counts["held"] < 20_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
 @pytest.mark.parametrize("execute", [4, 8])
 def test_many_control_steps(server, robot, mode, execute):
     """180,000 in all, an hour at 50 Hz: delays of 0 to 500 ms that drift and jitter, 5 % of replies lost."""
