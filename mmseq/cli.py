@@ -334,6 +334,7 @@ def _eval(args: argparse.Namespace) -> None:
         ClosedLoopConfig,
         evaluate_checkpoint,
         print_summary,
+        splice_results,
         success_results,
     )
     from mmseq.evaluation.results import write_results
@@ -357,7 +358,8 @@ def _eval(args: argparse.Namespace) -> None:
         rollouts = evaluate_checkpoint(args.checkpoint, config, device=args.device, on_progress=update)
     print_summary(rollouts)
     if args.json:
-        write_results(args.json, success_results(rollouts, args.seed))
+        results = success_results(rollouts, args.seed) + splice_results(rollouts, args.seed)
+        write_results(args.json, results)
 
 
 def _doctor(args: argparse.Namespace) -> None:

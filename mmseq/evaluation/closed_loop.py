@@ -330,8 +330,22 @@ def summarise(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
     return rows
 
 
+def splice_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
+    """How smoothly the policy's chunks followed each other, and for how much of the time it had none."""
+    driven = [r for r in rollouts if r.controller == "policy" and r.splices is not None]
+    steps = sum(r.steps for r in driven)
+    if not steps:
+        return []
+    held = sum(r.held for r in driven) / steps
+    none = {"baseline_name": "none", "baseline_value": 0.0}
+    return [
+        *Splices.join(r.splices for r in driven if r.splices).results(seed),
+        Result(name="policy.held", value=held, unit="share of steps", better="lower", n=steps, seed=seed, **none),
+    ]
+
+
 def print_summary(rollouts: Sequence[Rollout]) -> None:
-    """A table to the console: success per controller and task with 95 % Wilson intervals."""
+    """A table to the console: success per controller and task with 95 % Wilson intervals, then the splices."""
     from rich.console import Console
     from rich.table import Table
 
@@ -344,4 +358,8 @@ def print_summary(rollouts: Sequence[Rollout]) -> None:
             f"{share:.0%} of {row['episodes']}",
             f"{row['low']:.0%} to {row['high']:.0%}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for result in splice_results(rollouts, 0):
+        beside = f"{result.baseline_name} {result.baseline_value:.3g}"
+        console.print(f"{result.name}: {result.value:.3g} {result.unit} (n = {result.n}; {beside})")

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mmseq.evaluation.results import Result
+
 
 @dataclass
 class Splices:
@@ -31,11 +33,27 @@ class Splices:
             joined.identical += one.identical
         return joined
 
-    def p99(self) -> tuple[float, float] | None:
-        """The 99th percentiles at a splice and inside a chunk; None when there is not one of each."""
+    def results(self, seed: int) -> list[Result]:
+        """Rows for `--json`; none when there was no splice, or nothing to compare it with."""
         if not self.at_splice or not self.inside:
-            return None
-        return float(np.quantile(self.at_splice, 0.99)), float(np.quantile(self.inside, 0.99))
+            return []
+        n, share = len(self.at_splice), {"unit": "share of the range", "better": "lower", "seed": seed}
+        at, inside = float(np.quantile(self.at_splice, 0.99)), float(np.quantile(self.inside, 0.99))
+        return [
+            Result(
+                name="splice.change_p99", value=at, baseline_name="inside chunks", baseline_value=inside, n=n, **share
+            ),
+            Result(
+                name="splice.committed_identical",
+                value=self.identical / n,
+                unit="share",
+                better="higher",
+                baseline_name="all",
+                baseline_value=1.0,
+                n=n,
+                seed=seed,
+            ),
+        ]
 
 
 class RecordingClient:

@@ -1,0 +1,104 @@
+"""The closed loop with delays: an untrained policy, the real server, the real client and the real simulator."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
+from mmseq.errors import ConfigError
+from mmseq.evaluation.closed_loop import ClosedLoopConfig, _drive, evaluate_checkpoint, splice_results
+from mmseq.evaluation.splices import SpliceMeter, Splices
+from mmseq.serving import Server, ServerConfig
+from mmseq.serving.model_policy import ModelPolicy
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES
+from mmseq.testing import tiny
+
+mmseq_client = pytest.importorskip("mmseq_client")
+pytest.importorskip("metaworld")
+
+HORIZON = 8
+
+
+def axes(names, low, high) -> Axes:
+    return Axes(names=names, units=("unitless",) * 4, low=low, high=high, minimum=low, maximum=high)
+
+
+@pytest.fixture(scope="module")
+def server():
+    robot = Embodiment(
+        name="sawyer",
+        rate_hz=20,
+        cameras=(Camera(name="front", height=64, width=64),),
+        proprio=axes(PROPRIO_NAMES, (-0.8, 0.1, -0.2, -0.1), (0.8, 1.3, 1.0, 1.5)),
+        action=axes(ACTION_NAMES, (-1.0,) * 4, (1.0,) * 4),
+        action_form="delta",
+        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
+    )
+    policy = ModelPolicy(tiny.model(tiny.tokenizers((robot,))), arrow=f"proprio -> action[{HORIZON}]")
+    with Server(policy, ServerConfig(port=0)) as running:
+        yield running
+
+
+def drive(server, **changes):
+    config = ClosedLoopConfig(tasks=["drawer-open"], episodes=1, max_steps=60, keep=0, **changes)
+    return _drive(("policy", "drawer-open", 0, 1, asdict(config), server.port, 32))[0]
+
+
+def test_without_delay_every_chunk_begins_at_once(server):
+    rollout = drive(server, execute=4)
+    assert (rollout.steps, rollout.requests, rollout.held) == (60, 15, 0)
+    assert len(rollout.splices.at_splice) == 14 == rollout.splices.identical  # nothing was committed before any
+    assert len(rollout.splices.inside) == 45
+    assert rollout.seconds > 0
+
+
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+def test_with_delay_the_episode_begins_with_a_hold_and_goes_on_without(server, mode):
+    rollout = drive(server, execute=4, chunking=mode, delay_ms=100)
+    assert rollout.held == 2
+    assert len(rollout.splices.at_splice) >= 13
+    if mode == "realtime":
+        assert rollout.splices.identical == len(rollout.splices.at_splice)
+    if mode == "plain":
+        assert rollout.splices.identical < len(rollout.splices.at_splice)
+
+
+def test_jitter_is_of_the_seed_and_realtime_stays_exact(server):
+    settings = {"execute": 4, "chunking": "realtime", "delay_ms": 100, "jitter_ms": 100}
+    first, second = drive(server, **settings), drive(server, **settings)
+    assert first.splices == second.splices
+    assert first.splices.identical == len(first.splices.at_splice) > 3
+    names = [result.name for result in splice_results([first, second], 0)]
+    assert names == ["splice.change_p99", "splice.committed_identical", "policy.held"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"chunking": "rtc"}, "use one of plain, ensemble, realtime"),
+        ({"delay_ms": -1.0}, "Use 0 or more"),
+        ({"execute": 0}, "from 1 on"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path, changes, words):
+    config = replace(ClosedLoopConfig(tasks=["drawer-open"]), **changes)
+    with pytest.raises(ConfigError, match=words):
+        evaluate_checkpoint(tmp_path / "none", config)
+
+
+def test_the_meter_tells_a_jump_from_a_continuation():
+    contract = {"action": {"names": ["x", "g"], "low": [0.0, 0.0], "high": [2.0, 1.0]}, "gripper": {"axis": "g"}}
+    meter = SpliceMeter(contract)
+    first, second = np.zeros((4, 2), np.float32), np.ones((4, 2), np.float32)
+
+    def tick(step, action, begun, sequence, asked=False):
+        return mmseq_client.Tick(step, np.float32(action), False, asked, sequence, step - begun)
+
+    meter.add(tick(0, [0, 0], 0, 1, asked=True), first)
+    meter.add(tick(1, [0, 1], 0, 1), first)  # only the gripper moves
+    meter.add(tick(2, [0, 1], 0, 1, asked=True), second)
+    meter.add(tick(3, [1, 1], 2, 2), second)  # the new chunk begins otherwise than was executed
+    meter.add(mmseq_client.Tick(4, None, True, False), second)
+    meter.add(tick(5, [1, 1], 2, 2), second)
+    assert meter.found == Splices(at_splice=[0.5], inside=[0.0, 0.0], identical=0)
