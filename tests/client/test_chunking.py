@@ -84,6 +84,7 @@ def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on()
     play(buffer, 1, 0)
     [buffer.action(step) for step in range(1, 4)]
     buffer._delays.extend([2] * 50)
+    buffer._warm = True
     ask = buffer.ask(4)
     assert len(ask.prefix) == 2
     [buffer.action(step) for step in range(4, 8)]  # four, two more than committed
@@ -148,6 +149,20 @@ def test_ensemble_weighs_rows_of_the_same_step_as_act_does():
     weights = np.exp(-0.5 * np.arange(4))
     np.testing.assert_allclose(plans[5].action[0], weights @ [2, 3, 4, 5] / weights.sum(), rtol=1e-6)
     np.testing.assert_allclose(plans[1].action[0], weights[:2] @ [0, 1] / weights[:2].sum(), rtol=1e-6)
+
+
+def test_the_delay_is_a_high_quantile_of_the_last_replies_without_the_first_one():
+    buffer = ChunkBuffer(Chunking("plain", 4), H)
+    delays = []
+    step = 0
+    for delay in [14, 2, 2, 3, *[2] * 60, *[5] * 3]:
+        ask = buffer.ask(step)
+        buffer.accept(ask.sequence, chunk(step), step + delay)
+        delays.append(buffer.delay)
+        step += H
+    assert delays[:4] == [14, 2, 2, 3]
+    assert delays[30:-3] == [2] * (len(delays) - 33)
+    assert delays[-3:] == [2, 2, 5]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ class ChunkBuffer:
         self.chunking, self.horizon, self.execute = chunking, horizon, chunking.steps(horizon)
         self.max_age = horizon if max_age is None else max(1, min(horizon, max_age))
         self._delays: deque[int] = deque(maxlen=_DELAYS)
+        self._warm = False
         self._sequence = 0
         self.reset()
 
@@ -157,7 +158,7 @@ class ChunkBuffer:
         if ask is None or ask.sequence != sequence:
             return "out of order"
         self._flight = None
-        self._delays.append(min(step - ask.step, self.horizon))
+        self._measured(step - ask.step)
         if step - ask.step >= self.max_age:
             return "stale"
         if len(ask.prefix) and np.abs(actions[: len(ask.prefix)] - ask.prefix).max() > _SAME:
@@ -178,8 +179,14 @@ class ChunkBuffer:
         """There will be no answer to `sequence`. late: because it would have taken longer than expected."""
         if self._flight is not None and self._flight.sequence == sequence:
             if late:
-                self._delays.append(min(max(self.delay + 1, step - self._flight.step), self.horizon))
+                self._measured(max(self.delay + 1, step - self._flight.step))
             self._flight = None
+
+    def _measured(self, delay: int) -> None:
+        if not self._warm and self._delays:
+            self._delays.clear()  # a server's first answer is often slow and says nothing of the next ones
+            self._warm = True
+        self._delays.append(min(delay, self.horizon))
 
     def action(self, step: int) -> Planned | None:
         """The action of control step `step`; None when no valid one is left, and the robot has to hold."""
