@@ -284,17 +284,28 @@ def test_a_hundred_times(bench, kind):
 
 @pytest.mark.slow
 def test_ten_thousand_control_steps_in_real_time(bench):
-    """200 s at 50 Hz: answers after 0 to 300 ms, 5 % never. A command leaves in every control step."""
+    """200 s at 50 Hz: answers after 0 to 300 ms, 5 % never. A command leaves in every control step, at its time as far
+    as the machine lets a thread that only sleeps keep it."""
     one, dice = bench("realtime", 50, 0.5), random.Random(0)
     one.server.weather = lambda: math.inf if dice.random() < 0.05 else dice.uniform(0, 0.3)
     times, ticks, act, tick = [], [], one.robot.act, one.loop.tick
     one.robot.act = lambda action: (times.append(time.monotonic()), act(action))
     one.loop.tick = lambda: ticks.append(tick()) or (one.loop.end() if len(ticks) == 10_000 else None)
+    woken: list[float] = []
+
+    def sleeper() -> None:
+        while not one.loop._stopping:
+            time.sleep(0.02)
+            woken.append(time.monotonic())
+
+    threading.Thread(target=sleeper, daemon=True).start()
     one.loop.run()
     for found, action in zip([t for t in ticks if t.action is not None], one.robot.actions, strict=True):
         assert found.held or 0 <= found.step - action[0] < HORIZON
-    gaps = np.diff(times) * 50
-    print(dict(one.loop.counts), f"longest {gaps.max():.2f} periods, p99.9 {np.quantile(gaps, 0.999):.2f}")
+    gaps, sleeping = np.diff(times) * 50, np.diff(woken) * 50
+    for name, of in (("commands", gaps), ("a thread that sleeps", sleeping)):
+        print(f"{name}: p99.9 {np.quantile(of, 0.999):.2f} periods, longest {of.max():.2f}")
+    print(dict(one.loop.counts))
     first = next(i for i, found in enumerate(ticks) if found.action is not None)
     assert len(times) == 10_000 - first
-    assert np.quantile(gaps, 0.999) < 2
+    assert np.quantile(gaps, 0.999) < 1 + np.quantile(sleeping, 0.999)

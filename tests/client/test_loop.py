@@ -11,6 +11,7 @@ from mmseq_client import (
     ClientError,
     ContractError,
     ControlLoop,
+    NoObservationError,
     RefusedError,
     SimulatedClock,
     SimulatedExecutor,
@@ -197,6 +198,23 @@ def test_a_clock_that_jumps_back_or_ahead_makes_no_old_action_run(server, robot)
     assert back[0].held
     assert not back[-1].held
     assert "clock" in {kind for kind, _ in events}
+
+
+def test_a_silent_sensor_is_not_asked_with_and_ends_in_a_hold(server, robot):
+    loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    drive(loop, clock, 30)
+    see, before = robot.observe, len(server.asked)
+
+    def observe():
+        raise NoObservationError("camera 'front' is silent for 0.5 s")
+
+    robot.observe = observe
+    ticks = drive(loop, clock, 50)
+    assert len(server.asked) == before
+    assert ticks[-1].held
+    assert ("blind", "camera 'front' is silent for 0.5 s") in events
+    robot.observe = see
+    assert not any(tick.held for tick in drive(loop, clock, 200)[150:])
 
 
 def test_reset_begins_a_new_episode(server, robot):

@@ -3,7 +3,7 @@
 from mmseq_client.chunking import ChunkBuffer, Chunking
 from mmseq_client.client import Client, healthz
 from mmseq_client.contract import example_observation, fingerprint
-from mmseq_client.errors import ClientError, ContractError, RefusedError, UnsafeActionError
+from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
 from mmseq_client.loop import ControlLoop, Robot, Tick
 from mmseq_client.simulated import SimulatedClock, SimulatedExecutor
@@ -17,6 +17,7 @@ __all__ = [
     "ClientError",
     "ContractError",
     "ControlLoop",
+    "NoObservationError",
     "RefusedError",
     "Robot",
     "SimulatedClock",

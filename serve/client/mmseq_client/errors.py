@@ -11,6 +11,11 @@ class ContractError(ClientError):
     """Robot and server do not mean the same thing by their numbers."""
 
 
+class NoObservationError(ClientError):
+    """Raised by a robot's `observe` while a sensor is silent: nothing is asked then, and the loop holds when its
+    actions are over."""
+
+
 class UnsafeActionError(ClientError):
     """The gate on the robot withheld actions: not finite, of another shape, or outside of the limits."""
 

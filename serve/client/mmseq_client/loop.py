@@ -20,12 +20,13 @@ import numpy as np
 
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
-from mmseq_client.errors import ClientError, ContractError, RefusedError, UnsafeActionError
+from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
 
 log = logging.getLogger("mmseq_client")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_FIRST_TIMEOUT_S = 10.0
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
 
@@ -38,7 +39,10 @@ class Robot(Protocol):
         ...
 
     def observe(self) -> dict[str, Any]:
-        """What is sensed now: `observation.images.<camera>` uint8 (H, W, 3), `observation.state` float32 (proprio,)."""
+        """What is sensed now: `observation.images.<camera>` uint8 (H, W, 3), `observation.state` float32 (proprio,).
+
+        Raises: NoObservationError while a sensor is silent.
+        """
         ...
 
     def act(self, action: np.ndarray) -> None:
@@ -69,9 +73,10 @@ class ControlLoop:
 
     chunking: default what the server is configured for, else plain. prompt: sent with each observation that has
     none. max_age_s: actions of an older observation are not executed; default, and at most, the horizon.
-    timeout_s: the longest wait for a reply before the connection is opened anew. out_of_range: see `ActionGate`.
-    on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, broke,
-    contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
+    timeout_s: the longest wait for a reply before the connection is opened anew; the first one, which may find a
+    server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range: see `ActionGate`.
+    on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, blind,
+    broke, contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
 
     The robot's contract is compared with the server's here, before any motion, and after each reconnection.
     Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give.
@@ -117,7 +122,7 @@ class ControlLoop:
         self._ask: Ask | None = None  # that the job is for; None: it connects
         self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
         self._last: np.ndarray | None = None  # commanded
-        self._holding, self._stopping, self._reset = False, False, True
+        self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self.why = "no chunk yet"  # nothing valid is left: the last thing that went wrong
 
@@ -204,7 +209,13 @@ class ControlLoop:
         self._ask = self.buffer.ask(step)
         if self._ask is None:
             return False
-        observation = dict(self.robot.observe())
+        try:
+            observation = dict(self.robot.observe())
+        except NoObservationError as error:
+            self._give_up(self._ask, step, self._back_off())
+            self._ask = None
+            self._event("blind", str(error))
+            return False
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
         if len(self._ask.prefix):
@@ -220,7 +231,8 @@ class ControlLoop:
             )
             if self._reset:
                 observation["reset"] = True
-        self._job = self._executor.submit(self.client.infer, observation, self.timeout_s, False)
+        timeout_s = self.timeout_s if self._answered else max(self.timeout_s, _FIRST_TIMEOUT_S)
+        self._job = self._executor.submit(self.client.infer, observation, timeout_s, False)
         self.counts["requests"] += 1
         return True
 
@@ -245,6 +257,7 @@ class ControlLoop:
             self._give_up(ask, step, self._back_off())
             self._event("contract" if isinstance(error, ContractError) else "broke", str(error))
         else:
+            self._answered |= ask is not None
             if ask is None:
                 self._connected, self._retry_at, self._reset = True, self._now, True
                 self._event("connected", f"{self.client.metadata.get('name')}")

@@ -1,0 +1,114 @@
+"""Drive any LeRobot robot with an mmseq server.
+
+    python serve/robots/lerobot_robot.py --robot.type=so101_follower --robot.port=/dev/ttyACM0 --robot.id=arm \
+      --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}" \
+      --contract=CHECKPOINT/tokenizers/embodiments/arm.json --prompt="pick up the cup" --mode=realtime --execute=8
+
+The contract's axes are found by their names in what the robot offers, so their order cannot be confused. Needs
+`lerobot` with the extra of the robot, and `mmseq-client`.
+"""
+
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lerobot.cameras
+import lerobot.robots
+import numpy as np
+from images import fit
+from lerobot.configs import parser
+from lerobot.robots import Robot, RobotConfig, make_robot_from_config
+from lerobot.utils.import_utils import register_third_party_plugins
+from mmseq_client import Chunking, Client, ContractError, ControlLoop
+
+
+class LeRobotRobot:
+    """A connected LeRobot robot as `mmseq_client.Robot`.
+
+    contract: of the checkpoint. Raises: ContractError when the robot lacks an axis or a camera of it, or has an
+    action that the contract does not command.
+    """
+
+    def __init__(self, robot: Robot, contract: dict[str, Any]):
+        self.robot, self._contract = robot, contract
+        self.cameras = {camera["name"]: (camera["height"], camera["width"]) for camera in contract["cameras"]}
+        self.state_names = list((contract.get("proprio") or {}).get("names", ()))
+        self.action_names = list(contract["action"]["names"])
+        offered, accepted = robot.observation_features, robot.action_features
+        for what, wanted, there in (
+            ("camera", self.cameras, [key for key, kind in offered.items() if isinstance(kind, tuple)]),
+            ("proprio axis", self.state_names, [key for key, kind in offered.items() if not isinstance(kind, tuple)]),
+            ("action axis", self.action_names, list(accepted)),
+        ):
+            missing = [name for name in wanted if name not in there]
+            if missing:
+                raise ContractError(f"the robot has no {what} {missing}; it has {there}")
+        unknown = [name for name in accepted if name not in self.action_names]
+        if unknown:
+            raise ContractError(f"the contract commands no {unknown}, which the robot expects")
+
+    def contract(self) -> dict[str, Any]:
+        return self._contract
+
+    def observe(self) -> dict[str, Any]:
+        seen = self.robot.get_observation()
+        observation: dict[str, Any] = {
+            f"observation.images.{name}": fit(np.asarray(seen[name]), *size) for name, size in self.cameras.items()
+        }
+        if self.state_names:
+            observation["observation.state"] = np.array([seen[name] for name in self.state_names], np.float32)
+        return observation
+
+    def act(self, action: np.ndarray) -> None:
+        self.robot.send_action(dict(zip(self.action_names, action.tolist())))
+
+    def stop(self) -> None:
+        """Command the position where the arm is, where actions are positions; torque stays on, so it does not fall."""
+        if self._contract.get("action_form", "absolute") == "absolute":
+            seen = self.robot.get_observation()
+            if all(name in seen for name in self.action_names):
+                self.robot.send_action({name: float(seen[name]) for name in self.action_names})
+        else:
+            self.robot.send_action(dict.fromkeys(self.action_names, 0.0))
+
+
+@dataclass
+class DriveConfig:
+    """contract: JSON of the embodiment. mode, execute: see `mmseq_client.Chunking`. token_file: for the server."""
+
+    robot: RobotConfig
+    contract: Path
+    prompt: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_file: Path | None = None
+    mode: str = "realtime"
+    execute: int | None = None
+    seconds: float = 60.0
+
+
+@parser.wrap()
+def main(config: DriveConfig) -> None:
+    token = config.token_file.read_text().strip() if config.token_file else None
+    with make_robot_from_config(config.robot) as robot, Client(config.host, config.port, token) as client:
+        driven = LeRobotRobot(robot, json.loads(config.contract.read_text()))
+        loop = ControlLoop(client, driven, Chunking(config.mode, config.execute), prompt=config.prompt)
+        loop.run(seconds=config.seconds)
+        print(dict(loop.counts))
+
+
+def register() -> None:
+    """Make every robot and camera of LeRobot, and of its plug-ins, known to the command line by its name."""
+    for package in (lerobot.robots, lerobot.cameras):
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.ispkg:
+                importlib.import_module(f"{package.__name__}.{module.name}")
+    register_third_party_plugins()
+
+
+if __name__ == "__main__":
+    register()
+    main()

@@ -1,0 +1,151 @@
+"""Drive a ROS 2 robot (ros2_control) with an mmseq server.
+
+    python serve/robots/ros2_robot.py --contract arm.json --prompt "pick up the cup" \
+      --camera front=/camera/image_raw --states /joint_states --commands /forward_position_controller/commands
+
+Subscribes to sensor_msgs/Image per camera and sensor_msgs/JointState, publishes std_msgs/Float64MultiArray. Joints are
+found by name; a sensor that is silent for `--silent-s` stops requests, so the robot holds. Needs rclpy, pillow and
+`mmseq-client`; the conversions need no ROS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from images import fit
+from mmseq_client import Chunking, Client, ContractError, ControlLoop, NoObservationError
+
+CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2, None), "bgra8": (2, 1, 0, None), "mono8": (0,)}
+
+
+def image_to_array(message: Any) -> np.ndarray:
+    """sensor_msgs/Image as uint8 (H, W, 3) RGB, whatever its padding. Raises: ValueError for other encodings."""
+    if message.encoding not in CHANNELS:
+        raise ValueError(f"image encoding {message.encoding!r}; use one of {', '.join(CHANNELS)}")
+    order = CHANNELS[message.encoding]
+    rows = np.frombuffer(bytes(message.data), np.uint8).reshape(message.height, message.step)
+    pixels = rows[:, : message.width * len(order)].reshape(message.height, message.width, len(order))
+    chosen = [i for i in order if i is not None]
+    return np.ascontiguousarray(pixels[..., chosen * 3 if len(chosen) == 1 else chosen])
+
+
+def joints_to_vector(message: Any, names: list[str], field: str = "position") -> np.ndarray:
+    """A field of sensor_msgs/JointState in the order of `names`, float32. Raises: ContractError for a missing joint."""
+    values = dict(zip(message.name, getattr(message, field)))
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ContractError(f"no {field} of {missing}; the message has {sorted(values)}")
+    return np.array([values[name] for name in names], np.float32)
+
+
+class Ros2Robot:
+    """A node as `mmseq_client.Robot`.
+
+    cameras: contract's camera -> topic. states, commands: topics. messages: the classes Image, JointState and
+    Float64MultiArray. silent_s: the longest time without a message of a sensor.
+    """
+
+    def __init__(
+        self,
+        node: Any,
+        contract: dict[str, Any],
+        cameras: dict[str, str],
+        states: str,
+        commands: str,
+        messages: Any,
+        silent_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._contract, self._silent_s, self._clock = contract, silent_s, clock
+        self.sizes = {camera["name"]: (camera["height"], camera["width"]) for camera in contract["cameras"]}
+        if set(cameras) != set(self.sizes):
+            raise ContractError(
+                f"topics are given for cameras {sorted(cameras)}, the contract has {sorted(self.sizes)}"
+            )
+        self._seen: dict[str, tuple[float, Any]] = {}  # by sensor: when it came, the message
+        self._lock = threading.Lock()
+        for name, topic in cameras.items():
+            node.create_subscription(messages.Image, topic, self._keeps(f"camera {name!r}"), 1)
+        node.create_subscription(messages.JointState, states, self._keeps("joint states"), 1)
+        self._message = messages.Float64MultiArray
+        self._publisher = node.create_publisher(messages.Float64MultiArray, commands, 1)
+
+    def _keeps(self, sensor: str) -> Callable[[Any], None]:
+        def callback(message: Any) -> None:
+            with self._lock:
+                self._seen[sensor] = (self._clock(), message)
+
+        return callback
+
+    def _latest(self, sensor: str) -> Any:
+        with self._lock:
+            came, message = self._seen.get(sensor, (-float("inf"), None))
+        if self._clock() - came > self._silent_s:
+            raise NoObservationError(f"{sensor}: no message for {self._silent_s} s")
+        return message
+
+    def contract(self) -> dict[str, Any]:
+        return self._contract
+
+    def observe(self) -> dict[str, Any]:
+        observation: dict[str, Any] = {
+            f"observation.images.{name}": fit(image_to_array(self._latest(f"camera {name!r}")), *size)
+            for name, size in self.sizes.items()
+        }
+        names = list(self._contract["proprio"]["names"])
+        observation["observation.state"] = joints_to_vector(self._latest("joint states"), names)
+        return observation
+
+    def act(self, action: np.ndarray) -> None:
+        self._publisher.publish(self._message(data=action.astype(np.float64).tolist()))
+
+    def stop(self) -> None:
+        """Where actions are velocities or deltas, zeros; a position controller keeps its last command."""
+        if self._contract.get("action_form", "absolute") != "absolute":
+            self.act(np.zeros(len(self._contract["action"]["names"]), np.float32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contract", type=Path, required=True, help="JSON of the embodiment")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC")
+    parser.add_argument("--states", default="/joint_states")
+    parser.add_argument("--commands", default="/forward_position_controller/commands")
+    parser.add_argument("--silent-s", type=float, default=0.5)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--mode", default="realtime", help="plain, ensemble or realtime")
+    parser.add_argument("--execute", type=int, help="control steps from one request to the next")
+    parser.add_argument("--seconds", type=float, default=60)
+    args = parser.parse_args()
+    import types
+
+    import rclpy
+    from sensor_msgs.msg import Image, JointState
+    from std_msgs.msg import Float64MultiArray
+
+    messages = types.SimpleNamespace(Image=Image, JointState=JointState, Float64MultiArray=Float64MultiArray)
+    rclpy.init()
+    node = rclpy.create_node("mmseq_client")
+    contract, cameras = json.loads(args.contract.read_text()), dict(pair.split("=", 1) for pair in args.camera)
+    robot = Ros2Robot(node, contract, cameras, args.states, args.commands, messages, args.silent_s)
+    threading.Thread(target=rclpy.spin, args=(node,), daemon=True).start()
+    try:
+        with Client(args.host, args.port) as client:
+            loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=args.prompt)
+            loop.run(seconds=args.seconds)
+            print(dict(loop.counts))
+    finally:
+        rclpy.shutdown()
+
+
+if __name__ == "__main__":
+    main()

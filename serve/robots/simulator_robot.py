@@ -1,0 +1,67 @@
+"""Meta-World in real time as a robot: try server, client and chunking before there is hardware.
+
+    mmseq serve runs/demo/checkpoint --port 8000
+    python serve/robots/simulator_robot.py --task window-open --mode plain --execute 1 --seconds 20
+
+Needs `mmseq[sim]` and `mmseq-client`. `mmseq eval` measures success over many episodes, with delays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import numpy as np
+from mmseq_client import Chunking, Client, ControlLoop
+
+from mmseq.simulation.experts import DEMO_SPREAD, task_language
+from mmseq.simulation.metaworld import MetaWorldEnv
+
+
+class SimulatorRobot:
+    """One episode; each command is one control step of the simulator. contract: of the checkpoint."""
+
+    def __init__(self, env: MetaWorldEnv, contract: dict[str, Any]):
+        self.env, self._contract = env, contract
+        self.camera = contract["cameras"][0]["name"]
+
+    def contract(self) -> dict[str, Any]:
+        return self._contract
+
+    def observe(self) -> dict[str, Any]:
+        seen = self.env.observe()
+        return {f"observation.images.{self.camera}": seen["image"], "observation.state": seen["proprio"]}
+
+    def act(self, action: np.ndarray) -> None:
+        self.env.step(action)
+
+    def stop(self) -> None:
+        """A simulator stands still between commands."""
+
+
+def main(arguments: list[str] | None = None) -> SimulatorRobot:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="window-open")
+    parser.add_argument("--seed", type=int, default=100_000, help="of the layout")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--mode", default="realtime", help="plain, ensemble or realtime")
+    parser.add_argument("--execute", type=int, help="control steps from one request to the next")
+    parser.add_argument("--seconds", type=float, default=10)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with (
+        Client(args.host, args.port) as client,
+        MetaWorldEnv(args.task, seed=args.seed, spread=DEMO_SPREAD) as env,
+    ):
+        robot = SimulatorRobot(env, next(iter(client.metadata["embodiments"].values())))
+        prompt = task_language(env.task).instructions[0]
+        loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=prompt)
+        loop.run(seconds=args.seconds)
+        print(f"{env.task}: {'solved' if env.succeeded else 'not solved'} in {env.steps} steps; {dict(loop.counts)}")
+    return robot
+
+
+if __name__ == "__main__":
+    main()
