@@ -57,7 +57,8 @@ class Splices:
 
 
 class RecordingClient:
-    """A client that also keeps the last chunk that came back."""
+    """A client for simulated time: it keeps the last chunk that came back, and sends no deadline, which would be in
+    real time."""
 
     def __init__(self, client: Any):
         self._client = client
@@ -66,8 +67,8 @@ class RecordingClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    def infer(self, *arguments: Any) -> dict[str, Any]:
-        reply = self._client.infer(*arguments)
+    def infer(self, observation: dict[str, Any], *options: Any) -> dict[str, Any]:
+        reply = self._client.infer({k: v for k, v in observation.items() if k != "deadline_ms"}, *options)
         self.chunk = np.array(reply["actions"])
         return reply
 

@@ -1,0 +1,73 @@
+"""The loop against the real server: an operator's hold, overload, a restart."""
+
+import http.client
+
+import numpy as np
+import pytest
+from mmseq_client import Chunking, Client, ControlLoop
+
+from mmseq.episode import Episode
+from mmseq.serving import ReplayPolicy, Server, ServerConfig
+
+
+@pytest.fixture
+def driven(embodiment, robot):
+    """(server, policy, loop): 50 Hz, in real time."""
+    actions = np.tile(np.linspace(0, 1, 400, dtype=np.float32)[:, None], (1, 4))
+    state = np.zeros((400, 3), np.float32)
+    episode = Episode.from_arrays("one", 50, {"proprio": state, "action": actions}, texts=["go"], embodiment="arm")
+    policy = ReplayPolicy(episode, embodiment, horizon=16, execute=8)
+    with (
+        Server(policy, ServerConfig(port=0, grace_s=0.5)) as server,
+        Client("127.0.0.1", server.port, connect_timeout_s=5) as client,
+    ):
+        loop = ControlLoop(client, robot, Chunking("realtime", 4), prompt="go")
+        yield server, policy, loop
+        loop.close()
+
+
+def drive(loop, steps: int) -> list:
+    ticks = []
+    for _ in range(steps):
+        ticks.append(loop.tick())
+        loop._sleep(max(0.0, loop._origin + (loop._step + 1) / loop.rate_hz - loop._clock()))
+    return ticks
+
+
+def ask(server, method: str, path: str, body: str | None = None) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_it_drives_and_the_server_echoes_control_steps(driven):
+    _, _, loop = driven
+    ticks = drive(loop, 60)
+    assert sum(tick.held for tick in ticks) < 10
+    assert loop.counts["withheld"] == loop.counts["refused"] == loop.counts["broke"] == 0
+    assert loop.counts["requests"] > 6
+
+
+def test_an_operators_hold_stops_it_at_once_and_its_release_lets_it_go_on(driven):
+    server, _, loop = driven
+    if "chunking" not in loop.client.metadata:
+        pytest.skip("this server knows no hold")
+    drive(loop, 30)
+    assert ask(server, "POST", "/v1/hold", '{"reason": "a person is near"}') == 200
+    ticks = drive(loop, 30)
+    assert all(tick.held for tick in ticks[10:])
+    assert "a person is near" in loop.why
+    assert ask(server, "DELETE", "/v1/hold") == 200
+    assert not any(tick.held for tick in drive(loop, 250)[200:])
+
+
+def test_a_restarted_server_is_found_again(driven):
+    server, policy, loop = driven
+    drive(loop, 30)
+    server.stop()
+    assert all(tick.held for tick in drive(loop, 60)[40:])
+    with Server(policy, ServerConfig(port=server.port)):
+        assert not any(tick.held for tick in drive(loop, 250)[200:])
