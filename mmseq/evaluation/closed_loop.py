@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.errors import ConfigError, ServeError, require
+from mmseq.errors import ConfigError, require
+from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
-from mmseq.evaluation.splices import RecordingClient, SpliceMeter, Splices
+from mmseq.evaluation.splices import Splices
 
 CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
 
@@ -198,7 +199,7 @@ def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, 
     frames: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     expert = Expert(env.task) if controller == "expert_tokens" else None
-    driver = None if client is None else _Driver(env, client, settings, rng)
+    driver = None if client is None else Driver(env, client, settings, rng)
     while not rollout.success and rollout.steps < settings["max_steps"]:
         if keep:
             frames.append(env.render())
@@ -216,59 +217,6 @@ def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, 
         rollout.requests, rollout.held = driver.loop.counts["requests"], driver.loop.counts["held"]
         rollout.seconds, rollout.splices = driver.executor.busy_s, driver.splices.found
     return rollout
-
-
-class _Driver:
-    """One episode of the robots' control loop, in simulated time. Is the `mmseq_client.Robot` of the simulator too."""
-
-    def __init__(self, env: Any, client: Any, settings: dict, rng: np.random.Generator):
-        from mmseq_client import Chunking, ControlLoop, SimulatedClock, SimulatedExecutor
-
-        from mmseq.simulation.experts import task_language
-
-        self.env, self.client = env, RecordingClient(client)
-        self.clock, delay, jitter = SimulatedClock(), 1e-3 * settings["delay_ms"], 1e-3 * settings["jitter_ms"]
-        latency = lambda: max(0.0, rng.uniform(delay - jitter, delay + jitter))
-        timeout_s = max(1.0, 2 * (delay + jitter))
-        self.executor = SimulatedExecutor(self.clock, latency, timeout_s)
-        self.loop = ControlLoop(
-            self.client,  # type: ignore[arg-type]
-            self,
-            Chunking(settings["chunking"], settings["execute"]),
-            prompt=task_language(env.task).instructions[0],
-            timeout_s=timeout_s,
-            on_event=_fail,
-            clock=self.clock,
-            executor=self.executor,
-        )
-        self.splices = SpliceMeter(self.contract())
-        self.command = np.zeros(4, np.float32)  # a robot that nobody commanded yet stands still
-        self.command[3] = -1.0  # with the gripper open, as after a reset
-
-    def next_action(self) -> np.ndarray:
-        """What the robot does in the control step that begins now, (4,)."""
-        self.splices.add(self.loop.tick(), self.client.chunk)
-        self.clock.sleep(1 / self.loop.rate_hz)
-        return self.command
-
-    def contract(self) -> dict[str, Any]:
-        return next(iter(self.client.metadata["embodiments"].values()))
-
-    def observe(self) -> dict[str, Any]:
-        seen = self.env.observe()
-        return {self.client.metadata["image_keys"][0]: seen["image"], "observation.state": seen["proprio"]}
-
-    def act(self, action: np.ndarray) -> None:
-        self.command = action
-
-    def stop(self) -> None:
-        pass
-
-
-def _fail(kind: str, detail: str) -> None:
-    """A policy that cannot answer is no policy that fails the task: the evaluation ends."""
-    if kind in ("refused", "withheld", "broke", "contract"):
-        raise ServeError(f"the server did not answer with a chunk: {kind}: {detail}")
 
 
 def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:

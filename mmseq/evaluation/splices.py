@@ -56,23 +56,6 @@ class Splices:
         ]
 
 
-class RecordingClient:
-    """A client for simulated time: it keeps the last chunk that came back, and sends no deadline, which would be in
-    real time."""
-
-    def __init__(self, client: Any):
-        self._client = client
-        self.chunk: np.ndarray | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def infer(self, observation: dict[str, Any], *options: Any) -> dict[str, Any]:
-        reply = self._client.infer({k: v for k, v in observation.items() if k != "deadline_ms"}, *options)
-        self.chunk = np.array(reply["actions"])
-        return reply
-
-
 class SpliceMeter:
     """Compares what a robot executed with what the server sent, without asking the loop how it spliced."""
 

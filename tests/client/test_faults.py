@@ -171,10 +171,14 @@ REPLIES = {
     "wrong_dtype": lambda reply: {**reply, "actions": reply["actions"].astype("U4")},
     "no_actions": lambda reply: {key: value for key, value in reply.items() if key != "actions"},
     "no_map": lambda reply: [1, 2, 3],
+    "step_is_an_array": lambda reply: {**reply, "step": reply["actions"]},
+    "sent_at_is_an_array": lambda reply: {**reply, "sent_at": reply["actions"]},
     "of_another_step": lambda reply: {**reply, "step": reply["step"] - 1},
 }
 ERRORS = {
     "busy": json.dumps({"error": {"code": "busy", "message": "32 wait", "retry_after_ms": 30.0}}),
+    "busy_for_nonsense": json.dumps({"error": {"code": "busy", "message": "?", "retry_after_ms": "soon"}}),
+    "error_is_a_list": json.dumps({"error": [1, 2]}),
     "late": json.dumps({"error": {"code": "late", "message": "the deadline passed"}}),
     "held": json.dumps({"error": {"code": "held", "message": "operator", "retry_after_ms": 40.0}}),
     "unsafe_action": json.dumps({"error": {"code": "unsafe_action", "message": "withheld"}}),

@@ -187,7 +187,8 @@ class Client:
     def _receive(self, sent_at: float | None, deadline: float) -> dict[str, Any]:
         while True:
             reply = self._unpack(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
-            if sent_at is None or reply.get("sent_at", sent_at) == sent_at:
+            echoed = reply.get("sent_at", sent_at)
+            if sent_at is None or (isinstance(echoed, float) and echoed == sent_at):
                 return reply
             log.warning("a reply to another observation was dropped")
 
@@ -215,6 +216,8 @@ def _identity(metadata: dict[str, Any]) -> Any:
 def _refusal(text: str, status: int | None = None) -> RefusedError:
     try:
         error = json.loads(text)["error"]
-        return RefusedError(error["code"], error["message"], error.get("key"), error.get("retry_after_ms"))
-    except (ValueError, KeyError, TypeError):
+        wait_ms = error.get("retry_after_ms")
+        wait_ms = float(wait_ms) if isinstance(wait_ms, (int, float)) and 0 <= wait_ms < 1e9 else None
+        return RefusedError(str(error["code"]), str(error["message"]), error.get("key"), wait_ms)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return RefusedError(f"http_{status}" if status else "error", text[:2000])

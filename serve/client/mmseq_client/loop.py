@@ -102,11 +102,7 @@ class ControlLoop:
         told = metadata.get("chunking")
         self._extended = told is not None  # a server that knows step, sent_at, delay, deadline_ms
         if chunking is None:
-            chunking = (
-                Chunking(**{key: told[key] for key in ("mode", "execute", "decay") if key in told})
-                if told
-                else Chunking()
-            )
+            chunking = Chunking(**{key: told[key] for key in ("mode", "execute", "decay") if key in (told or {})})
         self.client, self.robot, self.prompt, self.timeout_s = client, robot, prompt, timeout_s
         self.gate = ActionGate(embodiment, out_of_range)
         self.rate_hz = float(embodiment["rate_hz"])
@@ -267,8 +263,9 @@ class ControlLoop:
     def _accept(self, reply: dict[str, Any], ask: Ask, step: int) -> None:
         try:
             actions = self.gate.check_chunk(reply.get("actions"), self.buffer.horizon)
-            if self._extended and reply.get("step", ask.step) != ask.step:
-                raise UnsafeActionError(f"the reply is for step {reply['step']}, asked was {ask.step}")
+            of = reply.get("step", ask.step) if self._extended else ask.step
+            if not isinstance(of, int) or of != ask.step:
+                raise UnsafeActionError(f"the reply is for control step {of!r:.40}, asked was {ask.step}")
             previous = self._last
             discarded = self.buffer.accept(
                 ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous)
@@ -289,7 +286,7 @@ class ControlLoop:
             self._connected = False  # the server ends the connection with these
         pause = self._back_off()
         if error.retry_after_ms is not None:
-            pause = min(10.0, 0.001 * float(error.retry_after_ms)) * self._random.uniform(1.0, 1.25)
+            pause = min(10.0, 0.001 * error.retry_after_ms) * self._random.uniform(1.0, 1.25)
         self._give_up(ask, step, pause, late=error.code in _LATE_CODES)
         self._event("refused", str(error))
 
