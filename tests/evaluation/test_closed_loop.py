@@ -8,6 +8,7 @@ import pytest
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.errors import ConfigError
 from mmseq.evaluation.closed_loop import ClosedLoopConfig, _drive, evaluate_checkpoint, splice_results
+from mmseq.evaluation.results import read_results
 from mmseq.evaluation.splices import SpliceMeter, Splices
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
@@ -25,7 +26,7 @@ def axes(names, low, high) -> Axes:
 
 
 @pytest.fixture(scope="module")
-def server():
+def model():
     robot = Embodiment(
         name="sawyer",
         rate_hz=20,
@@ -35,8 +36,12 @@ def server():
         action_form="delta",
         gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
     )
-    policy = ModelPolicy(tiny.model(tiny.tokenizers((robot,))), arrow=f"proprio -> action[{HORIZON}]")
-    with Server(policy, ServerConfig(port=0)) as running:
+    return tiny.model(tiny.tokenizers((robot,)))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with Server(ModelPolicy(model, arrow=f"proprio -> action[{HORIZON}]"), ServerConfig(port=0)) as running:
         yield running
 
 
@@ -71,6 +76,20 @@ def test_jitter_is_of_the_seed_and_realtime_stays_exact(server):
     assert first.splices.identical == len(first.splices.at_splice) > 3
     names = [result.name for result in splice_results([first, second], 0)]
     assert names == ["splice.change_p99", "splice.committed_identical", "policy.held"]
+
+
+def test_the_command_measures_a_delay(model, tmp_path, capsys):
+    from mmseq.cli import main
+
+    model.tasks = {"policy": f"proprio -> action[{HORIZON}]"}
+    model.save_pretrained(tmp_path / "checkpoint")
+    settings = ["--chunking", "realtime", "--execute", "4", "--delay-ms", "100", "--jitter-ms", "50"]
+    where = ["--tasks", "drawer-open", "--episodes", "1", "--json", str(tmp_path / "results.json")]
+    assert not main(["eval", str(tmp_path / "checkpoint"), *settings, *where])
+    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    assert rows["splice.committed_identical"].value == 1
+    assert rows["splice.committed_identical"].n > 10
+    assert "splice.change_p99" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
