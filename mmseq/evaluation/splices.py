@@ -37,23 +37,31 @@ class Splices:
         """Rows for `--json`; none when there was no splice, or nothing to compare it with."""
         if not self.at_splice or not self.inside:
             return []
-        n, share = len(self.at_splice), {"unit": "share of the range", "better": "lower", "seed": seed}
-        at, inside = float(np.quantile(self.at_splice, 0.99)), float(np.quantile(self.inside, 0.99))
-        return [
+        n = len(self.at_splice)
+        changes = [
             Result(
-                name="splice.change_p99", value=at, baseline_name="inside chunks", baseline_value=inside, n=n, **share
-            ),
-            Result(
-                name="splice.committed_identical",
-                value=self.identical / n,
-                unit="share",
-                better="higher",
-                baseline_name="all",
-                baseline_value=1.0,
+                name=f"splice.change_{name}",
+                value=float(measure(self.at_splice)),
+                unit="share of the range",
+                better="lower",
+                baseline_name="inside chunks",
+                baseline_value=float(measure(self.inside)),
                 n=n,
                 seed=seed,
-            ),
+            )
+            for name, measure in (("mean", np.mean), ("p99", lambda changes: np.quantile(changes, 0.99)))
         ]
+        identical = Result(
+            name="splice.committed_identical",
+            value=self.identical / n,
+            unit="share",
+            better="higher",
+            baseline_name="all",
+            baseline_value=1.0,
+            n=n,
+            seed=seed,
+        )
+        return [*changes, identical]
 
 
 class SpliceMeter:

@@ -75,7 +75,7 @@ def test_jitter_is_of_the_seed_and_realtime_stays_exact(server):
     assert first.splices == second.splices
     assert first.splices.identical == len(first.splices.at_splice) > 3
     names = [result.name for result in splice_results([first, second], 0)]
-    assert names == ["splice.change_p99", "splice.committed_identical", "policy.held"]
+    assert names == ["splice.change_mean", "splice.change_p99", "splice.committed_identical", "policy.held"]
 
 
 def test_the_command_measures_a_delay(model, tmp_path, capsys):
