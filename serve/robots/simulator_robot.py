@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> SimulatorRobot:
         MetaWorldEnv(args.task, seed=args.seed, spread=DEMO_SPREAD) as env,
     ):
         robot = SimulatorRobot(env, next(iter(client.metadata["embodiments"].values())))
+        env.observe()  # the first picture takes long
         prompt = task_language(env.task).instructions[0]
         loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=prompt)
         loop.run(seconds=args.seconds)

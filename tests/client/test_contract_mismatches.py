@@ -103,7 +103,7 @@ def client():
     episode = Episode.from_arrays("one", 50, {"proprio": actions, "action": actions}, texts=["go"], embodiment="arm")
     with (
         Server(ReplayPolicy(episode, ARM), ServerConfig(port=0)) as server,
-        Client("127.0.0.1", server.port, connect_timeout_s=5) as client,
+        Client("127.0.0.1", server.port, connect_timeout_s=30) as client,
     ):
         yield client
 

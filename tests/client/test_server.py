@@ -19,7 +19,7 @@ def driven(embodiment, robot):
     policy = ReplayPolicy(episode, embodiment, horizon=16, execute=8)
     with (
         Server(policy, ServerConfig(port=0, grace_s=0.5)) as server,
-        Client("127.0.0.1", server.port, connect_timeout_s=5) as client,
+        Client("127.0.0.1", server.port, connect_timeout_s=30) as client,
     ):
         loop = ControlLoop(client, robot, Chunking("realtime", 4), prompt="go")
         yield server, policy, loop
