@@ -40,7 +40,7 @@ class Driver:
 
     def next_action(self) -> np.ndarray:
         """What the robot does in the control step that begins now, (4,)."""
-        self.splices.add(self.loop.tick(), self.client.chunk)
+        self.splices.add(self.loop.tick(), self.client.chunk, self.client.committed)
         self.clock.sleep(1 / self.loop.rate_hz)
         return self.command
 
@@ -71,11 +71,12 @@ class RecordingClient:
     def __init__(self, client: Any):
         self._client = client
         self.chunk: np.ndarray | None = None
+        self.committed = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     def infer(self, observation: dict[str, Any], *_: Any) -> dict[str, Any]:
         reply = self._client.infer({k: v for k, v in observation.items() if k != "deadline_ms"})
-        self.chunk = np.array(reply["actions"])
+        self.chunk, self.committed = np.array(reply["actions"]), len(observation.get("action_prefix", ()))
         return reply

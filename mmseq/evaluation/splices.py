@@ -16,12 +16,14 @@ class Splices:
     """Of one or more episodes.
 
     at_splice, inside: the largest change of an axis (the gripper aside) from one control step to the next, as a share
-    of the axis' 1 % to 99 % range: where a new chunk takes over from another, and within a chunk. Holds are neither.
-    identical: splices before which the robot executed exactly what the new chunk begins with.
+    of the axis' 1 % to 99 % range: at the first action of a chunk that was not committed before, and everywhere else.
+    Holds are neither. splices: how often a chunk took over from another; identical: of these, before which the robot
+    had executed exactly what the new chunk begins with.
     """
 
     at_splice: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)
+    splices: int = 0
     identical: int = 0
 
     @classmethod
@@ -30,6 +32,7 @@ class Splices:
         for one in several:
             joined.at_splice += one.at_splice
             joined.inside += one.inside
+            joined.splices += one.splices
             joined.identical += one.identical
         return joined
 
@@ -53,12 +56,12 @@ class Splices:
         ]
         identical = Result(
             name="splice.committed_identical",
-            value=self.identical / n,
+            value=self.identical / self.splices,
             unit="share",
             better="higher",
             baseline_name="all",
             baseline_value=1.0,
-            n=n,
+            n=self.splices,
             seed=seed,
         )
         return [*changes, identical]
@@ -71,31 +74,34 @@ class SpliceMeter:
         axes, gripper = embodiment["action"], (embodiment.get("gripper") or {}).get("axis")
         self._motion = [i for i, name in enumerate(axes["names"]) if name != gripper]
         self._scale = np.maximum(np.subtract(axes["high"], axes["low"]), 1e-6)[self._motion]
-        self._sent: dict[int, np.ndarray] = {}  # chunks by the control step of their observation
+        self._sent: dict[
+            int, tuple[np.ndarray, int]
+        ] = {}  # chunks by the step of their observation; how much is forced
+        self._seam = -1  # the first step of the chunk under way that was not committed before
         self._executed: dict[int, np.ndarray] = {}
         self._last: Any = None
         self.found = Splices()
 
-    def add(self, tick: Any, chunk: np.ndarray | None) -> None:
-        """One control step of `mmseq_client.ControlLoop.tick`. chunk: that came back, or will, if one was asked for."""
+    def add(self, tick: Any, chunk: np.ndarray | None, committed: int = 0) -> None:
+        """One control step of `mmseq_client.ControlLoop.tick`. chunk, committed: what came back, or will, if something
+        was asked for, and how many actions of it were sent as its prefix."""
         if tick.asked and chunk is not None:
-            self._sent[tick.step] = chunk
+            self._sent[tick.step] = chunk, committed
         if tick.held:
             self._last = None
             return
         if self._last is not None:
+            if tick.sequence != self._last.sequence:
+                begin = tick.step - tick.age_steps
+                self._seam = max(tick.step, begin + self._sent[begin][1])
+                self.found.splices += 1
+                self.found.identical += self._kept(begin, tick.step)
             change = np.abs(tick.action - self._last.action)[self._motion] / self._scale
-            if tick.sequence == self._last.sequence:
-                self.found.inside.append(float(change.max()))
-            else:
-                self.found.at_splice.append(float(change.max()))
-                self.found.identical += self._kept(tick)
+            (self.found.at_splice if tick.step == self._seam else self.found.inside).append(float(change.max()))
         self._executed[tick.step], self._last = tick.action, tick
 
-    def _kept(self, tick: Any) -> bool:
-        begin = tick.step - tick.age_steps
-        steps = range(begin, tick.step)
+    def _kept(self, begin: int, end: int) -> bool:
         return all(
-            step in self._executed and np.array_equal(self._executed[step], self._sent[begin][step - begin])
-            for step in steps
+            step in self._executed and np.array_equal(self._executed[step], self._sent[begin][0][step - begin])
+            for step in range(begin, end)
         )

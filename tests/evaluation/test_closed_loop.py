@@ -53,7 +53,9 @@ def drive(server, **changes):
 def test_without_delay_every_chunk_begins_at_once(server):
     rollout = drive(server, execute=4)
     assert (rollout.steps, rollout.requests, rollout.held) == (60, 15, 0)
-    assert len(rollout.splices.at_splice) == 14 == rollout.splices.identical  # nothing was committed before any
+    assert (
+        len(rollout.splices.at_splice) == 14 == rollout.splices.splices == rollout.splices.identical
+    )  # nothing was committed before any
     assert len(rollout.splices.inside) == 45
     assert rollout.seconds > 0
 
@@ -62,18 +64,18 @@ def test_without_delay_every_chunk_begins_at_once(server):
 def test_with_delay_the_episode_begins_with_a_hold_and_goes_on_without(server, mode):
     rollout = drive(server, execute=4, chunking=mode, delay_ms=100)
     assert rollout.held == 2
-    assert len(rollout.splices.at_splice) >= 13
+    assert rollout.splices.splices >= 13
     if mode == "realtime":
-        assert rollout.splices.identical == len(rollout.splices.at_splice)
+        assert rollout.splices.identical == rollout.splices.splices
     if mode == "plain":
-        assert rollout.splices.identical < len(rollout.splices.at_splice)
+        assert rollout.splices.identical < rollout.splices.splices
 
 
 def test_jitter_is_of_the_seed_and_realtime_stays_exact(server):
     settings = {"execute": 4, "chunking": "realtime", "delay_ms": 100, "jitter_ms": 100}
     first, second = drive(server, **settings), drive(server, **settings)
     assert first.splices == second.splices
-    assert first.splices.identical == len(first.splices.at_splice) > 3
+    assert first.splices.identical == first.splices.splices > 3
     names = [result.name for result in splice_results([first, second], 0)]
     assert names == ["splice.change_mean", "splice.change_p99", "splice.committed_identical", "policy.held"]
 
@@ -120,4 +122,15 @@ def test_the_meter_tells_a_jump_from_a_continuation():
     meter.add(tick(3, [1, 1], 2, 2), second)  # the new chunk begins otherwise than was executed
     meter.add(mmseq_client.Tick(4, None, True, False), second)
     meter.add(tick(5, [1, 1], 2, 2), second)
-    assert meter.found == Splices(at_splice=[0.5], inside=[0.0, 0.0], identical=0)
+    assert meter.found == Splices(at_splice=[0.5], inside=[0.0, 0.0], splices=1, identical=0)
+
+
+def test_with_a_forced_prefix_the_seam_is_after_it():
+    contract = {"action": {"names": ["x"], "low": [0.0], "high": [1.0]}}
+    meter = SpliceMeter(contract)
+    first, second = np.zeros((4, 1), np.float32), np.float32([[0], [0], [1], [1]])
+    for step, action in enumerate([0, 0, 0, 0, 1]):
+        sequence, begun = (1, 0) if step < 3 else (2, 2)
+        tick = mmseq_client.Tick(step, np.float32([action]), False, step in (0, 2), sequence, step - begun)
+        meter.add(tick, first if step < 2 else second, 0 if step < 2 else 2)
+    assert meter.found == Splices(at_splice=[1.0], inside=[0.0] * 3, splices=1, identical=1)
