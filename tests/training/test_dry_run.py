@@ -120,4 +120,4 @@ def test_a_folder_of_a_run_is_compared_with_the_recipe(trainer, tmp_path, capsys
     assert main([*dry, "model.width=64"]) == 2
     assert "belongs to another run (the model differs)" in capsys.readouterr().err
     done = trainer.run(out, 1, "deepspeed.dtype=fp32", "optimizer.learning_rate=0.001")
-    assert "changed since the run was started last: stop_after 4 -> 0, optimizer.learning_rate 0.003 -> 0.001" in done.output
+    assert "started last: stop_after 4 -> 0, optimizer.learning_rate 0.003 -> 0.001" in done.output
