@@ -1,8 +1,9 @@
 """CompiledExtend: the passes that every control step repeats, compiled; on a GPU replayed as CUDA graphs.
 
-A control step of one robot has the same few shapes each time: what is new since the step before, then one token or the
-masks of a chunk at a time. Python and kernel launches cost more there than the arithmetic. Shapes that have been seen
-twice are compiled, at most `SHAPES` of them; everything else runs as it is.
+A control step of one robot has the same few shapes each time: what is new since the step before, then one token or
+the masks of a chunk at a time. Python and kernel launches cost more there than the arithmetic. Shapes that are seen a
+second time are compiled, at most `SHAPES` of them and none after `freeze`, since a robot cannot wait for a compiler;
+everything else runs as it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class CompiledExtend:
         self._graphs = transformer.embed.weight.device.type == "cuda"
         self._run = torch.compile(self._extend, dynamic=False, mode="reduce-overhead" if self._graphs else "default")
         self._static: set[int] = set()
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Compile nothing new from now on."""
+        self._frozen = True
 
     def _extend(self, x_BSD: Tensor, positions_BS: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         cache = Cache(keys, values)
@@ -36,7 +42,8 @@ class CompiledExtend:
         """As `Transformer.extend`. The result is overwritten by the next call."""
         shape = (len(positions_BS), positions_BS.shape[1], cache.length)
         self._seen[shape] += 1
-        if shape not in self.compiled and (self._seen[shape] < 2 or len(self.compiled) >= SHAPES):
+        settled = self._frozen or self._seen[shape] < 2 or len(self.compiled) >= SHAPES
+        if shape not in self.compiled and settled:
             return self.transformer.extend(x_BSD, positions_BS, cache, longest)
         self.compiled.add(shape)
         if self._graphs:

@@ -20,6 +20,7 @@ import numpy as np
 
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.errors import CheckpointError, ConfigError, MMSeqError, TaskError, did_you_mean
+from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
@@ -129,8 +130,9 @@ class ModelPolicy:
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
     else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
     name it; default: all that the checkpoint knows. passes: forward passes that `infer` decodes a chunk in, of an
-    arrow that was trained for it; default: one per token. blank_images: replaces every frame by mid-grey, for measuring
-    what a policy does without seeing.
+    arrow that was trained for it; default: one per token. compile: compiles what every control step repeats while it
+    warms up; on a GPU as CUDA graphs. blank_images: replaces every frame by mid-grey, for measuring what a policy does
+    without seeing.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class ModelPolicy:
         arrow: str | None = None,
         embodiment: str | None = None,
         passes: int | None = None,
+        compile: bool = False,
         name: str = "model",
         blank_images: bool = False,
     ):
@@ -157,6 +160,7 @@ class ModelPolicy:
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
         self.passes, self.prefixes = passes, Prefixes()
+        self.extend = CompiledExtend(model.transformer) if compile else None
         if passes is not None:
             require_parallel(model, self.arrow)
             Decoder(model, passes=passes)  # refuses what cannot be
@@ -170,14 +174,20 @@ class ModelPolicy:
             if embodiment not in self.robots:
                 raise ConfigError(f"{name} has no robot {embodiment!r}: {did_you_mean(embodiment, self.robots)}")
             self.robots = {embodiment: self.robots[embodiment]}
-        rate = next(iter(self.robots.values())).rate_hz
-        self.horizon = segments[-1].length.steps(rate)  # type: ignore[union-attr]
+        horizons = {n: segments[-1].length.steps(e.rate_hz) for n, e in self.robots.items()}  # type: ignore[union-attr]
+        if len(set(horizons.values())) > 1:
+            raise ConfigError(
+                f"the chunks of {self.arrow} have other lengths for other robots: {horizons}",
+                fix="name the one to serve with --embodiment",
+            )
+        self.horizon = next(iter(horizons.values()))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str = "cpu", **options: Any) -> ModelPolicy:
         """Load a checkpoint directory."""
         model = SequenceModel.from_pretrained(directory, device=device)
-        return cls(model, name=str(Path(directory).name), **options)
+        path = Path(directory).resolve()
+        return cls(model, name=f"{path.parent.name}/{path.name}", **options)
 
     def contract(self) -> dict[str, Any]:
         return {
@@ -222,12 +232,15 @@ class ModelPolicy:
         return observation.get("embodiment"), images, (observation.get("options") or {}).get("temperature", 0.0)
 
     def warm_up(self) -> None:
-        """One chunk for each robot, as far as a random observation can have one."""
+        """A chunk for each robot, as far as a random observation can have one; all that is compiled is compiled now."""
         for name, robot in self.robots.items():
             try:
-                self.infer(example_observation(robot))
+                for _ in range(1 if self.extend is None else 4):  # new, known, known again: compiled; and once at speed
+                    self.infer(example_observation(robot))
             except MMSeqError as error:  # such as a goal that no random observation has
                 log.info("no warm-up for %s: %s", name, error)
+        if self.extend is not None:
+            self.extend.freeze()
 
     def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
         request = self._request(task, observation)
@@ -240,6 +253,7 @@ class ModelPolicy:
             temperature=float((observation.get("options") or {}).get("temperature", 0.0)),
             passes=self.passes if task == self.arrow else None,
             prefixes=self.prefixes,
+            extend=self.extend,
             max_tokens=SERVED_TOKENS,
         )
 

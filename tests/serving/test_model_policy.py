@@ -1,5 +1,7 @@
 """A checkpoint behind the server: the same answers as the model in this process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.serving.observation import ObservationRules, check_observation
 from mmseq.serving.policy import Contract
+from mmseq.serving.service import example_observation
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")
@@ -199,3 +202,24 @@ def test_a_batch_of_robots_gets_what_each_would_get_alone(policy):
 def test_warming_up_answers_once_and_forgives_what_it_cannot_make(policy):
     policy.warm_up()
     ModelPolicy(policy.model, arrow="image, proprio, image@+5 -> action[5]").warm_up()
+
+
+@pytest.mark.slow
+def test_a_compiled_policy_answers_the_same_and_compiles_nothing_after_its_warm_up(policy):
+    plain, compiled = policy, ModelPolicy(policy.model, compile=True)
+    compiled.warm_up()
+    shapes = set(compiled.extend.compiled)
+    assert shapes
+    robot = next(iter(plain.robots.values()))
+    for seed in range(4):
+        observation = example_observation(robot, seed=seed) | {"prompt": "another text " * seed}
+        np.testing.assert_array_equal(plain.infer(observation)["actions"], compiled.infer(observation)["actions"])
+    assert compiled.extend.compiled == shapes
+
+
+def test_robots_whose_chunks_differ_in_length_are_not_served_together():
+    slow, fast = tiny.embodiment("slow"), replace(tiny.embodiment("fast"), rate_hz=40.0)
+    both = tiny.model(tiny.tokenizers((slow, fast)))
+    with pytest.raises(ConfigError, match=r"\{'slow': 4, 'fast': 8\}.*--embodiment"):
+        ModelPolicy(both, arrow="image -> action[0.2s]")
+    assert ModelPolicy(both, arrow="image -> action[0.2s]", embodiment="fast").horizon == 8
