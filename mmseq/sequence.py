@@ -421,6 +421,12 @@ class Draft:
         ids = np.full(count, self.builder.vocabulary.structure("<mask>"), dtype=np.int64)
         return ids, self._slots_after(self._open.range_name, self._open.period, self._open.written, count)
 
+    def guesses(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and slots of codes (n,) in the places of the next tokens of the open segment, which are not written."""
+        assert self._open is not None
+        ids = self.builder.vocabulary.encode(self._open.range_name, np.asarray(codes, dtype=np.int64))
+        return ids, self._slots_after(self._open.range_name, self._open.period, self._open.written, len(codes))
+
     def tokens_from(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, slots and copies of the tokens from position `start` on."""
         for parts in (self.ids, self.slots, self.copies):

@@ -39,7 +39,7 @@ class ClosedLoopConfig:
 
     chunking, execute: how chunks become actions, and the control steps from one request to the next (see
     `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
-    passes: forward passes per chunk, of a policy that was trained for it; None: one per token. spread: of the
+    passes, speculate: how chunks are decoded, see `ModelPolicy`. spread: of the
     layouts (see `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
     whose frames are returned. controllers: among `CONTROLLERS`.
     """
@@ -52,6 +52,7 @@ class ClosedLoopConfig:
     delay_ms: float = 0.0
     jitter_ms: float = 0.0
     passes: int | None = None
+    speculate: bool = False
     max_steps: int = 90
     spread: float = 1.0
     keep: int = 1
@@ -111,7 +112,8 @@ def evaluate_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
-        policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
+        how = {"passes": config.passes, "speculate": config.speculate}
+        policy = ModelPolicy.from_pretrained(checkpoint, device=device, **how)
         return _serve_and_drive(policy, config, on_progress)
     finally:
         torch.set_num_threads(threads)
@@ -126,7 +128,8 @@ def _serve_and_drive(
     config.execute = min(config.execute, policy.horizon)
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:
-        options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
+        how = {"passes": policy.passes, "speculate": policy.speculate}
+        options = {"arrow": str(policy.arrow), "name": policy.name, **how}
         blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}

@@ -4,7 +4,10 @@ The task supplies every header, and each token is chosen within its segment's ow
 comes out always has the right shape. Several requests with the same task decode as one batch.
 
 The chunk of actions that a task ends with can also be decoded in a few passes: each pass chooses the next
-steps all at once, seeing those that are chosen already and `<mask>` for the rest (`sequence.py`).
+steps all at once, seeing those that are chosen already and `<mask>` for the rest (`sequence.py`). Or such a pass
+guesses the whole chunk, and each one after it checks the guess and corrects it from the first mistake on: what comes
+out is then what one token after the other gives, in fewer passes the better the guess (speculative decoding, Leviathan
+et al. 2023, with the model as its own draft; corrections as in Jacobi decoding, Santilli et al. 2023).
 """
 
 from __future__ import annotations
@@ -85,25 +88,32 @@ class Decoder:
         *,
         temperature: float = 0.0,
         passes: int | None = None,
+        speculate: bool = False,
         prefixes: Prefixes | None = None,
         extend: CompiledExtend | None = None,
         max_tokens: int = MAX_TOKENS,
     ):
         """passes: forward passes that a final chunk of actions takes, the given side included; None: one per token.
 
+        speculate: guess the final chunk and check the guess, instead; wants temperature 0 and no `passes`.
         prefixes: keeps what requests begin with from one call to the next. extend: the model's passes, compiled; wants
         prefixes, whose caches stay. max_tokens: of a request, given and
         predicted. Raises: ConfigError for a temperature or passes that cannot be.
         """
         if passes is not None and passes < 1:
             raise ConfigError(f"passes is {passes}", fix="use 1 or more")
+        if speculate and (passes is not None or temperature):
+            raise ConfigError(
+                "speculate gives the chunk of one token after the other at temperature 0",
+                fix="leave out passes and the temperature",
+            )
         assert model.tokenizers is not None
         if not (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE):
             raise ConfigError(
                 f"temperature is {temperature}", fix=f"use 0, or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
             )
         self.model, self.max_tokens = model, max_tokens
-        self.temperature, self.passes, self.prefixes = temperature, passes, prefixes
+        self.temperature, self.passes, self.speculate, self.prefixes = temperature, passes, speculate, prefixes
         self.extend = model.transformer.extend if extend is None else extend
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
@@ -132,8 +142,8 @@ class Decoder:
             for camera in self.builder.expand(segment, requests[0].tokens):
                 for row in rows:
                     row.draft.header(segment, camera)
-                if self.passes and segment.segment is task.final_chunk:
-                    run.predict_chunk(segment, self.passes)
+                if segment.segment is task.final_chunk and (self.passes or self.speculate):
+                    run.predict_chunk(segment, self.passes) if self.passes else run.guess_chunk(segment)
                     continue
                 if segment.predicted:
                     run.predict(segment, camera)
@@ -278,25 +288,60 @@ class _Run:
             if not any(rest):
                 break
             counts = [-(-n // left) * axes for n in rest]
-            hidden = self._flush(masks=max(counts) - 1)
-            B, n, D = hidden.shape
-            logits = self._logits(hidden.reshape(B * n, D), RANGE_OF_STREAM[segment.stream])
-            drawn_by = [b if i < counts[b] else None for b in range(B) for i in range(n)]
-            found = np.array(self._choose(logits, segment.stream, drawn_by), dtype=np.int64).reshape(B, n)
+            found = self._choose_after([row.draft.masks(max(counts) - 1) for row in self.rows], counts, segment.stream)
             for row, codes, new, count in zip(self.rows, chosen, found, counts):
                 codes.extend(new[:count])
                 row.draft.write(new[:count])
         for row, codes in zip(self.rows, chosen):
             row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 
-    def _flush(self, masks: int = 0) -> Tensor:
-        """Run what was added to each draft since the last call, and so many masks after it, which leave no trace.
+    def guess_chunk(self, segment: PlacedSegment) -> None:
+        """Fill the final chunk of every row with what `predict` would: a guess, then passes that check and correct it."""
+        steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
+        chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
+        for row, codes in zip(self.rows, chosen):
+            row.draft.write(np.asarray(codes, dtype=np.int64))
+        rest = [steps * axes - len(codes) for codes in chosen]
+        guess = self._choose_after([row.draft.masks(max(rest) - 1) for row in self.rows], rest, segment.stream)
+        while any(rest):
+            ahead = max(rest) - 1
+            true = self._choose_after(
+                [r.draft.guesses(g[:ahead]) for r, g in zip(self.rows, guess)], rest, segment.stream
+            )
+            following = np.zeros_like(true)
+            for b, (row, n) in enumerate(zip(self.rows, rest)):
+                wrong = np.flatnonzero(guess[b, :n] != true[b, :n])
+                kept = int(wrong[0]) if len(wrong) else n
+                taken = min(n, kept + 1)  # the first that was wrong is put right
+                chosen[b].extend(true[b, :taken])
+                row.draft.write(true[b, :taken])
+                row.position += min(kept, max(n - 1, 0))  # these lie in the cache already
+                following[b, : n - taken] = true[b, taken:n]  # Jacobi: what comes after the guess is the next guess
+                rest[b] = n - taken
+            guess = following
+        for row, codes in zip(self.rows, chosen):
+            row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 
-        Returns: hidden states (B, 1 + masks, D) of each last token and of the masks.
+    def _choose_after(self, ahead: list[tuple[np.ndarray, np.ndarray]], counts: list[int], stream: str) -> np.ndarray:
+        """The best or drawn codes (B, 1 + n) after each last token and after n tokens `ahead` of it.
+
+        counts: how many of them each row wants.
         """
+        hidden = self._flush(ahead)
+        B, n, D = hidden.shape
+        logits = self._logits(hidden.reshape(B * n, D), RANGE_OF_STREAM[stream])
+        drawn_by = [b if i < counts[b] else None for b in range(B) for i in range(n)]
+        return np.array(self._choose(logits, stream, drawn_by), dtype=np.int64).reshape(B, n)
+
+    def _flush(self, ahead: list[tuple[np.ndarray, np.ndarray]] | None = None) -> Tensor:
+        """Run what was added to each draft since the last call, and n tokens after it, which are not added.
+
+        ahead: their ids and slots by row. Returns: hidden states (B, 1 + n, D) of each last token and of those.
+        """
+        extra = len(ahead[0][0]) if ahead else 0
         device = self.model.device
         counts = [row.draft.length - row.position for row in self.rows]
-        B, width = len(self.rows), max([1, *counts]) + masks
+        B, width = len(self.rows), max([1, *counts]) + extra
         ids, slots, positions = (np.zeros((B, width), dtype=np.int64) for _ in range(3))
         copies = np.full((B, width), NOTHING, dtype=np.int64)
         patch_at, patch_ids = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self.model.config.merge**2), dtype=np.int64)]
@@ -305,8 +350,8 @@ class _Run:
             if n == 0:  # this row is finished; recompute its last token in place
                 n, start = 1, row.position - 1
             ids[b, :n], slots[b, :n], copies[b, :n] = row.draft.tokens_from(start)
-            if masks:
-                ids[b, n : n + masks], slots[b, n : n + masks] = row.draft.masks(masks)
+            if ahead:
+                ids[b, n : n + extra], slots[b, n : n + extra] = ahead[b]
             # padding takes later positions: real tokens overwrite them before they are seen; the last has none
             positions[b] = np.minimum(start + np.arange(width), self.cache.length - 1)
             for at, codes in zip(row.draft.patch_at, row.draft.patch_ids):
@@ -335,7 +380,7 @@ class _Run:
             self.to_keep = {}
         self.decoder.stats.passes += 1
         self.decoder.stats.tokens += B * width
-        last = torch.tensor(counts, device=device)[:, None] - 1 + torch.arange(1 + masks, device=device)
+        last = torch.tensor(counts, device=device)[:, None] - 1 + torch.arange(1 + extra, device=device)
         return hidden[torch.arange(B, device=device)[:, None], last]
 
     def _logits(self, hidden_BD: Tensor, range_name: str) -> Tensor:

@@ -130,7 +130,8 @@ class ModelPolicy:
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
     else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
     name it; default: all that the checkpoint knows. passes: forward passes that `infer` decodes a chunk in, of an
-    arrow that was trained for it; default: one per token. compile: compiles what every control step repeats while it
+    arrow that was trained for it; default: one per token. speculate: guess the chunk and check the guess instead, which
+    gives the chunk of one pass per token in a few. compile: compiles what every control step repeats while it
     warms up; on a GPU as CUDA graphs. blank_images: replaces every frame by mid-grey, for measuring what a policy does
     without seeing.
     """
@@ -142,6 +143,7 @@ class ModelPolicy:
         arrow: str | None = None,
         embodiment: str | None = None,
         passes: int | None = None,
+        speculate: bool = False,
         compile: bool = False,
         name: str = "model",
         blank_images: bool = False,
@@ -159,11 +161,11 @@ class ModelPolicy:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
-        self.passes, self.prefixes = passes, Prefixes()
+        self.passes, self.speculate, self.prefixes = passes, speculate, Prefixes()
         self.extend = CompiledExtend(model.transformer) if compile else None
-        if passes is not None:
+        if passes is not None or speculate:
             require_parallel(model, self.arrow)
-            Decoder(model, passes=passes)  # refuses what cannot be
+            Decoder(model, passes=passes, speculate=speculate)  # refuses what cannot be
         segments = [s for s in self.arrow.predicted if s.stream == "action"]
         if not segments:
             raise ConfigError(f"the arrow {self.arrow} predicts no action, so it is no policy")
@@ -248,10 +250,12 @@ class ModelPolicy:
         return to_streams(decoded, self.tokenizers, request.tokens)
 
     def _decoder(self, task: Task, observation: dict[str, Any]) -> Decoder:
+        temperature = float((observation.get("options") or {}).get("temperature", 0.0))
         return Decoder(
             self.model,
-            temperature=float((observation.get("options") or {}).get("temperature", 0.0)),
+            temperature=temperature,
             passes=self.passes if task == self.arrow else None,
+            speculate=self.speculate and task == self.arrow and not temperature,
             prefixes=self.prefixes,
             extend=self.extend,
             max_tokens=SERVED_TOKENS,

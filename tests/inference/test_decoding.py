@@ -284,3 +284,37 @@ def test_compiled_passes_decode_the_same(model, passes):
         expected = Decoder(model, passes=passes).decode(task, [request(model, now=now)])
         np.testing.assert_array_equal(found[0][-1].codes, expected[0][-1].codes)
     assert 1 < len(extend.compiled) <= 4
+
+
+@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+def test_a_guessed_and_checked_chunk_is_that_of_one_token_after_the_other(model, monkeypatch, right):
+    """Whatever share of the guess is right, also in a batch; when all of it is, two passes are enough."""
+    task, rng = Task.parse(POLICY), np.random.default_rng(0)
+    texts = ["go", "open the window, then close the red drawer", "press"]
+    prefixes = [None, np.full((1, 4), 9), np.full((3, 4), 5)]
+    requests = [request(model, i, 4 + i, t, prefix=p) for i, (t, p) in enumerate(zip(texts, prefixes))]
+    reference = Decoder(model)
+    expected = [out[-1].codes.reshape(-1) for out in reference.decode(task, requests)]
+    choose, masked = _Run._choose_after, model.vocabulary.structure("<mask>")
+
+    def guess(self, ahead, counts, stream):
+        found = choose(self, ahead, counts, stream)
+        for row, codes, n, (ids, _) in zip(found, expected, counts, ahead):
+            if masked in ids:  # a guess, not a check
+                luck = rng.random(n) < right
+                row[:n][luck] = codes[len(codes) - n :][luck]
+        return found
+
+    monkeypatch.setattr(_Run, "_choose_after", guess)
+    decoder = Decoder(model, speculate=True)
+    found = [out[-1].codes.reshape(-1) for out in decoder.decode(task, requests)]
+    np.testing.assert_array_equal(found, expected)
+    assert decoder.stats.passes <= reference.stats.passes
+    if right == 1.0:
+        assert decoder.stats.passes == 2
+
+
+def test_guessing_is_for_the_best_chunk_only(model):
+    for more in ({"temperature": 1.0}, {"passes": 2}):
+        with pytest.raises(ConfigError, match="temperature 0"):
+            Decoder(model, speculate=True, **more)
