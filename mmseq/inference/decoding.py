@@ -296,7 +296,7 @@ class _Run:
             row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 
     def guess_chunk(self, segment: PlacedSegment) -> None:
-        """Fill the final chunk of every row with what `predict` would: a guess, then passes that check and correct it."""
+        """Fill the final chunk of every row with what `predict` would: a guess, then passes that check it."""
         steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
         chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
         for row, codes in zip(self.rows, chosen):
