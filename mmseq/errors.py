@@ -75,13 +75,14 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def require(package: str, extra: str):
     """Import an optional package, or say which extra installs it.
 
-    Raises: DependencyError when it is not installed.
+    extra: of mmseq, or where a package of ours lies. Raises: DependencyError when it is not installed.
     """
     import importlib
 
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        where = extra if "/" in extra else f"'mmseq[{extra}]'"
         raise DependencyError(
-            f"{package!r} is not installed ({error})", fix=f"install it with: pip install 'mmseq[{extra}]'"
+            f"{package!r} is not installed ({error})", fix=f"install it with: pip install {where}"
         ) from error

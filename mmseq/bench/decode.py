@@ -34,7 +34,7 @@ from mmseq.packing import collate
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
-from mmseq.training.flops import GPUS
+from mmseq.training.flops import gpu_called
 
 ARROW = "text, image, proprio -> action[{horizon}]"
 NOWS = 8  # control steps that take turns
@@ -117,8 +117,7 @@ def _milliseconds(run: Any) -> float:
 
 
 def _bandwidth_ms(model: SequenceModel) -> float | None:
-    name = torch.cuda.get_device_name()
-    gpu = next((g for part, g in GPUS.items() if part in name), None)
+    gpu = gpu_called(torch.cuda.get_device_name())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return None if gpu is None else 1000 * size / (gpu.gb_per_s * 1e9)
 

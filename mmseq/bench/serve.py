@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.bench.rows import BenchRow, Spread, require_positive, row
-from mmseq.bench.servers import openpi_name, robot
+from mmseq.bench.servers import HORIZON, openpi_name, robot
 from mmseq.errors import ConfigError, ServeError
 
 SIDES = ("ours", "openpi")
@@ -215,7 +215,7 @@ async def _load(config: Config, port: int) -> dict[str, float]:
                 taken.append(1000 * (time.perf_counter() - begun))
                 if isinstance(reply, str):
                     raise ServeError(f"a client was answered {reply[:200]}")
-                crossed += not np.array_equal(codec.unpack(reply)["actions"], np.tile(state, (16, 1)))
+                crossed += not np.array_equal(codec.unpack(reply)["actions"], np.tile(state, (HORIZON, 1)))
                 answers[i] += 1
 
     begun = time.perf_counter()

@@ -20,7 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
-from mmseq.data.tokens import CACHE_BYTES, Kind, Plan, TokenShards
+from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
@@ -192,7 +192,7 @@ class Stream:
         task_index: int,
         task: Task,
         source: str,
-        plan: Plan,
+        plan: EpisodePlan,
         episodes: Sequence[int],
         builder: SequenceBuilder,
         parallel: float = 0.0,
@@ -393,8 +393,8 @@ class Mixture:
 
     def held_out(self) -> Mixture:
         """What training never sees, of the same shards."""
-        settings = {"row_tokens": self.row_tokens, "seed": self.seed, "split": "holdout", "opened": self.shards}
-        return Mixture(self.mix, self.tokens, self.tokenizers, **settings)
+        mix, tokens, tokenizers, rows = self.mix, self.tokens, self.tokenizers, self.row_tokens
+        return Mixture(mix, tokens, tokenizers, row_tokens=rows, seed=self.seed, split="holdout", opened=self.shards)
 
     def block(self, number: int) -> list[list[Sample]]:
         """The rows of one block."""

@@ -152,7 +152,7 @@ class Kind(NamedTuple):
     text_tokens: tuple[tuple[str, int], ...]
 
 
-class Plan:
+class EpisodePlan:
     """What planning wants of the episodes of a source, in arrays: a mixture may have millions of them.
 
     ids, lengths int64 (E,) in steps; kinds; kind_ids int32 (V,), of every phrasing of every episode: those of
@@ -203,7 +203,7 @@ class TokenShards:
         tokenizers.require_fingerprints(theirs, what=str(directory))
         self.tokenizers = tokenizers
         try:
-            self.plan = Plan(self.reader.note(i) for i in range(len(self.reader)))
+            self.plan = EpisodePlan(self.reader.note(i) for i in range(len(self.reader)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"the index of {directory} lacks {error}", fix="tokenize again") from error
         self._cache: OrderedDict[int, TokenizedEpisode] = OrderedDict()

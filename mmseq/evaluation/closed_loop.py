@@ -102,7 +102,7 @@ def evaluate_checkpoint(
         )
     if config.delay_ms < 0 or config.jitter_ms < 0:
         raise ConfigError(f"delay_ms is {config.delay_ms}, jitter_ms {config.jitter_ms}", fix="use 0 or more")
-    client = require("mmseq_client", "serve")
+    client = require("mmseq_client", "./serve/client")
     try:
         client.Chunking(config.chunking, config.execute)
     except client.ClientError as error:

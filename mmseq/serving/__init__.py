@@ -2,12 +2,11 @@
 
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
-from mmseq.serving.observation import ObservationRules
+from mmseq.serving.observation import ObservationRules, example_observation
 from mmseq.serving.policy import Contract, Policy, ReplayPolicy
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.server import Server, ServerConfig, serve
-from mmseq.serving.service import example_observation
 
 __all__ = [
     "Chunking",

@@ -118,7 +118,8 @@ class ChunkMemory:
         if turn.step is None:
             if self.chunking.execute is None:
                 return None
-            return 0 if self._sent is None else self._sent[0] + self.chunking.execute
+            self._asked = 0 if self._sent is None else self._sent[0] + self.chunking.execute
+            return self._asked
         if self._asked is not None and turn.step < self._asked:
             raise RequestError(
                 "refused",
@@ -139,11 +140,11 @@ class ChunkMemory:
         return rows.copy() if len(rows) else None
 
     def before(self, step: int) -> np.ndarray | None:
-        """The action (A,) that this session has for the control step before `step`, or its last one."""
+        """The action (A,) that this session has for the control step before `step`; None where it has none."""
         if self._sent is None:
             return None
         at = step - 1 - self._sent[0]
-        return self._sent[1][min(at, self.horizon - 1)] if at >= 0 else None
+        return self._sent[1][at] if 0 <= at < self.horizon else None
 
     def ensemble(self, step: int, chunk: np.ndarray) -> np.ndarray:
         """Rows (H, A): the weighted mean of `chunk` and of what earlier chunks said of the same control steps."""

@@ -25,7 +25,7 @@ from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.serving.service import example_observation
+from mmseq.serving.observation import example_observation
 from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -163,6 +163,7 @@ class ModelPolicy:
         _check_servable(self.arrow)
         self.passes, self.speculate, self.prefixes = passes, speculate, Prefixes()
         self.extend = CompiledExtend(model.transformer) if compile else None
+        self.reloadable = not compile
         if passes is not None or speculate:
             require_parallel(model, self.arrow)
             Decoder(model, passes=passes, speculate=speculate)  # refuses what cannot be

@@ -330,3 +330,16 @@ def _check_other(key: str, value: Any) -> Any:
     elif not isinstance(value, str):
         raise RequestError("wrong_type", f"{key[:80]!r} is {_describe(value)}, expected text or an array", key=key)
     return value
+
+
+def example_observation(embodiment: Embodiment, *, seed: int = 0) -> dict[str, Any]:
+    """A valid random observation of `embodiment`: to try a server, to warm a model up, in tests."""
+    random = np.random.default_rng(seed)
+    observation: dict[str, Any] = {
+        f"observation.images.{camera.name}": random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+        for camera in embodiment.cameras
+    }
+    if embodiment.proprio:
+        low, high = np.asarray(embodiment.proprio.low), np.asarray(embodiment.proprio.high)
+        observation["observation.state"] = random.uniform(low, high).astype(np.float32)
+    return {**observation, "prompt": "do the task", "embodiment": embodiment.name}

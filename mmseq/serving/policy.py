@@ -21,7 +21,8 @@ class Policy(Protocol):
 
     Optional, for batches of several robots: `infer_many(observations)`, which returns a list with a result, or the
     MMSeqError that it failed with, for each; and `batch_key(observation)`: observations with equal keys may share a
-    batch. Optional: `warm_up()`, called once before the server says that it is ready.
+    batch. Optional: `warm_up()`, called once before the server says that it is ready; of a policy that is loaded
+    anew beside this one, from another thread, unless `reloadable` is False.
     """
 
     def contract(self) -> dict[str, Any]:
@@ -41,6 +42,13 @@ class Policy(Protocol):
     def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
         """The predicted streams of any arrow: arrays, text and numbers by stream name."""
         ...
+
+
+def prepare(policy: Policy) -> None:
+    """Let a policy do once what is slow the first time."""
+    warm_up = getattr(policy, "warm_up", None)
+    if warm_up is not None:
+        warm_up()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,10 @@ from mmseq.serving.app import build_app
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
 from mmseq.serving.observation import ObservationRules
-from mmseq.serving.policy import Policy
+from mmseq.serving.policy import Policy, prepare
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
-from mmseq.serving.service import Service, prepare
+from mmseq.serving.service import Service
 
 log = logging.getLogger("mmseq.serving")
 
@@ -187,6 +187,11 @@ class Server:
         """
         if self._load is None:
             raise ServeError("this server has nothing to load again", fix="start it with a checkpoint")
+        if not getattr(self.service.policy, "reloadable", True):
+            raise ServeError(
+                "a compiled policy is not loaded again beside itself: its graphs belong to one thread",
+                fix="start another server and move the robots there",
+            )
         with self._loading:
             policy = self._load()
             prepare(policy)
@@ -280,6 +285,8 @@ def serve(
                         server.reload()
                     except MMSeqError as error:
                         log.error("nothing was reloaded: %s", error)
+                    except Exception:  # such as no memory for two models: the one that serves goes on
+                        log.exception("nothing was reloaded")
     finally:
         sys.setswitchinterval(interval)
         gc.unfreeze()

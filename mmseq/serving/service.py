@@ -9,14 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from mmseq.embodiment import Embodiment
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
-from mmseq.serving.policy import Contract, Policy
+from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
 from mmseq.serving.session import Session
@@ -142,7 +140,8 @@ class Service:
         if "actions" not in result:
             raise self._broken("infer", TypeError(f"no 'actions' in {sorted(result)}"))
         actions, prefix = result["actions"], checked.get("action_prefix")
-        before = memory.before(step) if step is not None else None
+        # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
+        before = memory.before(step) if step is not None and turn.chunking != "plain" else None
         if mode == "ensemble" and step is not None:
             actions = memory.ensemble(step, self.gate.well_formed(actions, embodiment, self.contract.horizon))
         reply = dict(result)
@@ -332,23 +331,3 @@ class Service:
         deadline = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-
-
-def prepare(policy: Policy) -> None:
-    """Let a policy do once what is slow the first time."""
-    warm_up = getattr(policy, "warm_up", None)
-    if warm_up is not None:
-        warm_up()
-
-
-def example_observation(embodiment: Embodiment, *, seed: int = 0) -> dict[str, Any]:
-    """A valid random observation of `embodiment`: to try a server, to warm a model up, in tests."""
-    random = np.random.default_rng(seed)
-    observation: dict[str, Any] = {
-        f"observation.images.{camera.name}": random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
-        for camera in embodiment.cameras
-    }
-    if embodiment.proprio:
-        low, high = np.asarray(embodiment.proprio.low), np.asarray(embodiment.proprio.high)
-        observation["observation.state"] = random.uniform(low, high).astype(np.float32)
-    return {**observation, "prompt": "do the task", "embodiment": embodiment.name}

@@ -34,6 +34,7 @@ from mmseq.training.fragments import WEIGHT, Fragment, base_optimizer, create_st
 from mmseq.training.optimizer import AVERAGE
 
 STATE_FILE = "state.json"
+FORMAT = 2  # of the state file and the fragments
 LATE_S = 60  # that a file of another node may take to appear
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -100,6 +101,10 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
 
 def read_state(checkpoint: Path) -> RunState:
     data = _read(checkpoint)
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} was written by another version of mmseq", fix="let that version finish the run"
+        )
     try:
         state = RunState(**{**data["run"], "data": DataState(**data["run"]["data"])})
         steps, minutes = state.asked
@@ -155,7 +160,9 @@ def save(
             index = _index([partial / _file_of(r) for r in range(torch.distributed.get_world_size())], shapes)
             _write_text(
                 partial / STATE_FILE,
-                json.dumps({"run": asdict(state), "identity": identity, "sha256": sums, **index}, indent=1),
+                json.dumps(
+                    {"run": asdict(state), "identity": identity, "sha256": sums, "format": FORMAT, **index}, indent=1
+                ),
             )
             replace_folder(partial, final)
             _sync(folder)
@@ -291,7 +298,11 @@ class StoredTensors:
     def verify(self, part: int, parts: int) -> None:
         """Read every `parts`-th file from the `part`-th on. Raises: CheckpointError for one that was changed."""
         for path in self._paths[part::parts]:
-            if _sha256(path) != self._sha256.get(path.name):
+            try:
+                same = _sha256(path) == self._sha256.get(path.name)
+            except OSError as error:
+                raise _damaged(self.checkpoint, f"{path.name}: {error.strerror}") from error
+            if not same:
                 raise _damaged(self.checkpoint, f"{path.name} is not what was written")
 
     def piece(self, name: str, key: str, start: int, length: int) -> Tensor:

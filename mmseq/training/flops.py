@@ -59,7 +59,13 @@ def peak_tflops(device: torch.device) -> tuple[float | None, str]:
     if device.type != "cuda":
         return None, "CPU"
     name = torch.cuda.get_device_name(device)
-    return next((gpu.tflops for part, gpu in GPUS.items() if part in name), None), name
+    gpu = gpu_called(name)
+    return gpu.tflops if gpu else None, name
+
+
+def gpu_called(name: str) -> Gpu | None:
+    """By what torch calls it; None where the data sheets say nothing."""
+    return next((gpu for part, gpu in GPUS.items() if part in name), None)
 
 
 def find_gpu(name: str) -> Gpu:

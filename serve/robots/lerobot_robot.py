@@ -34,6 +34,7 @@ class LeRobotRobot:
 
     def __init__(self, robot: Robot, contract: dict[str, Any]):
         self.robot, self._contract = robot, contract
+        self._last: np.ndarray | None = None  # commanded
         self.cameras = {camera["name"]: (camera["height"], camera["width"]) for camera in contract["cameras"]}
         self.state_names = list((contract.get("proprio") or {}).get("names", ()))
         self.action_names = list(contract["action"]["names"])
@@ -63,6 +64,7 @@ class LeRobotRobot:
         return observation
 
     def act(self, action: np.ndarray) -> None:
+        self._last = action
         self.robot.send_action(dict(zip(self.action_names, action.tolist())))
 
     def stop(self) -> None:
@@ -72,7 +74,11 @@ class LeRobotRobot:
             if all(name in seen for name in self.action_names):
                 self.robot.send_action({name: float(seen[name]) for name in self.action_names})
         else:
-            self.robot.send_action(dict.fromkeys(self.action_names, 0.0))
+            rest = dict.fromkeys(self.action_names, 0.0)
+            gripper = (self._contract.get("gripper") or {}).get("axis")
+            if gripper and self._last is not None:
+                rest[gripper] = float(self._last[self.action_names.index(gripper)])
+            self.robot.send_action(rest)
 
 
 @dataclass

@@ -36,13 +36,14 @@ def image_to_array(message: Any) -> np.ndarray:
     return np.ascontiguousarray(pixels[..., chosen * 3 if len(chosen) == 1 else chosen])
 
 
-def joints_to_vector(message: Any, names: list[str], field: str = "position") -> np.ndarray:
-    """A field of sensor_msgs/JointState in the order of `names`, float32. Raises: ContractError for a missing joint."""
-    values = dict(zip(message.name, getattr(message, field)))
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ContractError(f"no {field} of {missing}; the message has {sorted(values)}")
-    return np.array([values[name] for name in names], np.float32)
+def at_rest(contract: dict[str, Any], last: np.ndarray | None) -> np.ndarray:
+    """Zeros for each axis, float32 (axes,), except that the gripper keeps its last command."""
+    names = contract["action"]["names"]
+    action = np.zeros(len(names), np.float32)
+    if contract.get("gripper") and last is not None:
+        at = names.index(contract["gripper"]["axis"])
+        action[at] = last[at]
+    return action
 
 
 class Ros2Robot:
@@ -71,9 +72,10 @@ class Ros2Robot:
             )
         self._seen: dict[str, tuple[float, Any]] = {}  # by sensor: when it came, the message
         self._lock = threading.Lock()
+        self._last: np.ndarray | None = None  # commanded
         for name, topic in cameras.items():
             node.create_subscription(messages.Image, topic, self._keeps(f"camera {name!r}"), 1)
-        node.create_subscription(messages.JointState, states, self._keeps("joint states"), 1)
+        node.create_subscription(messages.JointState, states, self._keeps_joints, 10)
         self._message = messages.Float64MultiArray
         self._publisher = node.create_publisher(messages.Float64MultiArray, commands, 1)
 
@@ -83,6 +85,12 @@ class Ros2Robot:
                 self._seen[sensor] = (self._clock(), message)
 
         return callback
+
+    def _keeps_joints(self, message: Any) -> None:
+        """Positions by name: an arm and its gripper may publish separately on one topic."""
+        with self._lock:
+            for name, position in zip(message.name, message.position):
+                self._seen[f"joint {name!r}"] = (self._clock(), position)
 
     def _latest(self, sensor: str) -> Any:
         with self._lock:
@@ -99,17 +107,19 @@ class Ros2Robot:
             f"observation.images.{name}": fit(image_to_array(self._latest(f"camera {name!r}")), *size)
             for name, size in self.sizes.items()
         }
-        names = list(self._contract["proprio"]["names"])
-        observation["observation.state"] = joints_to_vector(self._latest("joint states"), names)
+        joints = [self._latest(f"joint {name!r}") for name in self._contract["proprio"]["names"]]
+        observation["observation.state"] = np.array(joints, np.float32)
         return observation
 
     def act(self, action: np.ndarray) -> None:
+        self._last = action
         self._publisher.publish(self._message(data=action.astype(np.float64).tolist()))
 
     def stop(self) -> None:
-        """Where actions are velocities or deltas, zeros; a position controller keeps its last command."""
+        """Where actions are velocities or deltas, zeros, and the gripper as it is; a position controller keeps its
+        last command."""
         if self._contract.get("action_form", "absolute") != "absolute":
-            self.act(np.zeros(len(self._contract["action"]["names"]), np.float32))
+            self.act(at_rest(self._contract, self._last))
 
 
 def main() -> None:
@@ -129,11 +139,13 @@ def main() -> None:
     import types
 
     import rclpy
+    import rclpy.signals
     from sensor_msgs.msg import Image, JointState
     from std_msgs.msg import Float64MultiArray
 
     messages = types.SimpleNamespace(Image=Image, JointState=JointState, Float64MultiArray=Float64MultiArray)
-    rclpy.init()
+    # else Ctrl-C ends ROS before the robot could be told to stop
+    rclpy.init(signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
     node = rclpy.create_node("mmseq_client")
     contract, cameras = json.loads(args.contract.read_text()), dict(pair.split("=", 1) for pair in args.camera)
     robot = Ros2Robot(node, contract, cameras, args.states, args.commands, messages, args.silent_s)

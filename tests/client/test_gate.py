@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from mmseq_client import ActionGate, ContractError, UnsafeActionError
 
+from mmseq.serving.safety import GateConfig, SafetyGate
+from mmseq.testing import tiny
+
 
 @pytest.fixture(scope="module")
 def contract(embodiment) -> dict:
@@ -76,3 +79,33 @@ def test_a_contract_without_actions_and_an_unknown_configuration_are_refused(con
         ActionGate({"name": "eye"})
     with pytest.raises(ContractError, match="clamp or refuse"):
         ActionGate(contract, "ignore")
+
+
+def test_what_the_server_lets_pass_is_not_withheld_here():
+    """Both ends refuse; a gripper that overshoots a little, and steps of large numbers, pass both."""
+    body = tiny.embodiment()
+    far = {"minimum": (2000.0,) * 3 + (-2.0,), "maximum": (4000.0,) * 3 + (2.0,)}
+    far |= {"low": (2000.0,) * 3 + (-1.0,), "high": (4000.0,) * 3 + (1.0,)}
+    body = dataclasses.replace(body, action=dataclasses.replace(body.action, max_step=(0.1, 0.1, 0.1, 4.0), **far))
+    server, client = (
+        SafetyGate(GateConfig(out_of_range="refuse", gripper="refuse")),
+        ActionGate(body.to_dict(), "refuse"),
+    )
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        before = np.append(random.uniform(2100, 3900, 3), 0).astype(np.float32)
+        actions = before + np.cumsum(random.uniform(-0.3, 0.3, (8, 4)), 0).astype(np.float32)
+        actions[:, 3] = random.uniform(-1.1, 1.1, 8)
+        passed, _ = server.check(actions, body, horizon=8, before=before)
+        client.limit_steps(client.check_chunk(passed, 8), before)
+
+
+def test_a_robot_may_be_allowed_less_than_its_contract(contract):
+    gate = ActionGate(contract, max_step=0.1)
+    actions = np.ones((4, 4), np.float32)
+    gate.limit_steps(actions, np.zeros(4, np.float32))
+    np.testing.assert_allclose(actions[0], 0.1)
+    np.testing.assert_allclose(ActionGate(contract, max_step=[9, 0.2, 9, 9]).max_step, [0.5, 0.2, 0.5, 2.0])
+    for wrong in (0, float("nan"), [1, 2]):
+        with pytest.raises(ContractError, match="max_step is"):
+            ActionGate(contract, max_step=wrong)

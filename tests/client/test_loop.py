@@ -226,6 +226,30 @@ def test_reset_begins_a_new_episode(server, robot):
     assert [o["step"] for o in server.asked if o.get("reset")] == [0, 20]
 
 
+def test_a_velocity_robot_is_at_rest_between_episodes_and_keeps_its_grip(server, robot, embodiment):
+    body = dataclasses.replace(embodiment, action_form="velocity").to_dict()
+    robot._contract = server.metadata["embodiments"]["arm"] = body
+    loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    drive(loop, clock, 20)
+    before, gripper = robot.actions[-1], loop.gate.gripper
+    loop.reset()
+    np.testing.assert_array_equal(np.delete(robot.actions[-1], gripper), 0)
+    assert robot.actions[-1][gripper] == before[gripper]
+
+
+def test_a_second_run_executes_nothing_of_the_first(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8), sleep=lambda s: clock.sleep(s))
+    loop.run(seconds=1)
+    done = len(robot.actions)
+    clock.sleep(600)
+    first = loop.tick()
+    assert first.action is None
+    assert first.asked
+    loop.run(seconds=1)
+    assert len(robot.actions) > done
+    assert min(o["step"] for o in server.asked[-3:]) > 50 * 600
+
+
 def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server, robot, embodiment):
     body = embodiment.to_dict()
     body["action"]["max_step"] = [2.0, 2.0, 2.0, 2.0]

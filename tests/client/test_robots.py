@@ -13,7 +13,7 @@ import pytest
 from mmseq_client import Client, ContractError, ControlLoop, NoObservationError
 
 from mmseq.data.importing import square
-from mmseq.embodiment import Axes, Camera, Embodiment
+from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.episode import Episode
 from mmseq.serving import ReplayPolicy, Server, ServerConfig
 
@@ -183,14 +183,6 @@ class TestRos2:
         with pytest.raises(ValueError, match=r"'16UC1'; use one of rgb8"):
             image_to_array(self.image(frame, "16UC1"))
 
-    def test_joints_are_found_by_name(self):
-        from ros2_robot import joints_to_vector
-
-        message = JointState(["c", "a", "b"], [3.0, 1.0, 2.0])
-        np.testing.assert_array_equal(joints_to_vector(message, ["a", "b"]), np.float32([1, 2]))
-        with pytest.raises(ContractError, match=r"no position of \['d'\]"):
-            joints_to_vector(message, ["a", "d"])
-
     def test_a_node_observes_commands_and_notices_a_silent_camera(self):
         from ros2_robot import Ros2Robot
 
@@ -206,7 +198,10 @@ class TestRos2:
         with pytest.raises(NoObservationError, match="camera 'front'"):
             robot.observe()
         node.subscriptions["/camera"](self.image(np.full((20, 30, 3), 7, np.uint8)))
-        node.subscriptions["/joints"](JointState(list(reversed(JOINTS)), [3.0, 2.0, 1.0]))
+        node.subscriptions["/joints"](JointState([JOINTS[2], JOINTS[0]], [3.0, 1.0]))
+        with pytest.raises(NoObservationError, match=f"joint '{JOINTS[1]}'"):  # publishes separately, and later
+            robot.observe()
+        node.subscriptions["/joints"](JointState(["another", JOINTS[1]], [9.0, 2.0]))
         seen = robot.observe()
         assert seen["observation.images.front"].shape == (16, 16, 3)
         np.testing.assert_array_equal(seen["observation.state"], [1, 2, 3])
@@ -218,14 +213,24 @@ class TestRos2:
         robot.stop()
         assert node.published == [("/commands", Float64MultiArray([1.0, 2.0, 3.0]))]
 
-    def test_a_velocity_robot_is_stopped_with_zeros(self):
+    def test_a_velocity_robot_is_stopped_with_zeros_and_keeps_its_grip(self):
         from ros2_robot import Ros2Robot
 
         node = Node()
         messages = SimpleNamespace(Image=Image, JointState=JointState, Float64MultiArray=Float64MultiArray)
-        contract = dataclasses.replace(arm(), action_form="velocity").to_dict()
-        Ros2Robot(node, contract, {"front": "/camera"}, "/joints", "/commands", messages).stop()
-        assert node.published == [("/commands", Float64MultiArray([0.0, 0.0, 0.0]))]
+        body = dataclasses.replace(
+            arm(), action_form="velocity", gripper=Gripper(axis=JOINTS[2], open=3.0, closed=-3.0)
+        )
+        robot = Ros2Robot(node, body.to_dict(), {"front": "/camera"}, "/joints", "/commands", messages)
+        robot.stop()
+        robot.act(np.float32([1, 2, -3]))
+        robot.stop()
+        sent = [message for _, message in node.published]
+        assert sent == [
+            Float64MultiArray([0.0, 0.0, 0.0]),
+            Float64MultiArray([1.0, 2.0, -3.0]),
+            Float64MultiArray([0.0, 0.0, -3.0]),
+        ]
 
 
 def test_the_simulator_runs_in_real_time(capsys):

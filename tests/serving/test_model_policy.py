@@ -9,9 +9,8 @@ from mmseq.errors import CheckpointError, ConfigError, TaskError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
-from mmseq.serving.observation import ObservationRules, check_observation
+from mmseq.serving.observation import ObservationRules, check_observation, example_observation
 from mmseq.serving.policy import Contract
-from mmseq.serving.service import example_observation
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmseq.serving import codec
-from mmseq.serving.websocket import LARGE, _header
+from mmseq.serving.websocket import LARGE, WebSocketProtocol, _header
 from mmseq.testing.wire import ask, dial, http
 
 
@@ -83,6 +83,17 @@ def test_every_size_arrives_whole(server, observation, size, policy):
         for _ in range(3):
             reply = ask(s, with_size(observation, size))
             np.testing.assert_array_equal(reply["actions"], policy.chunk(3, 8))
+
+
+def test_large_frames_take_the_short_way(server, observation, monkeypatch):
+    delivered = []
+    deliver = WebSocketProtocol._deliver
+    monkeypatch.setattr(WebSocketProtocol, "_deliver", lambda self: (delivered.append(1), deliver(self)))
+    with dial(server) as s:
+        s.recv()
+        for size in (0, 30_000, 0, 1_000_003):
+            ask(s, with_size(observation, size))
+    assert len(delivered) == 2
 
 
 def test_frames_in_pieces_of_any_size(raw, observation):

@@ -7,7 +7,10 @@ import inspect
 import json
 import logging
 import random
+import socket
 import ssl
+import struct
+import sys
 import time
 from typing import Any
 
@@ -21,6 +24,7 @@ from mmseq_client.errors import ClientError, ContractError, RefusedError
 log = logging.getLogger("mmseq_client")
 
 _MAX_REPLY_BYTES = 64 << 20
+_SEND_TIMEOUT_S = 2  # that a part of a message may wait for a server that does not read
 _CLOSE_TIMEOUT_S = 0.5  # a frozen server must not hold up what comes after it
 
 
@@ -116,7 +120,7 @@ class Client:
         if self._ca_file:
             options["ssl"] = ssl.create_default_context(cafile=self._ca_file)
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return websockets.sync.client.connect(
+        opened = websockets.sync.client.connect(
             f"{'wss' if self._ca_file else 'ws'}://{host}:{self.port}/",
             compression=None,
             max_size=_MAX_REPLY_BYTES,
@@ -124,6 +128,10 @@ class Client:
             close_timeout=_CLOSE_TIMEOUT_S,
             **options,
         )
+        # a server that stops reading must not block the sender for ever; other systems have no such option
+        if sys.platform == "linux":
+            opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
+        return opened
 
     def _unpack(self, frame: Any) -> dict[str, Any]:
         if isinstance(frame, str):
@@ -188,7 +196,7 @@ class Client:
         while True:
             reply = self._unpack(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             echoed = reply.get("sent_at", sent_at)
-            if sent_at is None or (isinstance(echoed, float) and echoed == sent_at):
+            if sent_at is None or (type(echoed) in (int, float) and echoed == sent_at):
                 return reply
             log.warning("a reply to another observation was dropped")
 

@@ -10,17 +10,19 @@ import numpy as np
 from mmseq_client.errors import ContractError, UnsafeActionError
 
 _SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
+_GRIPPER_SLACK = 0.1  # of the way between open and closed: what training data overshoot, as the server has it
 
 
 class ActionGate:
     """Checks chunks when they arrive and each action before it leaves, against the robot's contract.
 
     out_of_range: `clamp` limits an axis to minimum..maximum (the gripper to open..closed) and its change from one
-    control step to the next to `max_step`, where the contract has it; `refuse` withholds the chunk instead.
+    control step to the next to `max_step`, where the contract has it or it is given (a number, or one by axis: only to
+    allow less); `refuse` withholds the chunk instead.
     counts: what it has limited and withheld. Raises: ContractError for a contract without actions.
     """
 
-    def __init__(self, embodiment: dict[str, Any], out_of_range: str = "clamp"):
+    def __init__(self, embodiment: dict[str, Any], out_of_range: str = "clamp", max_step: Any = None):
         if out_of_range not in ("clamp", "refuse"):
             raise ContractError(f"out_of_range is {out_of_range!r}; use clamp or refuse")
         axes = embodiment.get("action")
@@ -30,6 +32,14 @@ class ActionGate:
         self.refuses = out_of_range == "refuse"
         self.low, self.high = np.float32(axes["minimum"]), np.float32(axes["maximum"])
         self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
+        if max_step is not None:
+            less = np.asarray(max_step, np.float32)
+            if less.shape not in ((), (len(self.names),)) or not (np.isfinite(less) & (less > 0)).all():
+                raise ContractError(
+                    f"max_step is {max_step!r}; give a positive number, or one for each of {self.names}"
+                )
+            less = np.broadcast_to(less, (len(self.names),))
+            self.max_step = less if self.max_step is None else np.minimum(less, self.max_step)
         gripper = embodiment.get("gripper")
         self.gripper = self.names.index(gripper["axis"]) if gripper else None
         if gripper:
@@ -37,6 +47,8 @@ class ActionGate:
             self.low[self.gripper] = max(self.low[self.gripper], least)
             self.high[self.gripper] = min(self.high[self.gripper], most)
         self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
+        if gripper:
+            self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
         self.counts: Counter[str] = Counter()
 
     def check_chunk(self, actions: Any, horizon: int) -> np.ndarray:
@@ -76,7 +88,8 @@ class ActionGate:
         for row, action in enumerate(actions):
             if previous is not None:
                 low, high = previous - self.max_step, previous + self.max_step
-                outside = np.abs(action - previous) > self.max_step * (1 + _SLACK)
+                rounding = 1e-6 * np.maximum(1, np.maximum(np.abs(action), np.abs(previous)))
+                outside = np.abs(action - previous) > self.max_step * (1 + _SLACK) + rounding
                 if outside.any():
                     axis = int(np.argmax(outside))
                     if self.refuses:

@@ -74,7 +74,7 @@ class ControlLoop:
     chunking: default what the server is configured for, else plain. prompt: sent with each observation that has
     none. max_age_s: actions of an older observation are not executed; default, and at most, the horizon.
     timeout_s: the longest wait for a reply before the connection is opened anew; the first one, which may find a
-    server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range: see `ActionGate`.
+    server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range, max_step: see `ActionGate`.
     on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, blind,
     broke, contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
 
@@ -91,6 +91,7 @@ class ControlLoop:
         max_age_s: float | None = None,
         timeout_s: float = 1.0,
         out_of_range: str = "clamp",
+        max_step: Any = None,
         on_event: Callable[[str, str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -104,7 +105,7 @@ class ControlLoop:
         if chunking is None:
             chunking = Chunking(**{key: told[key] for key in ("mode", "execute", "decay") if key in (told or {})})
         self.client, self.robot, self.prompt, self.timeout_s = client, robot, prompt, timeout_s
-        self.gate = ActionGate(embodiment, out_of_range)
+        self.gate = ActionGate(embodiment, out_of_range, max_step)
         self.rate_hz = float(embodiment["rate_hz"])
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, bool(metadata.get("prefix")))
@@ -135,6 +136,7 @@ class ControlLoop:
                 self._sleep(max(0.0, self._origin + (self._step + 1) / self.rate_hz - self._clock()))
         finally:
             self.robot.stop()
+            self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
 
     def close(self) -> None:
         """End the background thread; a wait for a reply ends with the connection."""
@@ -146,10 +148,24 @@ class ControlLoop:
         self._stopping = True
 
     def reset(self) -> None:
-        """A new episode: no action of the old one is executed any more."""
+        """A new episode: no action of the old one is executed any more, and what moves by itself is stopped."""
+        if self._last is not None and not self._holds_position:
+            self.robot.act(self._rest(self._last))
+        self._forget()
+        self.why = "a new episode"
+
+    def _forget(self) -> None:
         self.buffer.reset()
         self._last, self._reset, self._holding = None, True, False
-        self.why = "a new episode"
+
+    def _rest(self, last: np.ndarray) -> np.ndarray:
+        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays."""
+        if self._holds_position:
+            return last
+        action = np.zeros_like(last)
+        if self.gate.gripper is not None:
+            action[self.gate.gripper] = last[self.gate.gripper]
+        return action
 
     def tick(self) -> Tick:
         """One control step, now."""
@@ -307,10 +323,7 @@ class ControlLoop:
             self._event("hold", f"step {step}: {self.why}")
         if self._last is None:
             return Tick(step, None, True, asked)  # nothing was commanded yet, so there is nothing to take back
-        action = self._last if self._holds_position else np.zeros_like(self._last)
-        if self.gate.gripper is not None:
-            action = action.copy()
-            action[self.gate.gripper] = self._last[self.gate.gripper]
+        action = self._rest(self._last)
         self.robot.act(action)
         self._last = action
         return Tick(step, action.copy(), True, asked)
