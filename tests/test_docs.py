@@ -17,7 +17,7 @@ from mmseq.data.tokenize import tokenize_mix
 from mmseq.testing import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "serve").rglob("*.md"))]
 BLOCK = re.compile(r"^(?P<mark><!--[^\n]*-->\n)?```(?P<kind>python|bash)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 MIX = """
 name: demo
