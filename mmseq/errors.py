@@ -50,6 +50,10 @@ class DependencyError(MMSeqError):
     """An optional package that is needed here and not installed."""
 
 
+class ModelError(MMSeqError):
+    """A model that computes numbers that are not finite: nothing that it says may be used."""
+
+
 class ServeError(MMSeqError):
     """A server that cannot start, or a request that it must refuse."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmseq.errors import ConfigError, TaskError
+from mmseq.errors import ConfigError, ModelError, TaskError
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.range_loss import add_copies
@@ -398,6 +398,8 @@ class _Run:
         drawn_by: the request that each belongs to, None where it is settled or nobody's. Only the others draw,
         so that what a request samples does not depend on its company.
         """
+        if not logits_NC.isfinite().all():  # the best of them would be code 0, the minimum of an axis
+            raise ModelError(f"the model's {stream} logits are not finite", fix="its weights are damaged, or overflow")
         if self.decoder.temperature <= 0:
             return best_codes(logits_NC, RANGE_OF_STREAM[stream]).tolist()
         codes = [0] * len(logits_NC)

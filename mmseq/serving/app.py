@@ -29,6 +29,7 @@ from mmseq.serving.errors import RequestError
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
 
+LARGE_BODY = 1 << 20
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
 REASON_LENGTH = 500  # characters of an operator's reason
 
@@ -158,7 +159,9 @@ def build_app(
                 "unsupported", f"content type {kind[:60]!r}", fix=f"send application/json or {MSGPACK[0]}"
             )
         decode, encode = (codec.unpack, codec.pack) if kind in MSGPACK else (codec.from_json, codec.to_json)
-        body = codec.message(decode(await body_of(request), limits))
+        data = await body_of(request)
+        large = len(data) > LARGE_BODY  # takes longer than the loop may be away
+        body = codec.message(await asyncio.to_thread(decode, data, limits) if large else decode(data, limits))
         form = body.pop("as", "array")
         if form not in media.KINDS:
             raise RequestError("malformed", f"'as' is {form!r:.40}, expected one of {', '.join(media.KINDS)}", key="as")

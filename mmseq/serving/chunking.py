@@ -102,10 +102,11 @@ class ChunkMemory:
         self.chunking, self.horizon = chunking, horizon
         self._sent: tuple[int, np.ndarray] | None = None  # step of its first row, (H, A)
         self._predicted: deque[tuple[int, np.ndarray]] = deque()  # of the ensemble, before averaging
+        self._before: np.ndarray | None = None  # the action of the control step before that
         self._asked: int | None = None
 
     def forget(self) -> None:
-        self._sent, self._asked = None, None
+        self._sent = self._asked = self._before = None
         self._predicted.clear()
 
     def begin(self, turn: Turn) -> int | None:
@@ -144,10 +145,14 @@ class ChunkMemory:
         if self._sent is None:
             return None
         at = step - 1 - self._sent[0]
+        if at == -1:  # asked a second time
+            return self._before
         return self._sent[1][at] if 0 <= at < self.horizon else None
 
     def ensemble(self, step: int, chunk: np.ndarray) -> np.ndarray:
         """Rows (H, A): the weighted mean of `chunk` and of what earlier chunks said of the same control steps."""
+        if self._predicted and self._predicted[-1][0] == step:
+            self._predicted.pop()  # asked a second time
         self._predicted.append((step, chunk))
         while self._predicted[0][0] + self.horizon <= step:
             self._predicted.popleft()
@@ -162,6 +167,7 @@ class ChunkMemory:
         return (total / weights).astype(np.float32)
 
     def remember(self, step: int | None, chunk: np.ndarray) -> None:
+        self._before = None if step is None else self.before(step)
         self._sent = None if step is None else (step, chunk)
 
 

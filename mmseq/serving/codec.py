@@ -27,6 +27,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
 _NUMBER = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])")
@@ -47,6 +48,11 @@ class Limits:
     max_depth: int = 16
     max_items: int = 65_536
     max_dims: int = 8
+
+    def __post_init__(self):
+        for name, least in (("max_message_bytes", 1), ("max_array_bytes", 1), ("max_depth", 1), ("max_items", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"limits.{name} is {getattr(self, name)}", fix=f"use {least} or more")
 
 
 DEFAULT_LIMITS = Limits()

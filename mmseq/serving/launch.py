@@ -8,7 +8,7 @@ mmseq serve --replay shards/robot:3
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmseq.errors import ConfigError, DataError, did_you_mean
@@ -124,6 +124,10 @@ def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None
 
     Raises: ConfigError, ServeError, or what loading raises.
     """
+    if (
+        settings.replay is not None and settings.chunking.execute is None
+    ):  # each session has its own place in the episode
+        settings = replace(settings, chunking=replace(settings.chunking, execute=settings.replay_horizon))
     config, load = server_config(settings), loader(settings)  # mistakes are told before anything is loaded
     serve(load(), config, load=load, on_ready=on_ready)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.embodiment import Axes, Embodiment
-from mmseq.errors import CheckpointError, ConfigError, MMSeqError, TaskError, did_you_mean
+from mmseq.errors import CheckpointError, ConfigError, MMSeqError, ModelError, TaskError, did_you_mean
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
@@ -240,6 +240,8 @@ class ModelPolicy:
             try:
                 for _ in range(1 if self.extend is None else 4):  # new, known, known again: compiled; and once at speed
                     self.infer(example_observation(robot))
+            except ModelError:
+                raise
             except MMSeqError as error:  # such as a goal that no random observation has
                 log.info("no warm-up for %s: %s", name, error)
         if self.extend is not None:

@@ -35,6 +35,9 @@ STATE = "observation.state"
 OTHER_KEYS = ("prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options")
 
 
+MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObservationRules:
     """How strict the server is.
@@ -201,6 +204,8 @@ def _check_text(value: Any, key: str) -> str:
         return str(value.reshape(())[()])
     if not isinstance(value, str):
         raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected text", key=key)
+    if len(value) > MAX_TEXT:
+        raise RequestError("too_large", f"{key!r} has {len(value)} characters, at most {MAX_TEXT} are read", key=key)
     return value
 
 

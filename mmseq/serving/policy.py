@@ -134,6 +134,7 @@ def image_keys(embodiment: Embodiment) -> list[str]:
     return [f"observation.images.{camera.name}" for camera in embodiment.cameras]
 
 
+MAX_REPLAYED = 4096  # control steps of one answer
 _TERM = re.compile(r"(?P<stream>[a-z]+)(\.(?P<camera>\w+))?(\[(?P<length>\d+)\])?(@\+(?P<offset>\d+)|@(?P<end>end))?")
 
 
@@ -195,6 +196,8 @@ class ReplayPolicy:
             if not found or not match:
                 raise RequestError("refused", f"cannot replay {term!r} of the arrow {arrow!r}", key="arrow")
             name, length = match["stream"], int(match["length"] or 0)
+            if length > MAX_REPLAYED:
+                raise RequestError("too_large", f"{term!r} is longer than {MAX_REPLAYED} steps", key="arrow")
             first = last if match["end"] else step + int(match["offset"] or 0)
             if name == "action":
                 prediction[name] = self.chunk(first, length or 1)

@@ -3,7 +3,7 @@
 ==========  =====================================================================================================
 `limit`     an axis outside of the embodiment's minimum..maximum
 `rate`      an axis that moves by more than the embodiment's `max_step` from one control step to the next, also
-            from the last action that the session was sent to the first of the chunk
+            from the chunk before, where the session's control step is known and it executes what it was sent
 `gripper`   the gripper's axis beyond open or closed: its sign or scale is not the contract's
 ==========  =====================================================================================================
 
@@ -13,6 +13,7 @@ wrong shape, or with a number that is not finite, never passes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NoReturn
@@ -20,6 +21,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from mmseq.embodiment import Embodiment
+from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
 RULES = ("limit", "rate", "gripper")
@@ -39,6 +41,12 @@ class GateConfig:
     gripper: Literal["clamp", "refuse", "ignore"] = "clamp"
     tolerance: float = 1e-4
     max_age_ms: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.tolerance <= 0.1:
+            raise ConfigError(f"gate.tolerance is {self.tolerance}", fix="use a share from 0 to 0.1")
+        if not (math.isfinite(self.max_age_ms) and self.max_age_ms >= 0):
+            raise ConfigError(f"gate.max_age_ms is {self.max_age_ms}", fix="use milliseconds; 0 is no limit")
 
 
 @dataclass

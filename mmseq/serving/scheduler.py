@@ -39,6 +39,8 @@ class SchedulerConfig:
         for name, least in (("max_waiting", 1), ("max_batch", 1), ("batch_wait_ms", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"scheduling.{name} is {getattr(self, name)}", fix=f"use {least} or more")
+        if not self.batch_wait_ms <= 60_000:
+            raise ConfigError(f"scheduling.batch_wait_ms is {self.batch_wait_ms}", fix="use at most a minute")
 
 
 @dataclass(eq=False, slots=True)

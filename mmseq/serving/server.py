@@ -14,6 +14,8 @@ import errno
 import gc
 import ipaddress
 import logging
+import math
+import re
 import signal
 import socket
 import sys
@@ -59,8 +61,12 @@ class ServerConfig:
     grace_s: float = 10.0
 
     def __post_init__(self):
-        if self.token is not None and (not self.token or not self.token.isascii() or self.token != self.token.strip()):
-            raise ServeError("the token must be ASCII text without spaces around it, and not empty")
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise ServeError("the token must be printable ASCII without spaces or line breaks, and not empty")
+        if not (math.isfinite(self.stuck_s) and self.stuck_s > 0):
+            raise ServeError(f"stuck_s is {self.stuck_s}", fix="use a number of seconds above 0")
+        if not (math.isfinite(self.grace_s) and self.grace_s >= 0):
+            raise ServeError(f"grace_s is {self.grace_s}", fix="use a number of seconds from 0 on")
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}, outside 0..65535")
         if self.token is None and not self.insecure_public and not is_loopback(self.host):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmseq.embodiment import Embodiment
-from mmseq.errors import MMSeqError, ServeError
+from mmseq.errors import MMSeqError, ModelError, ServeError
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
@@ -21,6 +21,7 @@ from mmseq.serving.session import Session
 
 log = logging.getLogger("mmseq.serving")
 
+MAX_ARROW = 2000  # characters
 HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
 
@@ -53,8 +54,9 @@ class Service:
         self.sessions: dict[int, Session] = {}
         self.delays = Delays()
         self.in_flight = 0
+        self._jobs: set[Job] = set()  # that somebody waits for
         self.stopping = False
-        self.warm = False
+        self.warm, self.cold = False, "warming up"
         self.held: str | None = None  # the reason of the operator's hold
         self.holds = 0  # begun since the start: what was asked before the last one is not answered after it
         self.reloads = 0
@@ -83,7 +85,8 @@ class Service:
         log.warning("held by the operator: %s", reason)
         for session in self.sessions.values():
             session.memory.forget()  # a robot that was stopped does not go on with what it was sent
-        self.scheduler.cancel_all(self._held())
+        for job in list(self._jobs):  # also what is being computed: a robot is told at once
+            self.scheduler.cancel(job, self._held())
         return len(self.sessions)
 
     def release(self) -> int:
@@ -120,12 +123,14 @@ class Service:
         arrived = time.monotonic()
         self.requests["infer"] += 1
         session.requests += 1
-        session.asked_at = arrived
+        quiet_s, session.asked_at = arrived - session.asked_at, arrived
         self._admit()
         turn, observation = take_turn(observation)
         checked, embodiment = check_observation(observation, self.contract, self.rules)
         session.serves(embodiment.name)
         memory = session.memory
+        if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
+            memory.forget()  # all that was sent is executed: what this robot did since nobody knows
         step = memory.begin(turn)
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
@@ -133,8 +138,8 @@ class Service:
             prefix = memory.prefix(step, delay)
             if prefix is not None:
                 checked["action_prefix"] = prefix
-        if turn.step is not None:
-            checked["step"] = turn.step
+        if step is not None:
+            checked["step"] = step
         job = self._job("infer", (checked,), arrived, turn)
         result = await self._run(job, session)
         if "actions" not in result:
@@ -142,8 +147,14 @@ class Service:
         actions, prefix = result["actions"], checked.get("action_prefix")
         # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
+        first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
-            actions = memory.ensemble(step, self.gate.well_formed(actions, embodiment, self.contract.horizon))
+            # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
+            chunk, first = self.gate.check(actions, embodiment, horizon=self.contract.horizon)
+            actions = memory.ensemble(step, chunk)
+            if embodiment.gripper is not None and embodiment.action is not None:
+                axis = embodiment.action.names.index(embodiment.gripper.axis)
+                actions[:, axis] = chunk[:, axis]  # half open is neither
         reply = dict(result)
         reply["actions"], safety = self.gate.check(
             actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before
@@ -152,8 +163,8 @@ class Service:
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])
         self.delays.add(took)
-        if safety:
-            reply["safety"] = safety
+        if safety or first:
+            reply["safety"] = safety or first
         timing = self._timing(job)
         reply.setdefault("policy_timing", {"infer_ms": timing["infer_ms"]})
         reply["server_timing"] = timing
@@ -176,6 +187,10 @@ class Service:
         if not isinstance(arrow, str) or not isinstance(observation, dict) or set(body) != {"arrow", "observation"}:
             raise RequestError(
                 "malformed", f"expected arrow (text) and observation (map), got {sorted(map(str, body))[:8]}"
+            )
+        if len(arrow) > MAX_ARROW:
+            raise RequestError(
+                "too_large", f"the arrow has {len(arrow)} characters, at most {MAX_ARROW} are read", key="arrow"
             )
         if not all(isinstance(key, str) for key in observation):
             raise RequestError("malformed", "the keys of an observation are text", key="observation")
@@ -211,6 +226,7 @@ class Service:
     async def _run(self, job: Job, session: Session | None) -> dict[str, Any]:
         holds = self.holds
         self.scheduler.submit(job)
+        self._jobs.add(job)
         if session is not None:
             session.job = job
         self.in_flight += 1
@@ -218,6 +234,7 @@ class Service:
             result = await job.future
         finally:
             self.in_flight -= 1
+            self._jobs.discard(job)
             if session is not None:
                 session.job = None
         if holds != self.holds:
@@ -255,7 +272,7 @@ class Service:
         """A policy's result as a dict, or the RequestError that it amounts to."""
         if isinstance(result, dict | RequestError):
             return result
-        if isinstance(result, MMSeqError):
+        if isinstance(result, MMSeqError) and not isinstance(result, ModelError):
             return RequestError("refused", str(result))
         if not isinstance(result, BaseException):
             result = TypeError(f"returned {type(result).__name__}")
@@ -275,9 +292,10 @@ class Service:
     def _warm_up(self) -> None:
         try:
             prepare(self.policy)
-        except Exception:  # what is wrong with it, the first request will say
+            self.warm = True
+        except Exception as error:
             log.exception("the policy failed to warm up")
-        self.warm = True
+            self.cold = f"the policy failed to warm up: {error}"
 
     def refused(self, error: Exception) -> RequestError:
         """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
@@ -298,7 +316,7 @@ class Service:
             raise ServeError(
                 f"the new policy has another contract: {', '.join(differing)}", fix="start a second server for it"
             )
-        self.policy = policy
+        self.policy, self.warm = policy, True
         self.reloads += 1
 
     def not_ready(self, stuck_s: float) -> str | None:
@@ -306,7 +324,7 @@ class Service:
         if self.stopping:
             return "stopping"
         if not self.warm:
-            return "warming up"
+            return self.cold
         if self.scheduler.busy_s > stuck_s:
             return f"the model has been busy for {self.scheduler.busy_s:.0f} s"
         return None

@@ -17,6 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 LARGE = 16_384  # bytes from which a frame is worth it
+IN_PLACE = 4 << 20  # and up to which: the room is taken before the bytes have come
 SCRATCH = 65_536
 _WHOLE_BINARY = 0x82  # the first byte of a message in one frame
 _MASKED = 0x80
@@ -93,7 +94,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         return (
             first == _WHOLE_BINARY
             and bool(second & _MASKED)
-            and LARGE <= length <= (self.config.ws_max_size or 0)
+            and LARGE <= length <= min(self.config.ws_max_size or 0, IN_PLACE)
             and self.handshake_complete
             and not self.close_sent
             and not self.frames  # a message in several frames is under way

@@ -81,7 +81,7 @@ def test_it_speaks_tls_to_a_server_whose_certificate_it_trusts(tmp_path):
     context.load_cert_chain(tmp_path / "ours.pem", tmp_path / "ours.key")
 
     def session(connection):
-        connection.send(codec.pack({"name": "tls", "horizon": 4}))
+        connection.send(codec.pack({"name": "tls", "horizon": 4, "embodiments": {}}))
         for frame in connection:
             connection.send(frame)
 
@@ -103,3 +103,8 @@ def test_a_restarted_server_is_found_again(driven):
     assert all(tick.held for tick in drive(loop, 60)[40:])
     with Server(policy, ServerConfig(port=server.port)):
         assert not any(tick.held for tick in drive(loop, 250)[200:])
+
+
+def test_a_client_is_for_one_robot_and_one_loop():
+    with pytest.raises(ClientError, match="spaces or line breaks"):
+        Client(token="s3cret\n")

@@ -142,3 +142,13 @@ def test_delays_are_a_high_quantile_in_control_steps():
     for _ in range(10):
         delays.add(0.021)
     assert delays.steps(50) == 2
+
+
+def test_a_step_that_is_asked_twice_counts_once():
+    m = memory("ensemble")
+    for _ in range(100):
+        m.ensemble(5, rows(0))
+    assert len(m._predicted) == 1
+    m.remember(5, rows(0))
+    m.remember(7, rows(50))
+    assert m.before(7)[0] == 1  # of the chunk before, not of the answer that is being replaced

@@ -1,17 +1,20 @@
 """A checkpoint behind the server: the same answers as the model in this process."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from mmseq.errors import CheckpointError, ConfigError, TaskError
+from mmseq.errors import CheckpointError, ConfigError, ModelError, TaskError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.serving.observation import ObservationRules, check_observation, example_observation
 from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
+from mmseq.testing.wire import http
 
 mmseq_client = pytest.importorskip("mmseq_client")
 RATE = tiny.embodiment().rate_hz
@@ -222,3 +225,22 @@ def test_robots_whose_chunks_differ_in_length_are_not_served_together():
     with pytest.raises(ConfigError, match=r"\{'slow': 4, 'fast': 8\}.*--embodiment"):
         ModelPolicy(both, arrow="image -> action[0.2s]")
     assert ModelPolicy(both, arrow="image -> action[0.2s]", embodiment="fast").horizon == 8
+
+
+def test_weights_that_are_not_finite_serve_nobody(checkpoint):
+    broken = ModelPolicy.from_pretrained(checkpoint)
+    with torch.no_grad():
+        next(broken.model.transformer.parameters()).fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        broken.warm_up()
+    good = ModelPolicy.from_pretrained(checkpoint)
+    with Server(broken, ServerConfig(port=0)) as server:
+        until = time.monotonic() + 20
+        while "failed to warm up" not in (said := http(server, "GET", "/readyz").text):
+            assert time.monotonic() < until, said
+            time.sleep(0.01)
+        refused = pytest.raises(mmseq_client.RefusedError, match="policy_failed")
+        with mmseq_client.Client("127.0.0.1", server.port) as client, refused:
+            client.infer(observe(tiny.episode(3), 5))
+    with Server(good, ServerConfig(port=0), load=lambda: broken) as server, pytest.raises(ModelError):
+        server.reload()

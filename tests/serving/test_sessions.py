@@ -13,7 +13,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from mmseq.errors import ServeError
-from mmseq.serving import Chunking, GateConfig, SchedulerConfig, Server, ServerConfig, codec
+from mmseq.serving import Chunking, GateConfig, ObservationRules, SchedulerConfig, Server, ServerConfig, codec
 from mmseq.testing.wire import ask, dial, http
 
 H = 8
@@ -197,8 +197,8 @@ class TestHold:
         reply = http(server, "POST", "/v1/hold", json={"reason": "a person in the cell"})
         assert reply.json() == {"held": True, "reason": "a person in the cell", "sessions": 2}
         assert '"held"' in robots[1].recv(timeout=5)
+        assert '"held"' in robots[0].recv(timeout=5)  # while the model still computes
         echo.release.set()
-        assert '"held"' in robots[0].recv(timeout=5)
         error = ask(robots[0], seen(observation, 0))
         assert (error["code"], error["reason"]) == ("held", "a person in the cell")
         predicted = http(server, "POST", "/v1/predict", json={"arrow": "-> action[2]", "observation": {}})
@@ -368,3 +368,50 @@ class TestOperation:
                 s.recv(timeout=5)
         with pytest.raises(httpx.ConnectError):
             http(server, "GET", "/healthz")
+
+
+def test_an_outlier_does_not_stay_in_the_mean_of_an_ensemble(start, echo, observation):
+    refusing, lax = GateConfig(out_of_range="refuse"), ObservationRules(state_range="ignore")
+    server = start(echo, chunking=Chunking(mode="ensemble"), gate=refusing, observation=lax)
+    with dial(server) as s:
+        s.recv()
+        assert "actions" in ask(s, seen(observation, 0.1, step=0))
+        assert ask(s, seen(observation, 1e6, step=1))["code"] == "unsafe_action"
+        np.testing.assert_allclose(ask(s, seen(observation, 0.1, step=2))["actions"], 0.1, rtol=1e-5)
+
+
+def test_a_gripper_is_never_averaged(start, echo, observation):
+    server = start(echo, chunking=Chunking(mode="ensemble"))
+    with dial(server) as s:
+        s.recv()
+        ask(s, seen(observation, -1, step=0))
+        actions = ask(s, seen(observation, 1, step=1))["actions"]
+    assert abs(actions[0, 0]) < 0.1
+    assert actions[0, 3] == 1
+
+
+def test_after_a_pause_nothing_of_the_old_motion_is_committed(start, echo, observation):
+    server = start(echo, chunking=Chunking(mode="realtime", execute=4))
+    with dial(server) as s:
+        s.recv()
+        ask(s, seen(observation, 0.1))
+        time.sleep(0.5)  # a chunk is 0.4 s
+        assert ask(s, seen(observation, 0.3))["prefixed"] == 0
+
+
+@pytest.mark.parametrize("length", [2001, 1_000_000])
+def test_a_long_arrow_holds_up_nobody(start, echo, length):
+    server = start(echo)
+    reply = http(server, "POST", "/v1/predict", json={"arrow": "(" * length, "observation": {}})
+    assert reply.status_code == 413
+    assert len(reply.content) < 1000
+
+
+def test_each_robot_has_its_own_place_in_a_replay(start, policy, observation):
+    server = start(policy, chunking=Chunking(execute=4))
+    with dial(server) as a, dial(server) as b:
+        first = [s.recv() and ask(s, observation)["actions"] for s in (a, b)]
+        second = [ask(s, observation)["actions"] for s in (a, b)]
+    np.testing.assert_array_equal(first[0], first[1])
+    np.testing.assert_array_equal(second[0], second[1])
+    np.testing.assert_array_equal(second[0][:4], first[0][4:])

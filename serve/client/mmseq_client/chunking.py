@@ -92,15 +92,23 @@ class ChunkBuffer:
 
     Each control step: `ask` (and send what it returns), `accept` what came back, then `action`. max_age: control
     steps from an observation after which none of its actions may be executed; at most, and by default, H.
-    prefix: whether the server forces a prefix, which realtime needs.
+    prefix: whether the server forces a prefix, which realtime needs. gripper: an axis that is never averaged.
     """
 
-    def __init__(self, chunking: Chunking, horizon: int, max_age: int | None = None, prefix: bool = True):
+    def __init__(
+        self,
+        chunking: Chunking,
+        horizon: int,
+        max_age: int | None = None,
+        prefix: bool = True,
+        gripper: int | None = None,
+    ):
         if chunking.mode == "realtime" and not prefix:
             raise ClientError(
                 "the server's policy does not force a prefix, which realtime needs; use plain or ensemble"
             )
         self.chunking, self.horizon, self.execute = chunking, horizon, chunking.steps(horizon)
+        self.gripper = gripper
         self.max_age = horizon if max_age is None else max(1, min(horizon, max_age))
         self._delays: deque[int] = deque(maxlen=_DELAYS)
         self._warm = False
@@ -197,6 +205,8 @@ class ChunkBuffer:
         rows = np.stack([chunk.actions[step - chunk.first] for chunk in live])
         weights = np.exp(-self.chunking.decay * np.arange(len(live)))
         action = rows[-1] if len(live) == 1 else (weights @ rows / weights.sum()).astype(np.float32)
+        if self.gripper is not None:
+            action[self.gripper] = rows[-1][self.gripper]  # half open is neither
         self._played[step] = action
         return Planned(action.copy(), live[-1].sequence, step - live[-1].step)
 

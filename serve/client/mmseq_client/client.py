@@ -11,6 +11,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ import websockets.exceptions
 import websockets.sync.client
 
 from mmseq_client import codec
-from mmseq_client.contract import fingerprint, require_served
+from mmseq_client.contract import fingerprint, require_metadata, require_served
 from mmseq_client.errors import ClientError, ContractError, RefusedError
 
 log = logging.getLogger("mmseq_client")
@@ -63,7 +64,10 @@ class Client:
         reconnect: bool = True,
         ca_file: str | None = None,
     ):
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ClientError("the token holds spaces or line breaks; strip what was read from its file")
         self.host, self.port, self._token, self._ca_file = host, port, token, ca_file
+        self._busy = threading.Lock()
         self._connect_timeout_s, self._timeout_s, self._reconnect = connect_timeout_s, timeout_s, reconnect
         self._embodiment: dict[str, Any] | None = None
         self._contract: dict[str, Any] = {}
@@ -84,7 +88,7 @@ class Client:
         while True:
             try:
                 self._socket = self._open(max(0.5, min(10.0, deadline - time.monotonic())))
-                metadata = self._unpack(self._socket.recv(timeout=min(10.0, self._timeout_s)))
+                metadata = require_metadata(self._unpack(self._socket.recv(timeout=min(10.0, self._timeout_s))))
                 break
             except websockets.exceptions.InvalidStatus as error:
                 body = getattr(error.response, "body", None) or b""
@@ -156,6 +160,10 @@ class Client:
         Raises: ContractError that names each field that differs.
         """
         served = require_served(embodiment, self.metadata)
+        if self._embodiment is not None and self._embodiment.get("name") != embodiment.get("name"):
+            raise ContractError(
+                "this client is bound to robot {!r}; use a Client for each robot".format(self._embodiment.get("name"))
+            )
         self._embodiment = embodiment
         self._contract = {"embodiment": served["name"], "embodiment_fingerprint": fingerprint(served)}
         return served
@@ -170,6 +178,14 @@ class Client:
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         reconnect = self._reconnect if reconnect is None else reconnect
+        if not self._busy.acquire(blocking=False):
+            raise ClientError("another request of this client is under way; use a Client for each loop")
+        try:
+            return self._infer(observation, timeout_s, reconnect)
+        finally:
+            self._busy.release()
+
+    def _infer(self, observation: dict[str, Any], timeout_s: float, reconnect: bool) -> dict[str, Any]:
         data = codec.pack(dict(self._contract, **observation))
         self.connect()
         for attempt in (0, 1):
@@ -227,5 +243,5 @@ def _refusal(text: str, status: int | None = None) -> RefusedError:
         wait_ms = error.get("retry_after_ms")
         wait_ms = float(wait_ms) if isinstance(wait_ms, (int, float)) and 0 <= wait_ms < 1e9 else None
         return RefusedError(str(error["code"]), str(error["message"]), error.get("key"), wait_ms)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RefusedError(f"http_{status}" if status else "error", text[:2000])

@@ -40,5 +40,5 @@ def unpack(data):
     """The message in bytes. Raises: ValueError for what is not one."""
     try:
         return msgpack.unpackb(data, object_hook=_decode)
-    except (KeyError, TypeError, msgpack.UnpackException) as error:
+    except (KeyError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise ValueError(f"not a message: {error}") from error

@@ -17,6 +17,19 @@ def fingerprint(embodiment: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def require_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A server's first frame, once it has what a client reads. Raises: ContractError."""
+    robots, horizon = metadata.get("embodiments"), metadata.get("horizon")
+    good = isinstance(robots, dict) and all(isinstance(body, dict) and "name" in body for body in robots.values())
+    try:
+        json.dumps([robots, metadata.get("fingerprints"), metadata.get("fingerprint"), metadata.get("tasks")])
+    except (TypeError, ValueError):
+        good = False
+    if not good or type(horizon) is not int or horizon < 1:
+        raise ContractError("what answers there serves no contract of robots: it may be another kind of server")
+    return metadata
+
+
 def require_served(embodiment: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """The server's own copy of a robot's contract.
 

@@ -108,7 +108,8 @@ class ControlLoop:
         self.gate = ActionGate(embodiment, out_of_range, max_step)
         self.rate_hz = float(embodiment["rate_hz"])
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
-        self.buffer = ChunkBuffer(chunking, client.horizon, max_age, bool(metadata.get("prefix")))
+        prefix = bool(metadata.get("prefix"))
+        self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
         form = "position" if embodiment.get("action_form", "absolute") == "absolute" else "zero"
         self._holds_position = (metadata.get("hold") or {}).get(embodiment["name"], form) == "position"
         self.counts: Counter[str] = Counter()
@@ -173,6 +174,7 @@ class ControlLoop:
         self._collect(step)
         asked = self._request(step)
         if asked:
+            step = self._after_observing(step)
             self._collect(step)  # in a simulation the answer may be there at once
         planned = self.buffer.action(step)
         action = None
@@ -193,6 +195,15 @@ class ControlLoop:
         self.robot.act(action)
         self._last = action
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
+
+    def _after_observing(self, step: int) -> int:
+        """The control step that it is once the robot has observed: a camera that blocked has used up some."""
+        now = self._clock()
+        passed = int((now - self._origin) * self.rate_hz + 1e-6) - step
+        if passed > 0:
+            self.counts["skipped"] += passed
+            self._step, self._now = step + passed, now
+        return self._step
 
     def _advance(self) -> int:
         """The number of the control step that the clock says it is, always after the one before."""
@@ -262,12 +273,13 @@ class ControlLoop:
             reply = job.result()
         except RefusedError as error:
             self._refused(error, ask, step)
-        except ClientError as error:
+        except Exception as error:  # whatever a server sent, the loop goes on and holds
             self._connected = False
             if isinstance(error, ContractError):
                 self.buffer.reset()
             self._give_up(ask, step, self._back_off())
-            self._event("contract" if isinstance(error, ContractError) else "broke", str(error))
+            what = str(error) if isinstance(error, ClientError) else repr(error)
+            self._event("contract" if isinstance(error, ContractError) else "broke", what)
         else:
             self._answered |= ask is not None
             if ask is None:
