@@ -227,12 +227,16 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the bench")
     c.add_argument("--json", metavar="FILE", help="write the rows there as JSON")
 
-    c = add(commands, "export", _export, "a checkpoint becomes a language model that transformers and its servers load")
+    c = add(commands, "export", _export, "a checkpoint as a language model of transformers, or a policy of LeRobot")
     c.add_argument("checkpoint", metavar="CHECKPOINT")
-    c.add_argument("format", metavar="FORMAT", choices=("hf",), help="hf")
+    c.add_argument("format", metavar="FORMAT", choices=("hf", "lerobot"), help="hf or lerobot")
     c.add_argument("out", metavar="OUT", help="a new folder")
-    c.add_argument("--dtype", default="fp32", help="of the weights: fp32 (default), bf16 or fp16")
-    c.add_argument("--text-only", action="store_true", help="leave out the ids after those of text")
+    c.add_argument("--dtype", help="hf: of the weights, fp32 (default), bf16 or fp16")
+    c.add_argument("--text-only", action="store_true", help="hf: leave out the ids after those of text")
+    c.add_argument("--server", metavar="HOST:PORT", help="lerobot: of `mmseq serve`; then no weights are written")
+    c.add_argument("--policy", metavar="ARROW", help="lerobot: the arrow, or the task's name (default: policy)")
+    c.add_argument("--embodiment", metavar="NAME", help="lerobot: the robot, where the checkpoint drives several")
+    c.add_argument("--execute", type=int, metavar="N", help="lerobot: steps between chunks (default: half a chunk)")
 
     c = add(commands, "inspect", _inspect, "what a checkpoint is, or the size of a recipe's model")
     c.add_argument("path", metavar="CHECKPOINT|RECIPE")
@@ -647,9 +651,20 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.format == "lerobot":
+        if args.dtype or args.text_only:
+            raise ConfigError("--dtype and --text-only are for hf", fix="leave them out")
+        from mmseq.serving.lerobot_directory import export_lerobot
+
+        names = ("policy", "embodiment", "server", "execute")
+        print(export_lerobot(args.checkpoint, args.out, **{name: getattr(args, name) for name in names}))
+        return
+    given = [name for name in ("server", "policy", "embodiment", "execute") if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(f"--{given[0]} is for lerobot", fix="leave it out")
     from mmseq.model.export import export_hf
 
-    print(export_hf(args.checkpoint, args.out, dtype=args.dtype, text_only=args.text_only))
+    print(export_hf(args.checkpoint, args.out, dtype=args.dtype or "fp32", text_only=args.text_only))
 
 
 def _inspect(args: argparse.Namespace) -> None:

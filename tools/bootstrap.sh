@@ -35,7 +35,7 @@ fi
 
 set -- -c constraints.txt -e '.[all,dev]'
 if [ -f serve/client/pyproject.toml ]; then
-    set -- "$@" -e serve/client
+    set -- "$@" -e serve/client -e serve/lerobot
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 echo "$venv is ready: $("$venv/bin/python" --version), $("$venv/bin/mmseq" --version)"

@@ -18,11 +18,11 @@ from typing import Any
 import lerobot.cameras
 import lerobot.robots
 import numpy as np
-from images import fit
 from lerobot.configs import parser
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.import_utils import register_third_party_plugins
 from mmseq_client import Chunking, Client, ContractError, ControlLoop
+from mmseq_client.images import fit
 
 
 class LeRobotRobot:

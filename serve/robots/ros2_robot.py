@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from images import fit
 from mmseq_client import Chunking, Client, ContractError, ControlLoop, NoObservationError
+from mmseq_client.images import fit
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2, None), "bgra8": (2, 1, 0, None), "mono8": (0,)}
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "client"))  # a distribution of its own
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "client"))  # distributions of their own
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve" / "lerobot"))
 
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 

@@ -44,7 +44,7 @@ def replay(robot: Embodiment) -> ReplayPolicy:
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (16, 16), (10, 12)])
 def test_frames_are_cropped_and_scaled_as_at_import(height, width):
-    from images import fit
+    from mmseq_client.images import fit
 
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     np.testing.assert_array_equal(fit(frame, 16, 16), square(frame, 16))
