@@ -27,6 +27,7 @@ from mmseq.errors import MMSeqError, ServeError, require
 from mmseq.serving.app import build_app
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
+from mmseq.serving.notify import Notifier
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, prepare
 from mmseq.serving.safety import GateConfig
@@ -213,6 +214,21 @@ class Server:
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def not_ready(self) -> str | None:
+        """Why no request should be sent here; None when it is ready."""
+        return self.service.not_ready(self.config.stuck_s)
+
+    def healthy(self, timeout_s: float = 1.0) -> bool:
+        """Whether its network thread runs and no model call takes longer than `stuck_s`; else it wants a restart."""
+        if not self.alive or self._loop is None or self.service.scheduler.busy_s > self.config.stuck_s:
+            return False
+        answered = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(answered.set)
+        except RuntimeError:  # it has just ended
+            return False
+        return answered.wait(timeout_s)
+
     def _run(self, listener: socket.socket, ready: threading.Event) -> None:
         async def main() -> None:
             self._loop = asyncio.get_running_loop()
@@ -259,7 +275,7 @@ def serve(
     load: Callable[[], Policy] | None = None,
     on_ready: Callable[[Server], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then stop cleanly and return. Call from the main thread.
+    """Serve until SIGTERM or SIGINT, then stop cleanly and return. Call from the main thread. systemd is told.
 
     load: what SIGHUP and `POST /v1/reload` serve from then on. on_ready: called once requests are accepted, e.g.
     to print the address.
@@ -277,7 +293,7 @@ def serve(
     gc.collect()
     gc.freeze()  # what is loaded stays: no pause to look through a million objects of torch
     try:
-        with server:
+        with server, Notifier(server.not_ready, server.healthy):
             if on_ready is not None:
                 on_ready(server)
             while not asked & {signal.SIGTERM, signal.SIGINT}:
