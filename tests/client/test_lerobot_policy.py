@@ -133,6 +133,21 @@ def test_a_thousand_calls_through_the_plug_in(remote, server):
     assert dict(server.service.errors) == errors
 
 
+def test_the_servers_limit_of_the_step_knows_what_was_executed(checkpoint, tmp_path):
+    """Two robots that execute 2 of 4 actions; the server compares each chunk with the action that came before it."""
+    robot = replace(tiny.embodiment(), action=replace(tiny.axes("xyzg"), max_step=(0.05,) * 4))
+    model = tiny.model(tiny.tokenizers((robot,)))
+    model.tasks = {"policy": ARROW}
+    model.save_pretrained(tmp_path / "checkpoint")
+    with Server(ModelPolicy.from_pretrained(tmp_path / "checkpoint"), ServerConfig(port=0, grace_s=2)) as limited:
+        out = export_lerobot(tmp_path / "checkpoint", tmp_path / "out", server=f"127.0.0.1:{limited.port}")
+        policy, act = load(out)
+        actions = np.concatenate([act(seen(step)[0]).numpy() for step in range(12)])
+        assert np.abs(np.diff(actions, axis=0)).max() <= 0.05 + 1e-5
+        assert np.abs(np.diff(actions, axis=0)).max() > 0.04
+        assert policy.gate.counts["clamped_step"] == 0  # the server had done it, from the same action
+
+
 def test_several_environments_get_what_each_would_get_alone(exported, remote):
     rows = [seen(seed) for seed in range(3)]
     raw = {

@@ -52,8 +52,7 @@ def held_by(clients, observation):
         try:
             client.infer(observation)
         except RefusedError as error:
-            assert error.code == "held"
-            count += 1
+            count += error.code == "held"
     return count
 
 

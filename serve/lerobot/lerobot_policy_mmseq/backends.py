@@ -17,8 +17,11 @@ _BUSY_S = 1.0  # the robot stands still meanwhile
 
 
 class Backend(Protocol):
-    def infer(self, observations: list[dict[str, Any]]) -> list[np.ndarray]:
-        """Of each observation the chunk, float32 (horizon, axes); row i always belongs to the same robot."""
+    def infer(self, observations: list[dict[str, Any]], step: int | None) -> list[np.ndarray]:
+        """Of each observation the chunk, float32 (horizon, axes); row i always belongs to the same robot.
+
+        step: control steps since the episode began, where they are known.
+        """
         ...
 
     def reset(self) -> None:
@@ -60,18 +63,20 @@ class Served:
     def reset(self) -> None:
         self.fresh = [True] * len(self.clients)
 
-    def infer(self, observations: list[dict[str, Any]]) -> list[np.ndarray]:
+    def infer(self, observations: list[dict[str, Any]], step: int | None) -> list[np.ndarray]:
         while len(self.clients) < len(observations):
             self.clients.append(self._connect())
             self.fresh.append(True)
         if len(observations) == 1:
-            return [self._ask(0, observations[0])]
+            return [self._ask(0, observations[0], step)]
         with ThreadPoolExecutor(len(observations)) as threads:  # at once, so that the server can batch them
-            return list(threads.map(self._ask, range(len(observations)), observations))
+            return list(threads.map(lambda row: self._ask(row, observations[row], step), range(len(observations))))
 
-    def _ask(self, row: int, observation: dict[str, Any]) -> np.ndarray:
+    def _ask(self, row: int, observation: dict[str, Any], step: int | None) -> np.ndarray:
         asked, until = {**observation, "chunking": "plain"}, time.monotonic() + _BUSY_S
-        if self.fresh[row]:
+        if step is not None:
+            asked["step"] = step
+        if step is None or self.fresh[row]:  # else it would limit the change from an action that it only supposes
             asked["reset"] = True
         while True:
             try:
@@ -114,7 +119,7 @@ class Local:
     def reset(self) -> None:
         pass
 
-    def infer(self, observations: list[dict[str, Any]]) -> list[np.ndarray]:
+    def infer(self, observations: list[dict[str, Any]], step: int | None) -> list[np.ndarray]:
         from mmseq.serving.observation import ObservationRules, check_observation
 
         checked = [check_observation(o, self.contract, ObservationRules())[0] for o in observations]

@@ -42,7 +42,7 @@ class MmseqPolicy(PreTrainedPolicy):
         self.contract: dict[str, Any] = json.loads((directory / "embodiment.json").read_text())
         self.names = list(self.contract["action"]["names"])
         self._check(dataset_meta)
-        self.observations = Observations(self.contract, config.prompt, config.wants_prompt)
+        self.observations = Observations(self.contract, list(config.input_features or ()), config)
         self.gate = ActionGate(self.contract)
         self.backend: Served | Local = (
             Served(config, self.contract) if config.server else Local(config, self.contract, directory / "checkpoint")
@@ -85,6 +85,7 @@ class MmseqPolicy(PreTrainedPolicy):
         """A new episode."""
         self._queue: deque[Tensor] = deque()
         self._last: np.ndarray | None = None  # (B, axes), what was commanded last
+        self._step = 0  # actions that were commanded
         self.backend.reset()
 
     def supports_rtc(self) -> bool:
@@ -103,13 +104,16 @@ class MmseqPolicy(PreTrainedPolicy):
 
         Raises: ContractError for a batch that is not the contract's, RefusedError, ClientError, UnsafeActionError.
         """
-        observations = self.observations.read(batch)
         prefix = _prefix(prev_chunk_left_over, min(inference_delay, self.config.horizon - 1))
+        return self._chunk(batch, prefix, None)
+
+    def _chunk(self, batch: dict[str, Tensor], prefix: np.ndarray, step: int | None) -> Tensor:
+        observations = self.observations.read(batch)
         if len(prefix):
             for observation in observations:
                 observation["action_prefix"] = prefix
         chunks = []
-        for row, actions in enumerate(self.backend.infer(observations)):
+        for row, actions in enumerate(self.backend.infer(observations, step)):
             checked = self.gate.check_chunk(actions, self.config.horizon)
             before = None if self._last is None or row >= len(self._last) else self._last[row]
             self.gate.limit_steps(checked[len(prefix) :], checked[len(prefix) - 1] if len(prefix) else before)
@@ -121,9 +125,10 @@ class MmseqPolicy(PreTrainedPolicy):
         """The action of this control step, float32 (B, axes). While an operator holds every robot, the one that keeps
         it where it is; it goes on by itself, from what it sees then.
         """
+        step, self._step = self._step, self._step + 1
         if not self._queue:
             try:
-                chunk = self.predict_action_chunk(batch)
+                chunk = self._chunk(batch, _prefix(None, 0), step)
             except RefusedError as error:
                 if error.code not in ("held", "late"):
                     raise

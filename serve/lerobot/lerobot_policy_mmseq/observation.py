@@ -11,6 +11,8 @@ from mmseq_client import ContractError
 from mmseq_client.images import fit
 from torch import Tensor
 
+from lerobot_policy_mmseq.configuration_mmseq import MmseqConfig
+
 IMAGES = "observation.images."
 STATE = "observation.state"
 
@@ -18,14 +20,13 @@ log = logging.getLogger("lerobot_policy_mmseq")
 
 
 class Observations:
-    """contract: the embodiment, as its file has it. prompt: where the batch has no task. wants_prompt: whether the
-    policy reads one.
-    """
+    """contract: the embodiment, as its file has it. keys: what the policy reads of it."""
 
-    def __init__(self, contract: dict[str, Any], prompt: str | None, wants_prompt: bool):
-        self.cameras = {IMAGES + c["name"]: (c["height"], c["width"]) for c in contract["cameras"]}
-        self.axes: list[str] = list((contract.get("proprio") or {}).get("names", ()))
-        self.prompt, self.wants_prompt, self._told = prompt, wants_prompt, False
+    def __init__(self, contract: dict[str, Any], keys: list[str], config: MmseqConfig):
+        sizes = {IMAGES + c["name"]: (c["height"], c["width"]) for c in contract["cameras"]}
+        self.cameras = {key: size for key, size in sizes.items() if key in keys}
+        self.axes: list[str] = list((contract.get("proprio") or {}).get("names", ())) if STATE in keys else []
+        self.prompt, self.wants_prompt, self._told = config.prompt, config.wants_prompt, False
 
     def read(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """One observation for each row: images uint8 (H, W, 3), state float32 (axes,), prompt.
