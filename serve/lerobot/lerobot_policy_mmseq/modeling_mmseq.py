@@ -33,6 +33,7 @@ class MmseqPolicy(PreTrainedPolicy):
 
     config_class = MmseqConfig
     name = "mmseq"
+    config: MmseqConfig
 
     def __init__(self, config: MmseqConfig, directory: Path | None = None, dataset_meta: Any = None, **_: Any):
         super().__init__(config)
