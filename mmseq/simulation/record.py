@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from mmseq.simulation.experts import MAX_STEPS, TASKS, Expert, task_language
 from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, MetaWorldEnv
 
 ROBOT = "metaworld_sawyer"
-STEPS_AFTER_SUCCESS = 4
+STEPS_AFTER_SUCCESS = 4  # a chunk of H actions needs H, or no sample of it comes from just before the success
 ATTEMPTS = 12  # seeds tried for one episode before giving up; the hardest task of `TASKS` fails on a quarter
 
 BURST_PROBABILITY = 0.06  # per step, so about two bursts in an episode
@@ -76,6 +77,8 @@ def record_episodes(
     *,
     seed: int = 0,
     noise: float = 0.7,
+    gain: float = 1.0,
+    after_success: int = STEPS_AFTER_SUCCESS,
     spread: float = 1.0,
     workers: int = 2,
     camera: str = "front",
@@ -87,6 +90,7 @@ def record_episodes(
     """Yield `episodes_per_task` successful episodes of each task, task by task.
 
     noise: length of the burst offset added to dx, dy, dz, in action units; 0 records the undisturbed expert.
+    gain: of the expert, see `Expert`. after_success: steps that it goes on for after that.
     spread: of the objects, as in `MetaWorldEnv`.
     workers: processes, which are spawned, so that a script needs the usual `if __name__ == "__main__"`; with 0 or 1
     everything runs in this one. on_progress: called with (episodes done, episodes in all).
@@ -95,7 +99,7 @@ def record_episodes(
     """
     for task in tasks:
         task_language(task)
-    settings = {"seed": seed, "noise": noise}
+    settings = {"seed": seed, "noise": noise, "gain": gain, "after_success": after_success}
     scene = {"spread": spread, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz}
     jobs = [
         (task, range(first, min(first + 5, episodes_per_task)), scene, settings)
@@ -142,27 +146,29 @@ def _record_job(job: tuple[str, range, dict, dict]) -> list[RecordedEpisode]:
     return [_record(_environments[key], number, **settings) for number in numbers]
 
 
-def _record(env: MetaWorldEnv, number: int, *, seed: int, noise: float) -> RecordedEpisode:
+def _record(env: MetaWorldEnv, number: int, *, seed: int, **settings: Any) -> RecordedEpisode:
     for attempt in range(ATTEMPTS):
         rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), number, attempt])
-        episode = _attempt(env, rng, noise)
+        episode = _attempt(env, rng, **settings)
         if episode is not None:
             return episode
     raise DataError(f"the expert of {env.task!r} failed {ATTEMPTS} times in a row", fix="lower noise")
 
 
-def _attempt(env: MetaWorldEnv, rng: np.random.Generator, noise: float) -> RecordedEpisode | None:
+def _attempt(
+    env: MetaWorldEnv, rng: np.random.Generator, *, noise: float, gain: float, after_success: int
+) -> RecordedEpisode | None:
     """One episode, or None when the expert did not succeed within `MAX_STEPS`."""
     layout_seed = int(rng.integers(2**31))
     language = TASKS[env.task]
     first = int(rng.integers(len(language.instructions)))
     texts = (language.instructions[first], *language.instructions[:first], *language.instructions[first + 1 :])
-    expert = Expert(env.task)
+    expert = Expert(env.task, gain)
     env.reset(layout_seed)
     limit = round(MAX_STEPS * env.rate_hz / 20)
     images, proprio, actions = [], [], []
-    burst_left, offset, after_success = 0, np.zeros(3), 0
-    while after_success <= STEPS_AFTER_SUCCESS:
+    burst_left, offset, succeeded = 0, np.zeros(3), 0
+    while succeeded <= after_success:
         if env.steps >= limit and not env.succeeded:
             return None
         action = expert.action(env)
@@ -178,7 +184,7 @@ def _attempt(env: MetaWorldEnv, rng: np.random.Generator, noise: float) -> Recor
         proprio.append(observation["proprio"])
         actions.append(action)
         env.step(action)
-        after_success += env.succeeded
+        succeeded += env.succeeded
     return RecordedEpisode(
         task=env.task,
         texts=texts,

@@ -54,6 +54,15 @@ def test_episodes_hold_what_was_executed(episodes):
     assert len(episode["action"]) == len(episode)
 
 
+def test_a_lower_gain_is_slower_and_the_expert_goes_on_after_success():
+    settings = {"seed": 7, "workers": 1, "noise": 0.0}
+    (slow,) = record_episodes(["coffee-button"], 1, gain=0.25, after_success=16, **settings)
+    (fast,) = record_episodes(["coffee-button"], 1, after_success=0, **settings)
+    assert slow.seed == fast.seed
+    assert len(slow) - 16 > len(fast)
+    assert np.abs(slow.action[: len(fast), :3]).mean() < np.abs(fast.action[:, :3]).mean()
+
+
 def test_the_contract_states_units_limits_and_gripper(episodes):
     contract = embodiment(episodes)
     assert contract.proprio.names == ("x", "y", "z", "gripper")
