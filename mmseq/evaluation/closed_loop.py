@@ -15,6 +15,7 @@ any machine:
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -160,6 +161,7 @@ def _run(
 def _start_worker() -> None:
     os.environ.setdefault("LP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("mmseq_client").setLevel(logging.ERROR)  # each episode begins with a hold
 
 
 _environments: dict[tuple, Any] = {}
