@@ -13,6 +13,8 @@ from mmseq.errors import DataError, MMSeqError, did_you_mean
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 
+MOST_STEPS = 0.8  # a task that begins at fewer steps of its episodes is pointed out
+
 
 @dataclass
 class Lint:
@@ -131,6 +133,11 @@ def _check_task(
             lint.problems.append(
                 f"task {config.task!r} in {name} makes sequences of {longest} tokens, a row holds {row_tokens}; "
                 "shorten the task or raise data.row_tokens"
+            )
+        if len(stream) and stream.share_of_steps < MOST_STEPS:
+            lint.notes.append(
+                f"task {config.task!r} begins at {stream.share_of_steps:.0%} of the steps of {name}: the last ones "
+                "are too near the end for what it predicts; record on for a while after the success"
             )
         if not len(stream) and config.sources:
             lint.notes.append(f"task {config.task!r} finds nothing in {name}: {stream.why_empty()}")

@@ -220,6 +220,11 @@ class Stream:
     def episodes(self) -> int:
         return len(self._episodes)
 
+    @property
+    def share_of_steps(self) -> float:
+        """Of the steps of its episodes, those at which the task can be filled."""
+        return len(self) / float(self._plan.lengths[self._episodes].sum())
+
     def sample(self, k: int, seed: int) -> Sample:
         """The k-th visit of this stream, k from 0 without end."""
         epoch, place = divmod(k, len(self))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from mmseq.data.lint import lint_mix
 from mmseq.data.sources import open_source
@@ -100,6 +101,15 @@ def test_lint_finds_nothing_wrong_with_a_good_mix(place):
     lint = lint_mix(root / "mix.yaml", root / "tokens", root / "tokenizers", row_tokens=256)
     assert lint.problems == []
     assert sum(row["samples"] for row in lint.shares) == pytest.approx(1)
+
+
+def test_lint_says_which_steps_a_task_never_sees(place):
+    root, bundle = place
+    tokenize_mix(root / "mix.yaml", root / "tokens", bundle)
+    settings = yaml.safe_load((root / "mix.yaml").read_text())
+    (root / "long.yaml").write_text(yaml.safe_dump({**settings, "tasks": [{"task": "image -> action[8]"}]}))
+    (note,) = [n for n in lint_mix(root / "long.yaml", root / "tokens", bundle).notes if "of the steps" in n]
+    assert "begins at 30% of the steps of robot" in note  # 3 of 10
 
 
 def test_lint_says_everything_at_once(place):
