@@ -133,8 +133,8 @@ def test_a_thousand_calls_through_the_plug_in(remote, server):
     assert dict(server.service.errors) == errors
 
 
-def test_the_servers_limit_of_the_step_knows_what_was_executed(checkpoint, tmp_path):
-    """Two robots that execute 2 of 4 actions; the server compares each chunk with the action that came before it."""
+def test_the_limit_of_the_step_holds_from_chunk_to_chunk(checkpoint, tmp_path):
+    """A robot that executes 2 of 4 actions: the server limits within a chunk, the gate here from what was executed."""
     robot = replace(tiny.embodiment(), action=replace(tiny.axes("xyzg"), max_step=(0.05,) * 4))
     model = tiny.model(tiny.tokenizers((robot,)))
     model.tasks = {"policy": ARROW}
@@ -145,7 +145,7 @@ def test_the_servers_limit_of_the_step_knows_what_was_executed(checkpoint, tmp_p
         actions = np.concatenate([act(seen(step)[0]).numpy() for step in range(12)])
         assert np.abs(np.diff(actions, axis=0)).max() <= 0.05 + 1e-5
         assert np.abs(np.diff(actions, axis=0)).max() > 0.04
-        assert policy.gate.counts["clamped_step"] == 0  # the server had done it, from the same action
+        assert policy.gate.counts["clamped_step"] > 0
 
 
 def test_several_environments_get_what_each_would_get_alone(exported, remote):

@@ -42,7 +42,13 @@ def test_the_client_is_python_3_9_and_imports_three_packages(path):
             roots |= {name.name.partition(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add(node.module.partition(".")[0])
-    assert roots - sys.stdlib_module_names <= {"numpy", "msgpack", "websockets", "mmseq_client"}
+    allowed = {"numpy", "msgpack", "websockets", "mmseq_client"}
+    if path.name == "images.py":  # for robots whose cameras have another size
+        assert "PIL" not in {
+            line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import", "from"))
+        }
+        allowed |= {"PIL"}
+    assert roots - sys.stdlib_module_names <= allowed
 
 
 def test_both_codecs_write_the_same_bytes(client_package, observation):
