@@ -74,9 +74,7 @@ class SpliceMeter:
         axes, gripper = embodiment["action"], (embodiment.get("gripper") or {}).get("axis")
         self._motion = [i for i, name in enumerate(axes["names"]) if name != gripper]
         self._scale = np.maximum(np.subtract(axes["high"], axes["low"]), 1e-6)[self._motion]
-        self._sent: dict[
-            int, tuple[np.ndarray, int]
-        ] = {}  # chunks by the step of their observation; how much is forced
+        self._sent: dict[int, tuple[np.ndarray, int]] = {}  # by the step of its observation: chunk, how much is forced
         self._seam = -1  # the first step of the chunk under way that was not committed before
         self._executed: dict[int, np.ndarray] = {}
         self._last: Any = None

@@ -155,13 +155,6 @@ class Scheduler:
         else:
             job.future.set_exception(error)
 
-    def cancel_all(self, error: RequestError) -> int:
-        """Fail every job that waits; how many there were."""
-        waiting = [job for _, _, job in self._heap if not job.future.done()]
-        for job in waiting:
-            self.cancel(job, error)
-        return len(waiting)
-
     def _expire(self, job: Job) -> None:
         waited = 1000 * (time.monotonic() - job.arrived)
         self.cancel(job, RequestError("late", f"the deadline passed after {waited:.0f} ms in the queue"))

@@ -317,8 +317,6 @@ class StoredTensors:
                 try:
                     stored = self._file(number).get_slice(f"{name}|{key}")
                     out[low - start : high - start] = stored[low - first : high - first]
-                except CheckpointError:
-                    raise
                 except Exception as error:  # of safetensors: it has several
                     raise _damaged(self.checkpoint, f"{name} {key}: {error}") from error
                 filled += high - low

@@ -21,7 +21,7 @@ import numpy as np
 from lerobot.configs import parser
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.import_utils import register_third_party_plugins
-from mmseq_client import Chunking, Client, ContractError, ControlLoop
+from mmseq_client import Chunking, Client, ContractError, ControlLoop, holds_position, zero_action
 from mmseq_client.images import fit
 
 
@@ -69,16 +69,13 @@ class LeRobotRobot:
 
     def stop(self) -> None:
         """Command the position where the arm is, where actions are positions; torque stays on, so it does not fall."""
-        if self._contract.get("action_form", "absolute") == "absolute":
+        if holds_position(self._contract):
             seen = self.robot.get_observation()
             if all(name in seen for name in self.action_names):
                 self.robot.send_action({name: float(seen[name]) for name in self.action_names})
         else:
-            rest = dict.fromkeys(self.action_names, 0.0)
-            gripper = (self._contract.get("gripper") or {}).get("axis")
-            if gripper and self._last is not None:
-                rest[gripper] = float(self._last[self.action_names.index(gripper)])
-            self.robot.send_action(rest)
+            rest = zero_action(self._contract, self._last)
+            self.robot.send_action(dict(zip(self.action_names, rest.tolist())))
 
 
 @dataclass

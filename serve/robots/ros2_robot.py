@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmseq_client import Chunking, Client, ContractError, ControlLoop, NoObservationError
+from mmseq_client import (
+    Chunking,
+    Client,
+    ContractError,
+    ControlLoop,
+    NoObservationError,
+    holds_position,
+    zero_action,
+)
 from mmseq_client.images import fit
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2, None), "bgra8": (2, 1, 0, None), "mono8": (0,)}
@@ -34,16 +42,6 @@ def image_to_array(message: Any) -> np.ndarray:
     pixels = rows[:, : message.width * len(order)].reshape(message.height, message.width, len(order))
     chosen = [i for i in order if i is not None]
     return np.ascontiguousarray(pixels[..., chosen * 3 if len(chosen) == 1 else chosen])
-
-
-def at_rest(contract: dict[str, Any], last: np.ndarray | None) -> np.ndarray:
-    """Zeros for each axis, float32 (axes,), except that the gripper keeps its last command."""
-    names = contract["action"]["names"]
-    action = np.zeros(len(names), np.float32)
-    if contract.get("gripper") and last is not None:
-        at = names.index(contract["gripper"]["axis"])
-        action[at] = last[at]
-    return action
 
 
 class Ros2Robot:
@@ -118,8 +116,8 @@ class Ros2Robot:
     def stop(self) -> None:
         """Where actions are velocities or deltas, zeros, and the gripper as it is; a position controller keeps its
         last command."""
-        if self._contract.get("action_form", "absolute") != "absolute":
-            self.act(at_rest(self._contract, self._last))
+        if not holds_position(self._contract):
+            self.act(zero_action(self._contract, self._last))
 
 
 def main() -> None:

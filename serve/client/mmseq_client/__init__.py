@@ -2,7 +2,7 @@
 
 from mmseq_client.chunking import ChunkBuffer, Chunking
 from mmseq_client.client import Client, healthz
-from mmseq_client.contract import example_observation, fingerprint
+from mmseq_client.contract import example_observation, fingerprint, holds_position, zero_action
 from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
 from mmseq_client.loop import ControlLoop, Robot, Tick
@@ -27,4 +27,6 @@ __all__ = [
     "example_observation",
     "fingerprint",
     "healthz",
+    "holds_position",
+    "zero_action",
 ]

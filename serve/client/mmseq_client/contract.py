@@ -53,6 +53,25 @@ def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
     return [] if mine == theirs else [f"{prefix[:-1]}: {mine} here, {theirs} on the server"]
 
 
+def holds_position(embodiment: dict[str, Any]) -> bool:
+    """Whether its last action keeps a robot where it is; where actions are changes or velocities, zeros do."""
+    return embodiment.get("action_form", "absolute") == "absolute"
+
+
+def zero_action(embodiment: dict[str, Any], last: np.ndarray | None) -> np.ndarray:
+    """What stops a robot whose actions are changes or velocities, float32: zeros, and the gripper as it was last.
+
+    last: (..., axes), None before the first one.
+    """
+    names = list(embodiment["action"]["names"])
+    action = np.zeros(len(names) if last is None else last.shape, np.float32)
+    gripper = embodiment.get("gripper")
+    if gripper and last is not None:
+        at = names.index(gripper["axis"])
+        action[..., at] = last[..., at]
+    return action
+
+
 def example_observation(embodiment: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """A valid random observation of a contract, to try a server without a robot."""
     random = np.random.RandomState(seed)

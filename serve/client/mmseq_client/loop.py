@@ -20,6 +20,7 @@ import numpy as np
 
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
+from mmseq_client.contract import holds_position, zero_action
 from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
 
@@ -105,12 +106,13 @@ class ControlLoop:
         if chunking is None:
             chunking = Chunking(**{key: told[key] for key in ("mode", "execute", "decay") if key in (told or {})})
         self.client, self.robot, self.prompt, self.timeout_s = client, robot, prompt, timeout_s
+        self._embodiment = embodiment
         self.gate = ActionGate(embodiment, out_of_range, max_step)
         self.rate_hz = float(embodiment["rate_hz"])
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
-        form = "position" if embodiment.get("action_form", "absolute") == "absolute" else "zero"
+        form = "position" if holds_position(embodiment) else "zero"
         self._holds_position = (metadata.get("hold") or {}).get(embodiment["name"], form) == "position"
         self.counts: Counter[str] = Counter()
         self._on_event, self._clock, self._sleep = on_event, clock, sleep
@@ -161,12 +163,7 @@ class ControlLoop:
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
         """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays."""
-        if self._holds_position:
-            return last
-        action = np.zeros_like(last)
-        if self.gate.gripper is not None:
-            action[self.gate.gripper] = last[self.gate.gripper]
-        return action
+        return last if self._holds_position else zero_action(self._embodiment, last)
 
     def tick(self) -> Tick:
         """One control step, now."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
-from mmseq_client import ActionGate, ContractError, RefusedError
+from mmseq_client import ActionGate, ContractError, RefusedError, holds_position, zero_action
 from torch import Tensor
 
 from lerobot_policy_mmseq.backends import Local, Served
@@ -144,11 +144,7 @@ class MmseqPolicy(PreTrainedPolicy):
         """(B, axes): the last action again, or zeros where actions are changes; the gripper keeps its value."""
         if self._last is None:  # nothing was commanded, so nothing is known that keeps it where it is
             raise error
-        action = self._last.copy()
-        if self.contract.get("action_form", "absolute") != "absolute":
-            kept = (self.contract.get("gripper") or {}).get("axis")
-            action[:, [i for i, name in enumerate(self.names) if name != kept]] = 0
-        return action
+        return self._last.copy() if holds_position(self.contract) else zero_action(self.contract, self._last)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:
         raise NotImplementedError("LeRobot does not train this policy; use `mmseq train` or `mmseq finetune`")
