@@ -43,8 +43,7 @@ def export_hf(
     out = Path(out).resolve()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown: {did_you_mean(dtype, DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists, and nothing is replaced", fix="name another folder, or remove it")
+    require_new(out)
     model = SequenceModel.from_pretrained(checkpoint, dtype=torch.float32)
     assert model.tokenizers is not None
     text = model.tokenizers.text
@@ -69,6 +68,12 @@ def export_hf(
     (partial / "README.md").write_text(_readme(model, rows, config))
     replace_folder(partial, out)
     return out
+
+
+def require_new(out: Path) -> None:
+    """Raises: CheckpointError when something is at `out` already; an empty folder may be."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists, and nothing is replaced", fix="name another folder, or remove it")
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.embodiment import Embodiment
-from mmseq.errors import CheckpointError, ConfigError
+from mmseq.errors import ConfigError
+from mmseq.model.export import require_new
 from mmseq.serving.model_policy import ModelPolicy, required_keys
 
 STATE = "observation.state"
@@ -39,8 +40,7 @@ def export_lerobot(
     from mmseq.data.shards import partial_folder, replace_folder
 
     out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists, and nothing is replaced", fix="name another folder, or remove it")
+    require_new(out)
     served = ModelPolicy.from_pretrained(checkpoint, arrow=policy, embodiment=embodiment)
     if len(served.robots) > 1:
         names = ", ".join(served.robots)
