@@ -117,7 +117,7 @@ def require_parallel(model: SequenceModel, task: Task) -> None:
         raise ConfigError(
             f"this model has not learned to decode {task} in few passes; of what it was trained on it has "
             f"{', '.join(learned) or 'nothing'}",
-            fix="leave passes out, or train with `parallel: 0.5` beside the task in the mix",
+            fix="leave passes and speculate out, or train with `parallel: 0.5` beside the task in the mix",
         )
 
 

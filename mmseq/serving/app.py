@@ -20,7 +20,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from mmseq.errors import MMSeqError, require
@@ -30,6 +30,7 @@ from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
 
 LARGE_BODY = 1 << 20
+BODY_S = 60.0  # within which a body has to come
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
 REASON_LENGTH = 500  # characters of an operator's reason
 
@@ -48,6 +49,25 @@ def authorize(headers: Any, token: str | None) -> None:
         raise RequestError("unauthorized", "the token is missing or wrong", fix="send Authorization: Api-Key TOKEN")
 
 
+async def unless_gone[Result](request: Any, answer: Coroutine[Any, Any, Result]) -> Result:
+    """What `answer` gives, which is cancelled once nobody waits for it. The body has been read before.
+
+    Raises: ClientDisconnect.
+    """
+    from starlette.requests import ClientDisconnect
+
+    answering = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(request.receive())  # after the body, that is all that comes
+    try:
+        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        gone.cancel()
+
+
 def build_app(
     service: Service,
     *,
@@ -61,7 +81,7 @@ def build_app(
     Raises: DependencyError without the `serve` extra.
     """
     fastapi = require("fastapi", "serve")
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -83,6 +103,8 @@ def build_app(
             try:
                 authorize(request.headers, token)
                 return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)  # which nobody reads
             except Exception as error:
                 return error_response(error)
 
@@ -145,11 +167,19 @@ def build_app(
     async def body_of(request: Request) -> bytes:
         parts: list[bytes] = []
         size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limits.max_message_bytes:
-                raise RequestError("too_large", f"the body is over the limit of {limits.max_message_bytes} bytes")
-            parts.append(part)
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limits.max_message_bytes:
+                        raise RequestError(
+                            "too_large", f"the body is over the limit of {limits.max_message_bytes} bytes"
+                        )
+                    parts.append(part)
+        except TimeoutError as error:
+            raise RequestError(
+                "incomplete", f"{size} bytes of the body came in {BODY_S:.0f} s, and not the rest"
+            ) from error
         return b"".join(parts)
 
     async def predict(request: Request) -> Response:
@@ -165,7 +195,7 @@ def build_app(
         form = body.pop("as", "array")
         if form not in media.KINDS:
             raise RequestError("malformed", f"'as' is {form!r:.40}, expected one of {', '.join(media.KINDS)}", key="as")
-        reply, rate_hz = await service.predict(body)
+        reply, rate_hz = await unless_gone(request, service.predict(body))
         accepted = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip().lower()
         in_thread = asyncio.to_thread  # a video takes longer than the loop may be away
         if accepted in ("image/png", "video/mp4"):

@@ -23,6 +23,7 @@ HTTP_STATUS = {
     "unauthorized": 401,
     "forbidden_origin": 403,
     "not_found": 404,
+    "incomplete": 408,
     "fingerprint": 409,
     "too_large": 413,
     "unsupported": 415,

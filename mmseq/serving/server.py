@@ -16,6 +16,7 @@ import ipaddress
 import logging
 import math
 import re
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,8 @@ from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.service import Service
 
 log = logging.getLogger("mmseq.serving")
+
+FILES = 65_536  # descriptors that a server asks for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def raise_file_limit() -> None:
+    """Let this process hold as many connections as it may: the soft limit is 1,024 on most systems."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises: ServeError that names host and port and the way out."""
     try:
@@ -135,6 +146,7 @@ class Server:
         if self._thread is not None:
             raise ServeError("the server has been started already", fix="make a new Server")
         uvicorn = require("uvicorn", "serve")
+        from mmseq.serving.http import HttpProtocol
         from mmseq.serving.websocket import WebSocketProtocol
 
         app = build_app(
@@ -154,6 +166,7 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
+                http=HttpProtocol,
                 ws=WebSocketProtocol,
                 ws_max_size=self.config.limits.max_message_bytes,
                 ws_per_message_deflate=False,  # images do not shrink, and latency grows
@@ -291,6 +304,7 @@ def serve(
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)  # a model in Python must not keep the sockets waiting for 5 ms
     gc.collect()
+    raise_file_limit()
     gc.freeze()  # what is loaded stays: no pause to look through a million objects of torch
     try:
         with server, Notifier(server.not_ready, server.healthy):

@@ -231,7 +231,10 @@ class Service:
             session.job = job
         self.in_flight += 1
         try:
-            result = await job.future
+            result = await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            self.scheduler.cancel(job)  # not the future alone: the queue counts those that wait
+            raise
         finally:
             self.in_flight -= 1
             self._jobs.discard(job)

@@ -1,0 +1,38 @@
+"""uvicorn's HTTP with one difference: a connection that sends no whole request is closed.
+
+Anybody who reaches the port can open connections, without a token, and each holds a file descriptor. uvicorn waits
+for the head of a request without end. It is h11 also where httptools is installed: h11 bounds the size of that head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_S = 10.0  # a connection without a request under way lives between one and two of them
+
+
+class HttpProtocol(H11Protocol):
+    """One connection, until it becomes a websocket."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look_again(self.cycle)
+
+    def _look_again(self, seen: Any) -> None:
+        self._look = self.loop.call_later(HEAD_S, self._close_if_silent, seen)
+
+    def _close_if_silent(self, seen: Any) -> None:
+        """seen: the last request when this was asked before; None when there was none."""
+        if self.transport.get_protocol() is not self:  # a websocket by now
+            return
+        if self.cycle is seen and (seen is None or seen.response_complete):
+            self.transport.close()
+        else:
+            self._look_again(self.cycle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)

@@ -1,0 +1,163 @@
+"""Connections that say nothing, say it slowly, or leave before their answer."""
+
+import json
+import resource
+import socket
+import threading
+import time
+from urllib.request import urlopen
+
+import pytest
+from websockets.sync.client import connect
+
+from mmseq.serving import ReplayPolicy, app, codec, http
+from mmseq.serving import server as server_module
+
+BODY = codec.pack({"arrow": "image -> action[2]", "observation": {}})
+REQUEST = b"GET /healthz HTTP/1.1\r\nHost: robot\r\n\r\n"
+
+
+class Slow(ReplayPolicy):
+    """A replay whose predictions wait until they may go on."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def predict(self, arrow, observation):
+        self.entered.set()
+        assert self.release.wait(10)
+        return super().predict(arrow, observation)
+
+
+@pytest.fixture
+def slow(episode, embodiment):
+    policy = Slow(episode, embodiment, horizon=8, execute=4)
+    yield policy
+    policy.release.set()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(http, "HEAD_S", 0.15)
+    monkeypatch.setattr(app, "BODY_S", 0.3)
+
+
+def dial(server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=5)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+    return received
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", REQUEST[:-2]])
+def test_a_connection_without_a_request_is_closed(start, policy, quick, sent):
+    server = start(policy)
+    with dial(server) as connection:
+        connection.sendall(sent)
+        assert until_closed(connection) == b""
+
+
+def test_a_head_that_trickles_is_closed(start, policy, quick):
+    server, begun = start(policy), time.monotonic()
+    with dial(server) as connection:
+        connection.settimeout(0.02)
+        closed = False
+        while not closed and time.monotonic() - begun < 5:
+            try:
+                connection.sendall(b"G")
+                closed = connection.recv(1) == b""
+            except TimeoutError:
+                continue
+            except OSError:  # reset
+                closed = True
+    assert closed
+
+
+def test_a_connection_that_had_an_answer_may_not_trickle_either(start, policy, quick):
+    server = start(policy)
+    with dial(server) as connection:
+        connection.sendall(REQUEST)
+        received = b""
+        while not received.endswith(b"\r\nOK\n"):
+            received += connection.recv(65536)
+        connection.sendall(b"GET ")
+        assert until_closed(connection) == b""
+
+
+def test_an_endless_head_is_refused(start, policy):
+    server = start(policy)
+    with dial(server) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 70_000)
+        assert until_closed(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_request_under_way_and_a_quiet_robot_are_left_alone(start, slow, observation, quick):
+    server = start(slow)
+    with connect(f"ws://127.0.0.1:{server.port}", compression=None, proxy=None) as robot, dial(server) as connection:
+        robot.recv()
+        connection.sendall(post(BODY))
+        assert slow.entered.wait(5)
+        time.sleep(4 * http.HEAD_S)
+        slow.release.set()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        robot.send(codec.pack(observation))
+        assert "actions" in codec.unpack(robot.recv(timeout=5))
+
+
+def test_a_body_that_does_not_come_is_refused(start, policy, quick):
+    server = start(policy)
+    with dial(server) as connection:
+        connection.sendall(post(BODY)[:-1])
+        reply = until_closed(connection)
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "incomplete"
+
+
+def test_an_answer_nobody_waits_for_leaves_the_queue(start, slow):
+    server = start(slow)
+    with dial(server) as first:
+        first.sendall(post(BODY))
+        assert slow.entered.wait(5)
+        with dial(server) as second:
+            second.sendall(post(BODY))
+            wait_for(server, waiting=1, in_flight=2)
+        wait_for(server, waiting=0, in_flight=1)
+    wait_for(server, waiting=0, in_flight=0)
+    assert status(server)["errors"] == {}
+
+
+def test_a_server_takes_the_files_that_it_may(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        monkeypatch.setattr(server_module, "FILES", soft)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft // 2, hard))
+        server_module.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+        server_module.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def post(body: bytes) -> bytes:
+    return (
+        b"POST /v1/predict HTTP/1.1\r\nHost: robot\r\nContent-Type: application/msgpack\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+def status(server) -> dict:
+    with urlopen(f"{server.url}/v1/status", timeout=5) as reply:
+        return json.load(reply)
+
+
+def wait_for(server, **wanted) -> None:
+    deadline = time.monotonic() + 5
+    while (found := {key: status(server)[key] for key in wanted}) != wanted:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
