@@ -19,7 +19,7 @@ many tokens in one pass (parallel decoding: Kim, Finn and Liang 2025, OpenVLA-OF
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
@@ -81,7 +81,10 @@ class TokenSource(Protocol):
 
 @dataclass
 class SegmentSpan:
-    """Where a segment lies in its sequence: tokens start .. stop - 1, after the header."""
+    """Where a segment lies in its sequence: tokens start .. stop - 1, after the header.
+
+    padding: how many tokens at its end stand for steps after the episode, of which nothing is learned.
+    """
 
     stream: str
     predicted: bool
@@ -89,6 +92,7 @@ class SegmentSpan:
     stop: int
     step: int | None
     camera: str | None = None
+    padding: int = 0
 
 
 @dataclass
@@ -161,19 +165,25 @@ class SequenceBuilder:
         *,
         placed: Sequence[PlacedSegment] | None = None,
         visible: int | None = None,
+        pad: bool = False,
     ) -> TokenSequence:
         """The whole sequence with its learning targets.
 
         variant: which phrasing of each text. visible: of a task that ends with a chunk, the steps of it that its
-        later tokens see; None: each token sees all before it. Raises: TaskError when the episode cannot fill it.
+        later tokens see; None: each token sees all before it. pad: a chunk that the task ends with may go beyond the
+        end of the episode; its last action fills the rest, of which nothing is learned (as LeRobot's `action_is_pad`).
+        Raises: TaskError when the episode cannot fill it.
         """
         draft = Draft(self, tokens, now)
         axes = 1
         for segment in placed if placed is not None else task.place(tokens.rate_hz):
             for camera in self.expand(segment, tokens):
                 draft.header(segment, camera)
-                codes = self.codes(segment, camera, tokens, now, variant)
-                draft.content(segment, camera, codes)
+                if pad and segment.segment is task.final_chunk:
+                    codes, padding = self._padded(segment, tokens, now)
+                else:
+                    codes, padding = self.codes(segment, camera, tokens, now, variant), 0
+                draft.content(segment, camera, codes, padding)
                 axes = codes.shape[-1]
         sequence = draft.finish()
         if visible is not None:
@@ -236,6 +246,15 @@ class SequenceBuilder:
         if stream in SCALAR_STREAMS:
             return np.array([tokens.scalar(stream, stop - 1)])
         raise TaskError(f"{stream!r} has no tokenizer here: train a latent-action tokenizer first")
+
+    def _padded(self, segment: PlacedSegment, tokens: TokenSource, now: int) -> tuple[np.ndarray, int]:
+        """Codes (steps, axes) of a chunk whose last steps may lie after the episode, and how many codes these have."""
+        assert segment.start is not None
+        assert segment.stop is not None
+        inside = min(segment.stop, len(tokens) - now)
+        codes = self.codes(replace(segment, stop=max(inside, segment.start + 1)), None, tokens, now, 0)
+        missing = segment.stop - segment.start - len(codes)
+        return np.concatenate([codes, np.repeat(codes[-1:], missing, axis=0)]), missing * codes.shape[1]
 
     def _demo(self, tokens: TokenSource, camera: str, segment: PlacedSegment) -> np.ndarray:
         assert segment.segment.length is not None
@@ -327,15 +346,16 @@ class Draft:
             ids.append(vocabulary.time(1 / tokens.rate_hz))
         return ids
 
-    def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray) -> None:
-        """Fill the segment whose header was added last."""
+    def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray, padding: int = 0) -> None:
+        """Fill the segment whose header was added last. padding: as in `SegmentSpan`."""
         stream = segment.stream
         range_name = RANGE_OF_STREAM[stream]
         if segment.predicted:
             start = self.length
             self.write(codes.reshape(-1))
-            self.target_at.append(np.arange(start - 1, self.length - 1))
-            self.target_range.append(_constant(RANGES.index(range_name), self.length - start))
+            learned = self.length - start - padding
+            self.target_at.append(np.arange(start - 1, start - 1 + learned))
+            self.target_range.append(_constant(RANGES.index(range_name), learned))
         else:
             ids = self.builder.vocabulary.encode(range_name, codes)
             if camera is not None and stream != "demo":
@@ -346,7 +366,7 @@ class Draft:
             else:
                 start = self._add(ids.reshape(-1), self._given_slots(range_name, ids.shape))
         step = None if segment.start is None else self.now + segment.start
-        self.segments.append(SegmentSpan(stream, segment.predicted, start, self.length, step, camera))
+        self.segments.append(SegmentSpan(stream, segment.predicted, start, self.length, step, camera, padding))
 
     def write(self, codes: np.ndarray) -> None:
         """Go on with the predicted segment whose header was added last. codes (n,), in their range."""

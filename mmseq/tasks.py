@@ -206,11 +206,15 @@ class Task:
         ]
         return max(lengths, default=1)
 
-    def moments(self, length: int, rate_hz: float) -> range:
-        """The steps t of an episode of `length` steps at which every segment lies inside it."""
-        placed = [(p.start, p.stop) for p in self.place(rate_hz) if p.start is not None and p.stop is not None]
-        first = max((-start for start, _ in placed), default=0)
-        last = length - max((stop for _, stop in placed), default=1)
+    def moments(self, length: int, rate_hz: float, *, pad: bool = False) -> range:
+        """The steps t of an episode of `length` steps at which every segment lies inside it.
+
+        pad: of a chunk of actions that the task ends with, the first step is enough (`SequenceBuilder.build`).
+        """
+        timed = [(p, p.start, p.stop) for p in self.place(rate_hz) if p.start is not None and p.stop is not None]
+        stops = [start + 1 if pad and p.segment is self.final_chunk else stop for p, start, stop in timed]
+        first = max((-start for _, start, _ in timed), default=0)
+        last = length - max(stops, default=1)
         return range(max(0, first), last + 1)
 
     def missing(self, streams: Collection[str], *, given_only: bool = False) -> list[str]:

@@ -92,6 +92,23 @@ def test_the_length_is_known_without_the_data(arrow, world, variant):
         assert bundle.vocabulary.range_of(int(sequence.ids[at])) == name
 
 
+def test_a_final_chunk_beyond_the_end_repeats_the_last_action_and_learns_only_what_was_done():
+    bundle, tokens = WORLDS["two"]
+    task, end = Task.parse("image -> action[6]"), len(tokens)
+    whole = bundle.builder().build(task, tokens, end - 6)
+    short = bundle.builder().build(task, tokens, end - 2, pad=True)
+    assert len(short) == len(whole)  # packing plans without knowing the moment
+    chunk = short.segments[-1]
+    codes = bundle.vocabulary.decode("action", short.ids[chunk.start : chunk.stop]).reshape(6, 4)
+    assert np.array_equal(codes[:2], tokens.vector("action", end - 2, end))
+    assert (codes[2:] == codes[1]).all()
+    assert chunk.padding == 4 * 4
+    assert short.target_at.tolist() == list(range(chunk.start - 1, chunk.start - 1 + 2 * 4))
+    assert len(short.target_range) == 2 * 4
+    with pytest.raises(TaskError, match=f"needs steps {end - 2} to {end + 3}"):
+        bundle.builder().build(task, tokens, end - 2)
+
+
 def test_the_header_of_a_segment_says_camera_and_time():
     bundle, tokens = WORLDS["two"]
     sequence = bundle.builder().build(Task.parse("image.wrist -> image.wrist@+3"), tokens, 0)

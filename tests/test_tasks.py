@@ -109,24 +109,25 @@ def filled():
     return tokens, bundle.builder()
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("pad", [False, True])
+@settings(max_examples=100, deadline=None)
 @given(
     tasks(
         st.integers(1, 6).map(lambda n: Duration(float(n))),
         ("text", "image", "video", "proprio", "action", *SCALAR_STREAMS),
     )
 )
-def test_moments_are_exactly_those_at_which_the_sequence_can_be_built(filled, task):
+def test_moments_are_exactly_those_at_which_the_sequence_can_be_built(filled, pad, task):
     tokens, builder = filled
 
     def fits(now: int) -> bool:
         try:
-            builder.build(task, tokens, now)
+            builder.build(task, tokens, now, pad=pad)
         except TaskError:
             return False
         return True
 
-    moments = task.moments(len(tokens), tokens.rate_hz)
+    moments = task.moments(len(tokens), tokens.rate_hz, pad=pad)
     timed = any(p.start is not None for p in task.place(tokens.rate_hz))
     inside = range(len(tokens))
     assert list(moments) == [now for now in inside if not timed or fits(now)]

@@ -184,7 +184,10 @@ class Sample:
 
 
 class Stream:
-    """All moments of one task in one source, in an order that is permuted afresh each epoch."""
+    """All moments of one task in one source, in an order that is permuted afresh each epoch.
+
+    None when no episode holds the task whole; else those too at which a final chunk of actions ends after its episode.
+    """
 
     def __init__(
         self,
@@ -202,13 +205,19 @@ class Stream:
         self._builder, self._plan = builder, plan
         members = np.asarray(episodes, dtype=np.int64)
         kinds, which = np.unique(plan.kind_ids[plan.first[members]], return_inverse=True)
-        fits = np.array([not task.missing(self._visible(plan.kinds[k])) for k in kinds], dtype=bool)
-        # moments lie between a first and a last step that is counted from the end
-        spans = [task.moments(0, plan.kinds[k].rate_hz) for k in kinds]
-        first, end = (np.array([getattr(s, at) for s in spans], dtype=np.int64) for at in ("start", "stop"))
-        counts = np.where(fits[which], plan.lengths[members] + (end - first)[which], 0)
+        fits = np.array([not task.missing(self._visible(plan.kinds[k])) for k in kinds], dtype=bool)[which]
+
+        def edge(name: str, *, pad: bool) -> np.ndarray:
+            """The `start` of each episode's moments, or their `stop`, counted from its end."""
+            of_kind = [getattr(task.moments(0, plan.kinds[k].rate_hz, pad=pad), name) for k in kinds]
+            return np.array(of_kind, dtype=np.int64)[which]
+
+        first, end, padded_end = edge("start", pad=True), edge("stop", pad=False), edge("stop", pad=True)
+        whole, counts = (np.where(fits, plan.lengths[members] + stop - first, 0) for stop in (end, padded_end))
+        if not (whole > 0).any():
+            counts[:] = 0  # the end of the chunk would never be learned
         used = counts > 0
-        self._members, self._episodes, self._first = members, members[used], first[which][used]
+        self._members, self._episodes, self._first = members, members[used], first[used]
         self._ends = np.cumsum(counts[used])
         self._lengths: dict[int, int] = {}  # by kind
         self._placed: dict[float, Any] = {}
@@ -417,7 +426,8 @@ class Mixture:
         placed = self._placed.get((sample.task, tokens.rate_hz))
         if placed is None:
             placed = self._placed[sample.task, tokens.rate_hz] = task.place(tokens.rate_hz)
-        return self.builder.build(task, tokens, sample.now, sample.variant, placed=placed, visible=sample.visible)
+        now, variant, visible = sample.now, sample.variant, sample.visible
+        return self.builder.build(task, tokens, now, variant, placed=placed, visible=visible, pad=True)
 
     def provenance(self, sample: Sample) -> str:
         """Where a sample came from, for messages."""

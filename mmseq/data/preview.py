@@ -43,6 +43,8 @@ def describe(mixture: Mixture, sample: Sample, sequence: TokenSequence) -> str:
             meaning = f"{len(ids)} positions of {tokenizers.layout.merge**2} merged codes"
         else:
             meaning = f"ids {ids.min()} to {ids.max()} of {kind}"
+        if span.padding:
+            meaning += f", {span.padding} after the end of the episode, not learned"
         lines.append(f"  {span.start:5d} to {span.stop - 1:5d}  {role:9s}  {header}{step}  {meaning}")
         done = span.stop
     lines.append(f"  {done:5d} to {len(sequence) - 1:5d}  closed by  {vocabulary.describe(int(sequence.ids[-1]))}")

@@ -173,10 +173,11 @@ def spans(
         robot = plan.kinds[plan.kind(sample.episode)].embodiment
         for place, segment in enumerate(s for s in sequence.segments if s.predicted):
             name = RANGE_OF_STREAM[segment.stream]
-            at = slice(done[name], done[name] + segment.stop - segment.start)
+            stop = segment.stop - segment.padding
+            at = slice(done[name], done[name] + stop - segment.start)
             done[name] = at.stop
             nats, codes = (values[at] for values in answers[name])
-            true = sequence.ids[segment.start : segment.stop] - ranges[name].start
+            true = sequence.ids[segment.start : stop] - ranges[name].start
             yield (
                 number,
                 sample,

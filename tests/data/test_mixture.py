@@ -80,7 +80,7 @@ def test_the_longest_sequence_of_a_stream_is_found(tmp_path):
     episodes[2] = replace(episodes[2], texts=["put the red one far behind the small blue one"])  # too short to be used
     episodes[7] = replace(episodes[7], texts=["go", "put the red one away", "stop"])
     write_token_shards(episodes, tmp_path / "robot", bundle, name="robot")
-    mixture = make((tmp_path, bundle), weights={"text -> action[8]": 1}, sources={"robot": SourceConfig()}, holdout=0.0)
+    mixture = make((tmp_path, bundle), weights={"text -> image@+7": 1}, sources={"robot": SourceConfig()}, holdout=0.0)
     (stream,) = mixture.streams
     lengths = {len(mixture.build(stream.sample(k, seed=3))) for k in range(400)}
     longest = stream.longest()
@@ -130,6 +130,24 @@ def test_an_epoch_visits_every_moment_once(world):
             assert moments == {(s.episode, s.now) for s in map(stream.moment, range(len(stream)))}
         first = [stream.sample(k, 0).now for k in range(len(stream))]
         assert first != [stream.sample(len(stream) + k, 0).now for k in range(len(stream))]
+
+
+def test_a_policy_sees_the_last_moments_of_its_episodes(world):
+    mixture = make(world)
+    policy, dynamics, _ = (next(s for s in mixture.streams if s.task_index == i) for i in range(3))
+    lengths = {e: int(mixture.shards["robot"].plan.lengths[e]) for e in {s.episode for s in drawn(policy)}}
+    assert {(s.episode, s.now) for s in drawn(policy)} == {(e, t) for e, n in lengths.items() for t in range(n)}
+    assert max(s.now - lengths[s.episode] for s in drawn(dynamics)) == -5
+    last = next(s for s in drawn(policy) if s.now == lengths[s.episode] - 1)
+    built = mixture.build(last)
+    assert len(built) == last.length
+    axes = (built.segments[-1].stop - built.segments[-1].start) // 4
+    assert built.segments[-1].padding == 3 * axes
+    assert len(built.target_at) == axes
+
+
+def drawn(stream):
+    return [stream.moment(i) for i in range(len(stream))]
 
 
 def test_blocks_keep_the_weights_and_lose_nothing(world):

@@ -107,7 +107,7 @@ def test_lint_says_which_steps_a_task_never_sees(place):
     root, bundle = place
     tokenize_mix(root / "mix.yaml", root / "tokens", bundle)
     settings = yaml.safe_load((root / "mix.yaml").read_text())
-    (root / "long.yaml").write_text(yaml.safe_dump({**settings, "tasks": [{"task": "image -> action[8]"}]}))
+    (root / "long.yaml").write_text(yaml.safe_dump({**settings, "tasks": [{"task": "image, action[8] -> image@+7"}]}))
     (note,) = [n for n in lint_mix(root / "long.yaml", root / "tokens", bundle).notes if "of the steps" in n]
     assert "begins at 30% of the steps of robot" in note  # 3 of 10
 
