@@ -191,8 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--execute", type=int, help="control steps between two requests of such a client")
     c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
     c.add_argument("--embodiment", metavar="NAME", help="the one robot to serve; default: all it knows")
-    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
-    c.add_argument("--speculate", action="store_true", help="guess chunks and check the guesses: exact, in few passes")
+    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk, of a policy trained for it")
     c.add_argument("--device", help="default: cpu")
 
     c = add(commands, "eval", _eval, "drive the simulator through the server")
@@ -204,8 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--chunking", default="plain", metavar="MODE", help="plain, ensemble or realtime (default: plain)")
     c.add_argument("--delay-ms", type=float, default=0, help="of an answer, in the simulator's time (default: 0)")
     c.add_argument("--jitter-ms", type=float, default=0, help="the delay varies by up to this much (default: 0)")
-    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk; default: one per token")
-    c.add_argument("--speculate", action="store_true", help="guess chunks and check the guesses: exact, in few passes")
+    c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk, of a policy trained for it")
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
     c.add_argument("--device", default="cpu")
@@ -327,7 +325,6 @@ def _serve(args: argparse.Namespace) -> None:
     for name in ("checkpoint", *names, "passes", "device"):
         if getattr(args, name) is not None:
             setattr(settings, name, getattr(args, name))
-    settings.speculate |= args.speculate
     changes = {"mode": args.chunking, "execute": args.execute}
     changes = {name: value for name, value in changes.items() if value is not None}
     settings.chunking = replace(settings.chunking, **changes)
@@ -357,7 +354,6 @@ def _eval(args: argparse.Namespace) -> None:
         delay_ms=args.delay_ms,
         jitter_ms=args.jitter_ms,
         passes=args.passes,
-        speculate=args.speculate,
         spread=DEMO_SPREAD if args.spread is None else args.spread,
         keep=0,
         controllers=CONTROLLERS if args.baselines else ("policy", "random"),

@@ -53,7 +53,7 @@ class ClosedLoopConfig:
     delay_ms: float = 0.0
     jitter_ms: float = 0.0
     passes: int | None = None
-    speculate: bool = False
+    speculate: bool = True
     max_steps: int = 90
     spread: float = 1.0
     keep: int = 1

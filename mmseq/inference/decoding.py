@@ -115,6 +115,7 @@ class Decoder:
         self.model, self.max_tokens = model, max_tokens
         self.temperature, self.passes, self.speculate, self.prefixes = temperature, passes, speculate, prefixes
         self.extend = model.transformer.extend if extend is None else extend
+        self.compiled = extend is not None
         self.builder: SequenceBuilder = model.tokenizers.builder()
         self.stats = DecodeStats()
 
@@ -143,7 +144,10 @@ class Decoder:
                 for row in rows:
                     row.draft.header(segment, camera)
                 if segment.segment is task.final_chunk and (self.passes or self.speculate):
-                    run.predict_chunk(segment, self.passes) if self.passes else run.guess_chunk(segment)
+                    if self.passes:
+                        run.predict_chunk(segment, self.passes)
+                    else:
+                        run.guess_chunk(segment, masks=self.model.decodes_in_parallel(task))
                     continue
                 if segment.predicted:
                     run.predict(segment, camera)
@@ -295,16 +299,28 @@ class _Run:
         for row, codes in zip(self.rows, chosen):
             row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 
-    def guess_chunk(self, segment: PlacedSegment) -> None:
-        """Fill the final chunk of every row with what `predict` would: a guess, then passes that check it."""
+    def guess_chunk(self, segment: PlacedSegment, *, masks: bool) -> None:
+        """Fill the final chunk of every row with what `predict` would: a guess, then passes that check it.
+
+        masks: guess what the model says to masks, in a pass of its own; else the last committed action goes on, or the
+        middle of every axis. What a check says after its first correction is the next guess (Jacobi iteration: Santilli
+        et al. 2023, Accelerating Transformer Inference for Translation via Parallel Decoding).
+        """
         steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
         chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
         for row, codes in zip(self.rows, chosen):
             row.draft.write(np.asarray(codes, dtype=np.int64))
         rest = [steps * axes - len(codes) for codes in chosen]
-        guess = self._choose_after([row.draft.masks(max(rest) - 1) for row in self.rows], rest, segment.stream)
+        whole = steps * axes - 1 if self.decoder.compiled else 0  # one shape for all passes, else no more than needed
+        ahead = max(whole, max(rest) - 1)
+        if masks:
+            guess = self._choose_after([row.draft.masks(ahead) for row in self.rows], rest, segment.stream)
+        else:
+            middle = self.model.vocabulary.ranges[RANGE_OF_STREAM[segment.stream]].size // 2
+            lasts = [codes[-axes:] if codes else [middle] * axes for codes in chosen]
+            guess = np.stack([np.resize(last, 1 + ahead) for last in lasts])
         while any(rest):
-            ahead = max(rest) - 1
+            ahead = max(whole, max(rest) - 1)
             true = self._choose_after(
                 [r.draft.guesses(g[:ahead]) for r, g in zip(self.rows, guess)], rest, segment.stream
             )
@@ -316,7 +332,7 @@ class _Run:
                 chosen[b].extend(true[b, :taken])
                 row.draft.write(true[b, :taken])
                 row.position += min(kept, max(n - 1, 0))  # these lie in the cache already
-                following[b, : n - taken] = true[b, taken:n]  # Jacobi: what comes after the guess is the next guess
+                following[b, : n - taken] = true[b, taken:n]
                 rest[b] = n - taken
             guess = following
         for row, codes in zip(self.rows, chosen):

@@ -58,7 +58,7 @@ def predict(
     text, question: used in place of the episode's own. action_prefix: float (n, axes), commands
     that the predicted chunk must begin with. samples: how many candidates to draw (a list comes
     back); use a temperature above 0 with it. passes: forward passes for the chunk of actions that the arrow ends
-    with, when the model has learned that; None: one per token.
+    with, when the model has learned that; None: what one pass per token gives.
     Raises: TaskError when the episode lacks a given stream or t leaves it no room.
     """
     tokenizers = model.tokenizers
@@ -75,7 +75,7 @@ def predict(
         prefix = tokenizers.action.encode(axes.check(action_prefix, what="action_prefix", where="predict"), axes)
     if passes is not None:
         require_parallel(model, task)
-    decoder = Decoder(model, temperature=temperature, passes=passes)
+    decoder = Decoder(model, temperature=temperature, passes=passes, speculate=passes is None and not temperature)
     requests = [Request(tokens, t, variant, prefix, seed + i) for i in range(samples or 1)]
     out = [Prediction(task, t, to_streams(d, tokenizers, tokens)) for d in decoder.decode(task, requests)]
     return out if samples is not None else out[0]
@@ -112,12 +112,12 @@ def _task(model: SequenceModel, arrow: str | Task) -> Task:
 
 def require_parallel(model: SequenceModel, task: Task) -> None:
     """Raises: ConfigError when the model has not learned to decode the final chunk of `task` in few passes."""
-    learned = [model.tasks[name] for name in model.parallel]
-    if task not in [Task.parse(arrow) for arrow in learned]:
+    if not model.decodes_in_parallel(task):
+        learned = [model.tasks[name] for name in model.parallel]
         raise ConfigError(
             f"this model has not learned to decode {task} in few passes; of what it was trained on it has "
             f"{', '.join(learned) or 'nothing'}",
-            fix="leave passes and speculate out, or train with `parallel: 0.5` beside the task in the mix",
+            fix="leave passes out, or train with `parallel: 0.5` beside the task in the mix",
         )
 
 

@@ -24,6 +24,7 @@ from mmseq.model.transformer import Transformer
 from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
 from mmseq.packing import Batch
 from mmseq.sequence import RANGES
+from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.vocabulary import Vocabulary
 
@@ -133,6 +134,10 @@ class SequenceModel(nn.Module):
         may[batch.copy_at] = batch.copy_ids - self.vocabulary.ranges["vision"].start + 1
         may = may[at]  # 0: nothing to repeat
         return (may - 1).clamp_min(0), gate * (may > 0)
+
+    def decodes_in_parallel(self, task: Task) -> bool:
+        """Whether it has learned to decode the final chunk of `task` in few passes."""
+        return any(Task.parse(self.tasks[name]) == task for name in self.parallel)
 
     def predict(self, arrow: str, episode, t: int = 0, **options) -> Any:
         """Fill the right side of `arrow` at step t of `episode`. See `inference.predict.predict`."""

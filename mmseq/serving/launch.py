@@ -27,9 +27,9 @@ class ServeSettings:
 
     checkpoint: a directory; or replay: `DATASET:EPISODE`, whose recorded actions are sent in chunks of
     replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the one
-    robot to serve. passes: forward passes per chunk. speculate: guess chunks and check the guesses. compile: compile
-    what control steps repeat, on a GPU as CUDA graphs, before the server is ready. token_file: a file with the token
-    that clients must send. The rest is described at `ServerConfig`.
+    robot to serve. passes: forward passes per chunk, of a policy trained for it. speculate: without passes, guess
+    chunks and check the guesses. compile: compile what control steps repeat, on a GPU as CUDA graphs, before the server
+    is ready. token_file: a file with the token that clients must send. The rest is described at `ServerConfig`.
     """
 
     checkpoint: str | None = None
@@ -39,7 +39,7 @@ class ServeSettings:
     policy: str | None = None
     embodiment: str | None = None
     passes: int | None = None
-    speculate: bool = False
+    speculate: bool = True
     compile: bool = False
     host: str = "127.0.0.1"
     port: int = 8000

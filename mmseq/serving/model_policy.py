@@ -130,10 +130,10 @@ class ModelPolicy:
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
     else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
     name it; default: all that the checkpoint knows. passes: forward passes that `infer` decodes a chunk in, of an
-    arrow that was trained for it; default: one per token. speculate: guess the chunk and check the guess instead, which
-    gives the chunk of one pass per token in a few. compile: compiles what every control step repeats while it
-    warms up; on a GPU as CUDA graphs. blank_images: replaces every frame by mid-grey, for measuring what a policy does
-    without seeing.
+    arrow that was trained for it; default: as many as the chunk of one pass per token takes. speculate: guess that
+    chunk and check the guess, which takes a few; else one pass per token. compile: compiles what every control step
+    repeats while it warms up; on a GPU as CUDA graphs. blank_images: replaces every frame by mid-grey, for measuring
+    what a policy does without seeing.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ModelPolicy:
         arrow: str | None = None,
         embodiment: str | None = None,
         passes: int | None = None,
-        speculate: bool = False,
+        speculate: bool = True,
         compile: bool = False,
         name: str = "model",
         blank_images: bool = False,
@@ -161,12 +161,12 @@ class ModelPolicy:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
-        self.passes, self.speculate, self.prefixes = passes, speculate, Prefixes()
+        self.passes, self.speculate, self.prefixes = passes, speculate and passes is None, Prefixes()
         self.extend = CompiledExtend(model.transformer) if compile else None
         self.reloadable = not compile
-        if passes is not None or speculate:
+        if passes is not None:
+            Decoder(model, passes=passes)  # refuses what cannot be
             require_parallel(model, self.arrow)
-            Decoder(model, passes=passes, speculate=speculate)  # refuses what cannot be
         segments = [s for s in self.arrow.predicted if s.stream == "action"]
         if not segments:
             raise ConfigError(f"the arrow {self.arrow} predicts no action, so it is no policy")

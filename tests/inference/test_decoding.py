@@ -275,15 +275,17 @@ def test_beginnings_that_were_not_used_for_long_are_forgotten(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [None, 3])
-def test_compiled_passes_decode_the_same(model, passes):
+@pytest.mark.parametrize("how", [{}, {"passes": 3}, {"speculate": True}])
+def test_compiled_passes_decode_the_same(model, how):
     """What control steps repeat is compiled once it has come twice; every chunk stays as it was."""
     task, extend, prefixes = Task.parse(POLICY), CompiledExtend(model.transformer), Prefixes()
     for now in range(4, 9):
-        found = Decoder(model, passes=passes, prefixes=prefixes, extend=extend).decode(task, [request(model, now=now)])
-        expected = Decoder(model, passes=passes).decode(task, [request(model, now=now)])
-        np.testing.assert_array_equal(found[0][-1].codes, expected[0][-1].codes)
-    assert 1 < len(extend.compiled) <= 4
+        for prefix in (None, np.full((1, 4), 9)):
+            asked = [request(model, now=now, prefix=prefix)]
+            found = Decoder(model, prefixes=prefixes, extend=extend, **how).decode(task, asked)
+            expected = Decoder(model, **how).decode(task, asked)
+            np.testing.assert_array_equal(found[0][-1].codes, expected[0][-1].codes)
+    assert 1 < len(extend.compiled) <= 8
 
 
 @pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
@@ -306,12 +308,36 @@ def test_a_guessed_and_checked_chunk_is_that_of_one_token_after_the_other(model,
         return found
 
     monkeypatch.setattr(_Run, "_choose_after", guess)
+    monkeypatch.setattr(model, "tasks", {"policy": POLICY})
+    monkeypatch.setattr(model, "parallel", ["policy"])
     decoder = Decoder(model, speculate=True)
     found = [out[-1].codes.reshape(-1) for out in decoder.decode(task, requests)]
     np.testing.assert_array_equal(found, expected)
     assert decoder.stats.passes <= reference.stats.passes
     if right == 1.0:
         assert decoder.stats.passes == 2
+
+
+def test_without_masks_the_guess_is_that_the_committed_action_goes_on(model, monkeypatch):
+    """No policy has to learn anything for it; the chunk stays that of one token after the other."""
+    task = Task.parse(POLICY)
+    requests = [request(model, i, 4 + i, prefix=p) for i, p in enumerate((None, np.full((2, 4), 5)))]
+    reference = Decoder(model)
+    expected = [out[-1].codes for out in reference.decode(task, requests)]
+    choose, asked = _Run._choose_after, []
+
+    def check(self, ahead, counts, stream):
+        asked.append([model.vocabulary.decode("action", ids) for ids, _ in ahead])
+        return choose(self, ahead, counts, stream)
+
+    monkeypatch.setattr(_Run, "_choose_after", check)
+    decoder = Decoder(model, speculate=True)
+    found = [out[-1].codes for out in decoder.decode(task, requests)]
+    np.testing.assert_array_equal(found, expected)
+    assert decoder.stats.passes == len(asked) <= reference.stats.passes
+    middle = model.vocabulary.ranges["action"].size // 2
+    assert set(asked[0][0]) == {middle}
+    assert set(asked[0][1]) == {5}
 
 
 def test_guessing_is_for_the_best_chunk_only(model):
