@@ -231,14 +231,16 @@ class SequenceModel(nn.Module):
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
         model.tasks, model.parallel = tasks, parallel
-        weights = dict(StoredWeights(directory))
+        try:
+            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+            # copied, as stored tensors are maps of a file: who overwrites that must not change a model that serves
+            stored = StoredWeights(directory).items()
+            weights = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in stored}
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device {str(device)!r} cannot be used: {reason}", fix="use cpu or cuda") from error
         try:
             model.transformer.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights of {directory} do not fit its {CONFIG_FILE}: {error}") from error
-        try:
-            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-            return model.to(device=device, dtype=dtype).eval()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device {str(device)!r} cannot be used: {reason}", fix="use cpu or cuda") from error
+        return model.eval()

@@ -145,3 +145,17 @@ def test_weights_are_never_unpickled(saved):
     torch.save({"a": torch.zeros(1)}, saved / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
         SequenceModel.from_pretrained(saved)
+
+
+def test_a_loaded_model_does_not_depend_on_its_file_any_more(tmp_path):
+    """Who copies another checkpoint over one that serves must not change it, or cut off what it reads."""
+    tiny.model(seed=0).save_pretrained(tmp_path)
+    model = SequenceModel.from_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(b"\xff" * (file.stat().st_size // 2))
+    file.open("r+b").truncate(1000)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
