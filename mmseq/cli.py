@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
     c.add_argument("--device", default="cpu")
-    c.add_argument("--json", metavar="FILE", help="write the results there")
+    c.add_argument("--json", type=_file_to_write, metavar="FILE", help="write the results there")
 
     c = add(
         commands,
@@ -223,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("what", metavar="BENCH", choices=("throughput", "loader", "loss", "packing", "decode", "serve"))
     c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the bench")
-    c.add_argument("--json", metavar="FILE", help="write the rows there as JSON")
+    c.add_argument("--json", type=_file_to_write, metavar="FILE", help="write the rows there as JSON")
 
     c = add(commands, "export", _export, "a checkpoint as a language model of transformers, or a policy of LeRobot")
     c.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -235,6 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--policy", metavar="ARROW", help="lerobot: the arrow, or the task's name (default: policy)")
     c.add_argument("--embodiment", metavar="NAME", help="lerobot: the robot, where the checkpoint drives several")
     c.add_argument("--execute", type=int, metavar="N", help="lerobot: steps between chunks (default: half a chunk)")
+    c.add_argument("--passes", type=int, metavar="N", help="lerobot: forward passes per chunk, as for serve")
 
     c = add(commands, "inspect", _inspect, "what a checkpoint is, or the size of a recipe's model")
     c.add_argument("path", metavar="CHECKPOINT|RECIPE")
@@ -625,6 +626,14 @@ def _predict(args: argparse.Namespace) -> None:
     print(to_json(record))
 
 
+def _file_to_write(text: str) -> Path:
+    """A file that is written at the end of long work: its folder has to be there before."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {path.absolute().parent} must be a folder")
+    return path
+
+
 def _episode_address(text: str) -> tuple[Path, int]:
     """`SRC:N`, or `SRC` alone for its first episode."""
     path, colon, number = text.rpartition(":")
@@ -652,10 +661,11 @@ def _export(args: argparse.Namespace) -> None:
             raise ConfigError("--dtype and --text-only are for hf", fix="leave them out")
         from mmseq.serving.lerobot_directory import export_lerobot
 
-        names = ("policy", "embodiment", "server", "execute")
+        names = ("policy", "embodiment", "server", "execute", "passes")
         print(export_lerobot(args.checkpoint, args.out, **{name: getattr(args, name) for name in names}))
         return
-    given = [name for name in ("server", "policy", "embodiment", "execute") if getattr(args, name) is not None]
+    names = ("server", "policy", "embodiment", "execute", "passes")
+    given = [name for name in names if getattr(args, name) is not None]
     if given:
         raise ConfigError(f"--{given[0]} is for lerobot", fix="leave it out")
     from mmseq.model.export import export_hf

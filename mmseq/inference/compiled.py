@@ -1,9 +1,9 @@
 """CompiledExtend: the passes that every control step repeats, compiled; on a GPU replayed as CUDA graphs.
 
-A control step of one robot has the same few shapes each time: what is new since the step before, then one token or
-the masks of a chunk at a time. Python and kernel launches cost more there than the arithmetic. Shapes that are seen a
-second time are compiled, at most `SHAPES` of them and none after `freeze`, since a robot cannot wait for a compiler;
-everything else runs as it is.
+A control step of one robot has the same few shapes each time, whatever is committed: what is new since the step before,
+then the guesses or the masks of a chunk. Python and kernel launches cost more there than the arithmetic. Shapes that
+are seen a second time are compiled, at most `SHAPES` of them and none after `freeze`, since a robot cannot wait for a
+compiler. Everything else runs as it is: several robots at once, sampling, other arrows, long prompts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ SHAPES = 32
 
 
 class CompiledExtend:
-    """Stands for `Transformer.extend` of one model. compiled: the shapes (B, S, C) so far."""
+    """Stands for `Transformer.extend` of one model. compiled: the shapes (B, S, C) so far. passes: how many ran so,
+    and how many as they are."""
 
     def __init__(self, transformer: Transformer):
         self.transformer = transformer
         self.compiled: set[tuple[int, int, int]] = set()
+        self.passes: Counter[str] = Counter()
         self._seen: Counter[tuple[int, int, int]] = Counter()
         self._graphs = transformer.embed.weight.device.type == "cuda"
         self._run = torch.compile(self._extend, dynamic=False, mode="reduce-overhead" if self._graphs else "default")
@@ -44,7 +46,9 @@ class CompiledExtend:
         self._seen[shape] += 1
         settled = self._frozen or self._seen[shape] < 2 or len(self.compiled) >= SHAPES
         if shape not in self.compiled and settled:
+            self.passes["as they are"] += 1
             return self.transformer.extend(x_BSD, positions_BS, cache, longest)
+        self.passes["compiled"] += 1
         self.compiled.add(shape)
         if self._graphs:
             for line in (*cache.keys, *cache.values):

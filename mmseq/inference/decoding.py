@@ -4,10 +4,11 @@ The task supplies every header, and each token is chosen within its segment's ow
 comes out always has the right shape. Several requests with the same task decode as one batch.
 
 The chunk of actions that a task ends with can also be decoded in a few passes: each pass chooses the next
-steps all at once, seeing those that are chosen already and `<mask>` for the rest (`sequence.py`). Or such a pass
-guesses the whole chunk, and each one after it checks the guess and corrects it from the first mistake on: what comes
-out is then what one token after the other gives, in fewer passes the better the guess (speculative decoding, Leviathan
-et al. 2023, with the model as its own draft; corrections as in Jacobi decoding, Santilli et al. 2023).
+steps all at once, seeing those that are chosen already and `<mask>` for the rest (`sequence.py`). Or the chunk is
+guessed, and each pass checks a part of the guess and corrects it from the first mistake on: what comes out is then what
+one token after the other gives, in fewer passes the better the guess (speculative decoding, Leviathan et al. 2023,
+with the model as its own draft; corrections as in Jacobi decoding, Santilli et al. 2023). In bf16 a pass of many
+tokens rounds otherwise than a pass of one, so there a code that lies between two bins may be the other one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from mmseq.vocabulary import RANGE_OF_STREAM
 
 MAX_TEXT_TOKENS = 128
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3  # beyond, numbers overflow before anything changes
+CHECKED = 64  # guessed tokens that a pass checks, of all requests together: wider passes take longer than they save
+LEAST_CHECKED = 8  # and of each
 MAX_TOKENS = 32_768  # of one request: a typing error must not occupy a server for hours
 
 
@@ -123,10 +126,16 @@ class Decoder:
     def decode(self, task: Task, requests: Sequence[Request]) -> list[list[Decoded]]:
         """The predicted segments of each request, in the order of the arrow.
 
-        Raises: TaskError when a request cannot fill the given side.
+        Raises: TaskError when a request cannot fill the given side, ModelError when logits are not finite.
         """
-        if not requests:
-            return []
+        try:
+            return self._decode(task, requests) if requests else []
+        except (ModelError, torch.OutOfMemoryError):
+            if self.prefixes is not None:
+                self.prefixes.clear()  # nothing of a pass that failed is used again
+            raise
+
+    def _decode(self, task: Task, requests: Sequence[Request]) -> list[list[Decoded]]:
         for r in requests:
             if not 0 <= r.seed < 1 << 63:
                 raise ConfigError(f"seed is {r.seed}", fix="use 0 to 2^63 - 1")
@@ -287,12 +296,16 @@ class _Run:
         chosen = [list(p) for p in prefixes]
         for row, codes in zip(self.rows, chosen):
             row.draft.write(np.asarray(codes, dtype=np.int64))
+        fresh, width = max(map(len, chosen)), steps * axes  # of the chunk: tokens that the next pass computes, at most
         for left in range(passes, 0, -1):
             rest = [steps - len(codes) // axes for codes in chosen]
             if not any(rest):
                 break
             counts = [-(-n // left) * axes for n in rest]
-            found = self._choose_after([row.draft.masks(max(counts) - 1) for row in self.rows], counts, segment.stream)
+            # compiled: one shape, whatever is committed
+            ahead = max(width - fresh if self.decoder.compiled else 0, max(counts)) - 1
+            found = self._choose_after([row.draft.masks(ahead) for row in self.rows], counts, segment.stream)
+            fresh, width = max(counts), 2 * -(-steps // passes) * axes
             for row, codes, new, count in zip(self.rows, chosen, found, counts):
                 codes.extend(new[:count])
                 row.draft.write(new[:count])
@@ -303,38 +316,40 @@ class _Run:
         """Fill the final chunk of every row with what `predict` would: a guess, then passes that check it.
 
         masks: guess what the model says to masks, in a pass of its own; else the last committed action goes on, or the
-        middle of every axis. What a check says after its first correction is the next guess (Jacobi iteration: Santilli
-        et al. 2023, Accelerating Transformer Inference for Translation via Parallel Decoding).
+        middle of every axis. What a check says after its first correction is the next guess.
         """
         steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
         chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
         for row, codes in zip(self.rows, chosen):
             row.draft.write(np.asarray(codes, dtype=np.int64))
         rest = [steps * axes - len(codes) for codes in chosen]
-        whole = steps * axes - 1 if self.decoder.compiled else 0  # one shape for all passes, else no more than needed
-        ahead = max(whole, max(rest) - 1)
+        window = max(CHECKED // len(self.rows), LEAST_CHECKED)
         if masks:
+            ahead = max(rest) - 1
             guess = self._choose_after([row.draft.masks(ahead) for row in self.rows], rest, segment.stream)
         else:
             middle = self.model.vocabulary.ranges[RANGE_OF_STREAM[segment.stream]].size // 2
             lasts = [codes[-axes:] if codes else [middle] * axes for codes in chosen]
-            guess = np.stack([np.resize(last, 1 + ahead) for last in lasts])
+            guess = np.stack([np.resize(last, max(rest)) for last in lasts])
+        guess = np.pad(guess, ((0, 0), (0, window)))
+        fresh = 0 if masks else max(map(len, chosen))  # committed tokens that the next pass computes
         while any(rest):
-            ahead = max(whole, max(rest) - 1)
+            # compiled: one shape, whatever is committed or left
+            ahead = max(0, window - fresh) if self.decoder.compiled else min(window, max(rest) - 1)
+            seen, fresh = [min(n, 1 + ahead) for n in rest], 0
             true = self._choose_after(
-                [r.draft.guesses(g[:ahead]) for r, g in zip(self.rows, guess)], rest, segment.stream
+                [row.draft.guesses(g[:ahead]) for row, g in zip(self.rows, guess)], seen, segment.stream
             )
-            following = np.zeros_like(true)
-            for b, (row, n) in enumerate(zip(self.rows, rest)):
-                wrong = np.flatnonzero(guess[b, :n] != true[b, :n])
-                kept = int(wrong[0]) if len(wrong) else n
+            for b, (row, n) in enumerate(zip(self.rows, seen)):
+                right = guess[b, :n] == true[b, :n]
+                kept = n if right.all() else int(right.argmin())
                 taken = min(n, kept + 1)  # the first that was wrong is put right
                 chosen[b].extend(true[b, :taken])
                 row.draft.write(true[b, :taken])
-                row.position += min(kept, max(n - 1, 0))  # these lie in the cache already
-                following[b, : n - taken] = true[b, taken:n]
-                rest[b] = n - taken
-            guess = following
+                row.position += min(kept, ahead, max(rest[b] - 1, 0))  # these lie in the cache already
+                guess[b, :n] = true[b, :n]
+                guess[b] = np.roll(guess[b], -taken)
+                rest[b] -= taken
         for row, codes in zip(self.rows, chosen):
             row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 

@@ -191,6 +191,12 @@ class SequenceModel(nn.Module):
         Raises: CheckpointError when the directory is not a complete checkpoint.
         """
         directory = Path(directory)
+        try:
+            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device {str(device)!r} cannot be used: {reason}", fix="use cpu or cuda") from error
         if not directory.is_dir():
             raise CheckpointError(
                 f"{directory} does not exist", fix="name a checkpoint; `mmseq demo` makes runs/demo/checkpoint"
@@ -223,7 +229,7 @@ class SequenceModel(nn.Module):
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: {error}") from error
         if config.get("ranges") != vocabulary.layout():
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: its ranges are not those of its vocabulary")
-        tokenizers = Tokenizers.load(directory / TOKENIZERS_FOLDER)
+        tokenizers = Tokenizers.load(directory / TOKENIZERS_FOLDER, device=device)
         vocabulary.require_same_ranges(tokenizers.vocabulary, mine=f"{directory}", theirs="its tokenizers")
         tokenizers.require_fingerprints(
             fingerprints, what=str(directory / CONFIG_FILE), fix="put back the tokenizers it was trained with"
@@ -231,14 +237,9 @@ class SequenceModel(nn.Module):
         with torch.device("meta"):
             model = cls(model_config, tokenizers.vocabulary, tokenizers)
         model.tasks, model.parallel = tasks, parallel
-        try:
-            dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-            # copied, as stored tensors are maps of a file: who overwrites that must not change a model that serves
-            stored = StoredWeights(directory).items()
-            weights = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in stored}
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"device {str(device)!r} cannot be used: {reason}", fix="use cpu or cuda") from error
+        # copied, as stored tensors are maps of a file: who overwrites that must not change a model that serves
+        stored = StoredWeights(directory).items()
+        weights = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in stored}
         try:
             model.transformer.load_state_dict(weights, assign=True)
         except RuntimeError as error:

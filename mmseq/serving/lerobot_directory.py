@@ -30,18 +30,24 @@ def export_lerobot(
     embodiment: str | None = None,
     server: str | None = None,
     execute: int | None = None,
+    passes: int | None = None,
 ) -> Path:
     """Write a policy directory to the new folder `out`, complete or not at all.
 
     policy, embodiment: as for `mmseq serve`; a LeRobot policy drives one robot. server: `HOST:PORT` that will answer.
-    execute: control steps from one chunk to the next (default: half a chunk).
+    execute: control steps from one chunk to the next (default: half a chunk). passes: as for `mmseq serve`; a server
+    has its own.
     Raises: ConfigError for what LeRobot cannot drive, CheckpointError when `out` exists.
     """
     from mmseq.data.shards import partial_folder, replace_folder
 
     out = Path(out).resolve()
     require_new(out)
-    served = ModelPolicy.from_pretrained(checkpoint, arrow=policy, embodiment=embodiment)
+    if server is not None:
+        _require_address(server)
+        if passes is not None:
+            raise ConfigError("passes is the server's, which answers here", fix="give it to `mmseq serve`")
+    served = ModelPolicy.from_pretrained(checkpoint, arrow=policy, embodiment=embodiment, passes=passes)
     if len(served.robots) > 1:
         names = ", ".join(served.robots)
         raise ConfigError(
@@ -69,6 +75,12 @@ def export_lerobot(
     return out
 
 
+def _require_address(server: str) -> None:
+    host, _, port = server.rpartition(":")
+    if not host or "/" in server or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"server is {server!r}", fix="write HOST:PORT, such as gpu:8000")
+
+
 def policy_config(
     served: ModelPolicy, robot: Embodiment, wanted: list[str], *, server: str | None, execute: int
 ) -> dict[str, Any]:
@@ -90,6 +102,7 @@ def policy_config(
         "push_to_hub": False,
         "server": server,
         "arrow": str(served.arrow),
+        "passes": served.passes,
         "horizon": served.horizon,
         "n_action_steps": execute,
         "rate_hz": robot.rate_hz,

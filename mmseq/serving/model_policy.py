@@ -32,6 +32,7 @@ from mmseq.tokenization.bundle import Tokenizers
 log = logging.getLogger("mmseq.serving")
 
 _FUTURE = 1 << 20  # an observation has no end
+PROMPT_TOKENS = 128  # by which a prompt may be longer than that of the warm-up for compiled passes to fit it
 SERVED_TOKENS = 2048  # of one request: no client may keep the model from the others for long
 _IMAGES = "observation.images."
 
@@ -130,8 +131,8 @@ class ModelPolicy:
     arrow: the task that `infer` runs, or the name it was trained under; default: the one named `policy`,
     else the first with the shape of a policy. embodiment: the one robot to serve, whose clients then need not
     name it; default: all that the checkpoint knows. passes: forward passes that `infer` decodes a chunk in, of an
-    arrow that was trained for it; default: as many as the chunk of one pass per token takes. speculate: guess that
-    chunk and check the guess, which takes a few; else one pass per token. compile: compiles what every control step
+    arrow that was trained for it; default: the chunk of one pass per token. speculate: guess that chunk and check the
+    guess, which takes a fraction of the passes. compile: compiles what every control step
     repeats while it warms up; on a GPU as CUDA graphs. blank_images: replaces every frame by mid-grey, for measuring
     what a policy does without seeing.
     """
@@ -161,7 +162,8 @@ class ModelPolicy:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
-        self.passes, self.speculate, self.prefixes = passes, speculate and passes is None, Prefixes()
+        self.passes, self.speculate = passes, speculate and passes is None
+        self.prefixes = Prefixes(spare=PROMPT_TOKENS if compile else 0)
         self.extend = CompiledExtend(model.transformer) if compile else None
         self.reloadable = not compile
         if passes is not None:
@@ -236,16 +238,19 @@ class ModelPolicy:
 
     def warm_up(self) -> None:
         """A chunk for each robot, as far as a random observation can have one; all that is compiled is compiled now."""
-        for name, robot in self.robots.items():
-            try:
-                for _ in range(1 if self.extend is None else 4):  # new, known, known again: compiled; and once at speed
+        # all robots in turn, as the longest makes the cache: new, known, known again: compiled; and once at speed
+        for turn in range(1 if self.extend is None else 5):
+            for name, robot in self.robots.items():
+                try:
                     self.infer(example_observation(robot))
-            except ModelError:
-                raise
-            except MMSeqError as error:  # such as a goal that no random observation has
-                log.info("no warm-up for %s: %s", name, error)
+                except ModelError:
+                    raise
+                except MMSeqError as error:  # such as a goal that no random observation has
+                    if not turn:
+                        log.info("no warm-up for %s: %s", name, error)
         if self.extend is not None:
             self.extend.freeze()
+            self.prefixes.freeze()
 
     def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
         request = self._request(task, observation)
@@ -258,7 +263,7 @@ class ModelPolicy:
             self.model,
             temperature=temperature,
             passes=self.passes if task == self.arrow else None,
-            speculate=self.speculate and task == self.arrow and not temperature,
+            speculate=self.speculate and not temperature,
             prefixes=self.prefixes,
             extend=self.extend,
             max_tokens=SERVED_TOKENS,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
@@ -137,8 +138,11 @@ class Tokenizers:
         (directory / FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: str | Path) -> Tokenizers:
-        """Raises: CheckpointError when the folder is not complete, FingerprintError when a part was exchanged."""
+    def load(cls, directory: str | Path, *, device: str | torch.device = "cpu") -> Tokenizers:
+        """device: of the vision tokenizer's network.
+
+        Raises: CheckpointError when the folder is not complete, FingerprintError when a part was exchanged.
+        """
         directory = Path(directory)
         try:
             settings = json.loads((directory / FILE).read_text())
@@ -150,7 +154,7 @@ class Tokenizers:
             ) from error
         bundle = cls(
             text=TextTokenizer.load(directory),
-            vision=VisionTokenizer.load(directory),
+            vision=VisionTokenizer.load(directory, device=device),
             action=BinTokenizer(parts["action_bins"]),
             proprio=BinTokenizer(parts["proprio_bins"]),
             progress=ScalarTokenizer(parts["progress_bins"]),

@@ -273,6 +273,13 @@ def test_export_refuses_what_lerobot_cannot_drive(checkpoint, exported, tmp_path
         export_lerobot(checkpoint, tmp_path / "a", policy="image, proprio, image@+4 -> action[4]")
     with pytest.raises(ConfigError, match="1 to 4"):
         export_lerobot(checkpoint, tmp_path / "a", execute=9)
+    for server in ("foo", "http://gpu:80", "gpu:99999999", ":80"):
+        with pytest.raises(ConfigError, match="write HOST:PORT"):
+            export_lerobot(checkpoint, tmp_path / "a", server=server)
+    with pytest.raises(ConfigError, match="passes is the server's"):
+        export_lerobot(checkpoint, tmp_path / "a", server="gpu:80", passes=4)
+    with pytest.raises(ConfigError, match="not learned to decode"):
+        export_lerobot(checkpoint, tmp_path / "a", passes=4)
     tiny.model(tiny.tokenizers((tiny.embodiment("one"), tiny.embodiment("two")))).save_pretrained(tmp_path / "two")
     with pytest.raises(ConfigError, match="--embodiment one"):
         export_lerobot(tmp_path / "two", tmp_path / "a", policy=ARROW)

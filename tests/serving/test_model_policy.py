@@ -1,6 +1,7 @@
 """A checkpoint behind the server: the same answers as the model in this process."""
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -204,6 +205,32 @@ def test_a_batch_of_robots_gets_what_each_would_get_alone(policy):
 def test_warming_up_answers_once_and_forgives_what_it_cannot_make(policy):
     policy.warm_up()
     ModelPolicy(policy.model, arrow="image, proprio, image@+5 -> action[5]").warm_up()
+
+
+@pytest.mark.parametrize("how", [{}, {"passes": 2}, {"passes": 3}])
+def test_whatever_else_was_asked_a_known_robot_has_compiled_passes_only(policy, monkeypatch, how):
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(policy.model, "parallel", ["policy"])
+    compiled = ModelPolicy(policy.model, compile=True, **how)
+    compiled.warm_up()
+    observation = example_observation(next(iter(policy.robots.values())))
+    axes = policy.robots["arm"].action
+    for others in (
+        {},
+        {"prompt": "a prompt that is longer than that of the warm-up"},
+        {"prompt": "far too long " * 30},
+        {"options": {"temperature": 1.0}},
+    ):
+        compiled.infer(observation | others)
+        compiled.predict("image -> video[3]", observation)
+        before = Counter(compiled.extend.passes)
+        for committed in range(3):
+            prefix = policy.tokenizers.action.decode(np.full((committed, 4), 9), axes)
+            asked = observation | {"action_prefix": prefix}
+            plain = ModelPolicy(policy.model, **how).infer(asked)
+            np.testing.assert_array_equal(compiled.infer(asked)["actions"], plain["actions"])
+        assert compiled.extend.passes["as they are"] == before["as they are"]
+        assert compiled.extend.passes["compiled"] >= before["compiled"] + 3 * 2
 
 
 @pytest.mark.slow
