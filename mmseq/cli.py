@@ -18,6 +18,7 @@ from mmseq.errors import ConfigError, DataError, MMSeqError, did_you_mean
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+BENCHES = ("throughput", "loader", "loss", "packing", "decode", "chunks", "serve")
 
 
 class _Usage(Exception):
@@ -219,9 +220,10 @@ def build_parser() -> argparse.ArgumentParser:
         "loss         the range loss against full fp32 logits: positions=4096 vocabulary=150000 ...\n"
         "packing      useful slots of packed rows: blocks=4\n"
         "decode       a chunk of actions against transformers' generate: width=256 layers=4 passes=4 seconds=60 ...\n"
+        "chunks       guessed and checked chunks of a checkpoint: checkpoint=CHECKPOINT data=EPISODES batch=8 ...\n"
         "serve        the server against openpi's: image=224 cameras=3 clients=32 seconds=20 ...",
     )
-    c.add_argument("what", metavar="BENCH", choices=("throughput", "loader", "loss", "packing", "decode", "serve"))
+    c.add_argument("what", metavar="BENCH", choices=BENCHES)
     c.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the bench")
     c.add_argument("--json", type=_file_to_write, metavar="FILE", help="write the rows there as JSON")
 

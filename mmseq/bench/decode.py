@@ -2,10 +2,11 @@
 
     mmseq bench decode width=256 layers=4 vocabulary=50000 seconds=60
 
-Three sides take turns in one process: chunks in a few forward passes, chunks token by token (`Decoder`, both as a
-policy server runs them, with what requests begin with kept), and `generate` of the exported checkpoint over its
+Three sides take turns in one process: chunks in a few forward passes, chunks token by token (`Decoder`, with what
+requests begin with kept), and `generate` of the exported checkpoint over its
 key/value cache, greedy, bound to the action range as its user would. All see the same tokens; the model has neither
-slots nor merged vision, so that the export computes the same numbers, which is checked.
+slots nor merged vision, so that the export computes the same numbers, which is checked. What guessing and checking
+takes depends on what a policy has learned: `mmseq bench chunks` measures a trained one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from mmseq.bench.rows import BenchRow, require_positive, row, take_turns
 from mmseq.bench.samples import SIZE, demo_tokenizers, word_tokenizer
-from mmseq.bench.worker import synchronised_clock
+from mmseq.bench.worker import milliseconds
 from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import ConfigError, MMSeqError, require
@@ -75,7 +76,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
         raise MMSeqError(f"the exported weights give logits that differ by {apart:.2g}", fix="report this")
     runs = {"passes": ours.in_passes, "tokens": ours.by_tokens, "transformers": theirs.generate}
     counted = {name: run() for name, run in runs.items()}  # warm
-    timed = take_turns({name: lambda run=run: _milliseconds(run) for name, run in runs.items()}, seconds=config.seconds)
+    timed = take_turns({name: lambda run=run: milliseconds(run) for name, run in runs.items()}, seconds=config.seconds)
     rows = [
         row(
             f"decode.{name}",
@@ -108,12 +109,6 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     if device == "cuda" and (limit := _bandwidth_ms(ours.model)) is not None:
         notes.append(f"reading the weights once takes {limit:.3g} ms at the memory's data-sheet rate, for each pass")
     return rows, notes
-
-
-def _milliseconds(run: Any) -> float:
-    began = synchronised_clock()
-    run()
-    return 1000 * (synchronised_clock() - began)
 
 
 def _bandwidth_ms(model: SequenceModel) -> float | None:

@@ -68,6 +68,13 @@ def synchronised_clock() -> float:
     return time.perf_counter()
 
 
+def milliseconds(run: Callable[[], object]) -> float:
+    """How long a call takes, the GPU's part of it included."""
+    began = synchronised_clock()
+    run()
+    return 1000 * (synchronised_clock() - began)
+
+
 class Worker:
     """An object in a process of its own, so that its memory is its own; calls wait for their answer.
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from mmseq import cli
 from mmseq.bench.rows import BenchRow, Spread, row, take_turns
+from mmseq.testing import tiny
 
 TINY = {
     "throughput": "width=64 layers=1 vocabulary=2000 row_tokens=1024 rows_per_pass=1 samples=10 steps=1 seconds=0.1",
@@ -17,6 +19,7 @@ TINY = {
     "loss": "positions=64 width=8 vocabulary=20000 turns=2 seconds=0.1",
     "packing": "blocks=1",
     "decode": "width=64 layers=1 vocabulary=600 horizon=4 axes=2 passes=2 seconds=0.1",
+    "chunks": "batch=2 moments=2 passes=2 seconds=0.1",
     "serve": "cameras=1 image=32 calls=20 seconds=0 clients=3 load_s=0.3 load_turns=1 model_ms=1",
 }
 
@@ -102,6 +105,33 @@ def test_decode_computes_what_transformers_computes(tmp_path, capsys):
     assert " ms, 2 forward passes a chunk" in out
     assert out.count(" ms, 8 forward passes a chunk") == 2
     assert "logits agree to" in out
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Options that name a checkpoint, trained for few passes, and episodes of its robot and others."""
+    model = tiny.model()
+    model.tasks, model.parallel = {"policy": "text, image, proprio -> action[4]"}, ["policy"]
+    model.save_pretrained(tmp_path / "checkpoint")
+    episodes = [tiny.video(0), *(tiny.episode(i) for i in range(2))]
+    tiny.write_episodes(tmp_path / "episodes", episodes, (tiny.embodiment(),))
+    return f"checkpoint={tmp_path / 'checkpoint'}", f"data={tmp_path / 'episodes'}"
+
+
+def test_guessed_chunks_are_those_of_one_pass_per_token(tmp_path, capsys, trained):
+    rows, out = bench("chunks", tmp_path, capsys, *trained)
+    assert set(rows) == {"chunks.guessed", "chunks.2 passes"}
+    assert "guessed:" in out
+    assert "0.00% of the codes are others" in out.split("guessed:")[1].splitlines()[0]
+    assert "one pass per token: 16.0 passes in the mean, 16 at most" in out
+    assert "2 passes: 2.0 passes in the mean, 2 at most" in out
+    for change, message in (
+        ("batch=3", "has 2 episodes that fill .*, 3 are wanted"),
+        ("policy=image -> text", "does not end with a chunk of actions"),
+        ("batch=0", "batch must be positive"),
+    ):
+        assert cli.main(["bench", "chunks", *trained, change]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_serve_answers_every_client_with_its_own(tmp_path, capsys):
