@@ -40,7 +40,7 @@ class ClosedLoopConfig:
 
     chunking, execute: how chunks become actions, and the control steps from one request to the next (see
     `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
-    passes, speculate: how chunks are decoded, see `ModelPolicy`. spread: of the
+    passes: forward passes per chunk, see `ModelPolicy`. spread: of the
     layouts (see `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
     whose frames are returned. controllers: among `CONTROLLERS`.
     """
@@ -53,7 +53,6 @@ class ClosedLoopConfig:
     delay_ms: float = 0.0
     jitter_ms: float = 0.0
     passes: int | None = None
-    speculate: bool = True
     max_steps: int = 90
     spread: float = 1.0
     keep: int = 1
@@ -113,8 +112,7 @@ def evaluate_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
-        how = {"passes": config.passes, "speculate": config.speculate}
-        policy = ModelPolicy.from_pretrained(checkpoint, device=device, **how)
+        policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
         return _serve_and_drive(policy, config, on_progress)
     finally:
         torch.set_num_threads(threads)
@@ -126,11 +124,13 @@ def _serve_and_drive(
     from mmseq.serving import Server, ServerConfig
     from mmseq.serving.model_policy import ModelPolicy
 
-    config.execute = min(config.execute, policy.horizon)
+    if config.execute > policy.horizon:
+        raise ConfigError(
+            f"execute is {config.execute}, the policy's chunks have {policy.horizon} control steps", fix="use fewer"
+        )
     bins = policy.tokenizers.action.bins
     with Server(policy, ServerConfig(port=0)) as seeing:
-        how = {"passes": policy.passes, "speculate": policy.speculate}
-        options = {"arrow": str(policy.arrow), "name": policy.name, **how}
+        options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
         blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}

@@ -87,6 +87,8 @@ def test_the_command_measures_a_delay(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "checkpoint")
     settings = ["--chunking", "realtime", "--execute", "4", "--delay-ms", "100", "--jitter-ms", "50"]
     where = ["--tasks", "drawer-open", "--episodes", "1", "--json", str(tmp_path / "results.json")]
+    assert main(["eval", str(tmp_path / "checkpoint"), "--execute", "99", *where]) == 2
+    assert "execute is 99, the policy's chunks have" in capsys.readouterr().err
     assert not main(["eval", str(tmp_path / "checkpoint"), *settings, *where])
     rows = {row.name: row for row in read_results(tmp_path / "results.json")}
     assert rows["splice.committed_identical"].value == 1
