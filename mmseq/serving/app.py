@@ -21,6 +21,7 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
 from mmseq.errors import MMSeqError, require
@@ -74,9 +75,9 @@ def build_app(
     token: str | None,
     limits: codec.Limits,
     stuck_s: float = 30.0,
-    reload: Callable[[], Any] | None = None,
+    reload: Callable[[], Future[None]] | None = None,
 ) -> Any:
-    """The ASGI application. reload: loads what is served once more and makes it served, in a thread.
+    """The ASGI application. reload: begins to load what is served once more; done when that is served.
 
     Raises: DependencyError without the `serve` extra.
     """
@@ -153,7 +154,7 @@ def build_app(
         if reload is None:
             raise RequestError("unsupported", "this server has nothing to load again", fix="start it with a checkpoint")
         try:
-            await asyncio.get_running_loop().run_in_executor(None, reload)
+            await asyncio.wrap_future(reload())
         except MMSeqError as error:
             raise error if isinstance(error, RequestError) else RequestError("refused", str(error)) from error
         return as_json({"reloads": service.reloads, "sessions": len(service.sessions)})

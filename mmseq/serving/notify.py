@@ -18,7 +18,7 @@ _POLL_S = 0.2
 
 class Notifier:
     """Tells systemd READY=1 once `not_ready` gives None, WATCHDOG=1 twice in each WATCHDOG_USEC while `healthy`,
-    and STOPPING=1 at the end; from a thread of its own, so that a reload in the main thread holds nothing up.
+    and STOPPING=1 at the end; from a thread of its own.
     """
 
     def __init__(

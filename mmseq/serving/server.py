@@ -22,12 +22,15 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mmseq.errors import MMSeqError, ServeError, require
 from mmseq.serving.app import build_app
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
+from mmseq.serving.errors import RequestError
 from mmseq.serving.notify import Notifier
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, prepare
@@ -136,7 +139,8 @@ class Server:
             chunking=self.config.chunking,
         )
         self._load = load
-        self._loading = threading.Lock()
+        self._loading: Future[None] = Future()  # of the last reload
+        self._loading.set_result(None)
         self.port = self.config.port
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -200,10 +204,12 @@ class Server:
                 fix="give a PEM certificate and its private key",
             ) from error
 
-    def reload(self) -> None:
-        """Load what is served once more, beside what serves meanwhile, and serve it from the next request on.
+    def reload(self) -> Future[None]:
+        """Begin to load what is served once more, beside what serves meanwhile; it serves from the next request on.
 
-        Raises: ServeError when there is nothing to load or it has another contract, or what loading raises.
+        Loading has a thread of its own, for which neither requests nor the end of the server wait. Raises: ServeError
+        when there is nothing to load, RequestError `busy` while it is being loaded. The result raises ServeError when
+        it has another contract, RequestError `stopping` when the server stops first, or what loading raises.
         """
         if self._load is None:
             raise ServeError("this server has nothing to load again", fix="start it with a checkpoint")
@@ -212,11 +218,26 @@ class Server:
                 "a compiled policy is not loaded again beside itself: its graphs belong to one thread",
                 fix="start another server and move the robots there",
             )
-        with self._loading:
-            policy = self._load()
+        if not self._loading.done():
+            raise RequestError("busy", "what is served is being loaded already", fix="ask again when that is done")
+        self._loading = loading = Future()
+        loading.set_running_or_notify_cancel()  # it goes on when nobody waits for it
+        threading.Thread(target=self._reload, args=(self._load, loading), name="mmseq-reload", daemon=True).start()
+        return loading
+
+    def _reload(self, load: Callable[[], Policy], loading: Future[None]) -> None:
+        try:
+            policy = load()
             prepare(policy)
+            if self.service.stopping:
+                return
             self.service.replace(policy)
-        log.info("serving %s as it is now", self.service.contract.name)
+            log.info("serving %s as it is now", self.service.contract.name)
+            with suppress(InvalidStateError):  # the server stops meanwhile
+                loading.set_result(None)
+        except BaseException as error:
+            with suppress(InvalidStateError):
+                loading.set_exception(error)
 
     @property
     def url(self) -> str:
@@ -263,6 +284,9 @@ class Server:
         """Answer what is under way, at most `grace_s`, then close every connection. May be called twice."""
         if self._thread is None:
             return
+        if not self._loading.done():
+            with suppress(InvalidStateError):  # it has just ended
+                self._loading.set_exception(RequestError("stopping", "the server stops before all is loaded"))
         if self._thread.is_alive() and self._loop is not None:
             try:
                 drained = asyncio.run_coroutine_threadsafe(self.service.drain(self.config.grace_s), self._loop)
@@ -279,6 +303,15 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+
+def _tell(loading: Future[None]) -> None:
+    """Log why nothing was reloaded."""
+    error = loading.exception()
+    if isinstance(error, MMSeqError):
+        log.error("nothing was reloaded: %s", error)
+    elif error is not None:  # such as no memory for two models: the one that serves goes on
+        log.error("nothing was reloaded", exc_info=error)
 
 
 def serve(
@@ -318,11 +351,9 @@ def serve(
                 if signal.SIGHUP in asked:
                     asked.discard(signal.SIGHUP)
                     try:
-                        server.reload()
+                        server.reload().add_done_callback(_tell)
                     except MMSeqError as error:
                         log.error("nothing was reloaded: %s", error)
-                    except Exception:  # such as no memory for two models: the one that serves goes on
-                        log.exception("nothing was reloaded")
     finally:
         sys.setswitchinterval(interval)
         gc.unfreeze()

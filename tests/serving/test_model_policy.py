@@ -270,4 +270,4 @@ def test_weights_that_are_not_finite_serve_nobody(checkpoint):
         with mmseq_client.Client("127.0.0.1", server.port) as client, refused:
             client.infer(observe(tiny.episode(3), 5))
     with Server(good, ServerConfig(port=0), load=lambda: broken) as server, pytest.raises(ModelError):
-        server.reload()
+        server.reload().result(20)
