@@ -227,9 +227,9 @@ def build_app(
                     return
                 begun = time.perf_counter()
                 try:
+                    await asyncio.sleep(0)  # of many messages that came at once, one in a turn of the loop
                     if frame.get("bytes") is None:
                         raise codec.malformed("a text frame", fix="send binary frames")
-                    await asyncio.sleep(0)  # of many messages that came at once, one in a turn of the loop
                     observation = codec.message(codec.unpack(frame["bytes"], limits))
                     del frame  # half a megabyte that would live until the next one
                     reply = await service.infer(observation, session)

@@ -33,6 +33,12 @@ class HttpProtocol(H11Protocol):
         else:
             self._look_again(self.cycle)
 
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        super().handle_websocket_upgrade(event)
+        upgraded = self.transport.get_protocol()
+        if upgraded.conn.handshake_exc is not None and not upgraded.handshake_initiated:  # type: ignore[union-attr]
+            upgraded.refuse_head()  # type: ignore[union-attr]
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._look.cancel()
         super().connection_lost(exc)

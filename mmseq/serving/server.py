@@ -41,6 +41,7 @@ from mmseq.serving.service import Service
 log = logging.getLogger("mmseq.serving")
 
 FILES = 65_536  # descriptors that a server asks for
+MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class ServerConfig:
     def __post_init__(self):
         if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
             raise ServeError("the token must be printable ASCII without spaces or line breaks, and not empty")
+        if self.token is not None and len(self.token) > MAX_TOKEN:
+            raise ServeError(f"the token has {len(self.token)} characters, at most {MAX_TOKEN} are read")
         if not (math.isfinite(self.stuck_s) and self.stuck_s > 0):
             raise ServeError(f"stuck_s is {self.stuck_s}", fix="use a number of seconds above 0")
         if not (math.isfinite(self.grace_s) and self.grace_s >= 0):

@@ -4,6 +4,9 @@ An observation is half a megabyte of pixels. The library appends each piece that
 message out of it and unmasks that into another; here the pieces go where the message will be, and are unmasked there.
 That is half of a round trip with three cameras (`mmseq bench serve`). Every other frame, and every frame that is not
 as it should be, goes to the library untouched.
+
+One connection must not take the others' time or memory: frames are handled a few in a turn of the loop, none while a
+message waits for the application, and memory grows with what has come, not with what was announced.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.protocol import State
 
 LARGE = 16_384  # bytes from which a frame is worth it
-IN_PLACE = 4 << 20  # and up to which: the room is taken before the bytes have come
+IN_PLACE = 4 << 20  # and up to which
 SCRATCH = 65_536
+FRAMES = 16  # handled in one turn of the loop
+CONTROLS = 100  # pings, pongs and closes that are accepted in a second
+ABORT_S = 2.0  # within which a client reads why its connection ends
 _WHOLE_BINARY = 0x82  # the first byte of a message in one frame
 _MASKED = 0x80
+BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
@@ -33,20 +40,29 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         super().__init__(*arguments, **options)
         self.on_lost: Callable[[], None] | None = None
         self._scratch = bytearray(SCRATCH)
-        self._head = b""  # of a frame whose header is not complete yet
+        self._rest = b""  # what has come and is not handled yet
+        self._turn = False  # whether it is handled in the next turn of the loop
         self._passing = 0  # bytes of a frame that the library still gets
-        self._body: bytearray | None = None
-        self._filled = 0
+        self._body: bytearray | None = None  # room for a part of the frame, in the end for all of it
+        self._filled, self._length = 0, 0
+        self._usual = SCRATCH  # bytes of the last large frame
         self._mask = b""
+        self._second, self._controls = 0.0, 0
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             self.scope["mmseq.connection"] = self  # type: ignore[typeddict-unknown-key]
 
+    def refuse_head(self) -> None:
+        """Answer a head that is no websocket's, or too long for one; uvicorn would neither answer nor close."""
+        self.transport.write(b"".join(self.conn.data_to_send()) or BAD_REQUEST)
+        self.transport.close()
+        self.handshake_complete = self.close_sent = True
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._body = None
+        self._body, self._rest = None, b""
         if self.on_lost is not None:
             self.on_lost()
 
@@ -57,17 +73,39 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._body is None:
-            self._split(bytes(memoryview(self._scratch)[:nbytes]))
+            self._rest += bytes(memoryview(self._scratch)[:nbytes])
+            self._split()
             return
         self._filled += nbytes
-        if self._filled == len(self._body):
+        if self._filled == self._length:
             self._deliver()
+        elif self._filled == len(self._body):
+            self._body = _grown(self._body, min(2 * self._filled, self._length))
 
-    def _split(self, data: bytes) -> None:
-        """Give `data` frame by frame to where it belongs."""
-        data, self._head = self._head + data, b""
-        at = 0
+    async def receive(self) -> Any:
+        message = await super().receive()
+        if self._rest and not self._turn:
+            self._split()
+        return message
+
+    def _go_on(self) -> None:
+        self._turn = False
+        self._split()
+        if not self._turn and not self.read_paused:
+            self.transport.resume_reading()
+
+    def _split(self) -> None:
+        """Give what has come frame by frame to where it belongs, as far as it is its turn."""
+        data, self._rest = self._rest, b""
+        at = handled = 0
         while at < len(data):
+            if self.read_paused or handled == FRAMES:
+                self._rest = data[at:]
+                self.transport.pause_reading()
+                if not self.read_paused and not self._turn:  # else `receive` goes on
+                    self._turn = True
+                    self.loop.call_soon(self._go_on)
+                return
             if self._passing:
                 part = data[at : at + self._passing]
                 self._passing -= len(part)
@@ -76,7 +114,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
                 continue
             header = _header(data, at)
             if header is None:
-                self._head = data[at:]
+                self._rest = data[at:]
+                return
+            handled += 1
+            if data[at] & 8 and self._floods():
                 return
             size, length = header
             if not self._receives(data[at], data[at + 1], length):
@@ -85,10 +126,62 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._mask = data[at + size - 4 : at + size]
             part = data[at + size : at + size + length]
             at += size + len(part)
-            self._body, self._filled = bytearray(length), len(part)
-            self._body[: len(part)] = part
+            self._body = _grown(part, min(length, max(self._usual, 2 * len(part))))
+            self._filled, self._length = len(part), length
             if self._filled == length:
                 self._deliver()
+
+    def _floods(self) -> bool:
+        """Count a control frame; whether there are too many, in which case the connection has been closed."""
+        now = self.loop.time()
+        if now - self._second > 1:
+            self._second, self._controls = now, 0
+        self._controls += 1
+        if self._controls <= CONTROLS:
+            return False
+        if self.conn.state is State.OPEN:
+            self.conn.fail(1008, f"more than {CONTROLS} pings in a second")
+            self.handle_parser_exception()
+        else:
+            self.transport.abort()
+        return True
+
+    def handle_parser_exception(self) -> None:
+        super().handle_parser_exception()
+        self.loop.call_later(ABORT_S, self.transport.abort)  # it may not read what it is told
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.loop.call_later(ABORT_S, self.transport.abort)
+
+    def handle_text(self, event: Any) -> None:
+        self._begin("text", event)
+
+    def handle_bytes(self, event: Any) -> None:
+        self._begin("bytes", event)
+
+    def _begin(self, kind: Any, event: Any) -> None:
+        self.curr_msg_data_type = kind
+        self.frames = [event.data if event.fin else bytearray(event.data)]  # type: ignore[list-item]
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def handle_cont(self, event: Any) -> None:
+        """Joined as they come: a fragment of two bytes is an object of a hundred."""
+        self.frames[0] += event.data
+        if event.fin:
+            self.send_receive_event_to_app()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text":
+            try:
+                self.frames[0].decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.fail(1007, "the text is not UTF-8")
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
 
     def _receives(self, first: int, second: int, length: int) -> bool:
         return (
@@ -104,6 +197,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def _deliver(self) -> None:
         body, self._body = self._body, None
         assert body is not None
+        self._usual = self._length
         values, mask = np.frombuffer(body, np.uint8), np.frombuffer(self._mask, np.uint8)
         whole = len(values) // 4 * 4
         words = values[:whole].view(np.uint32)
@@ -111,6 +205,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         values[whole:] ^= mask[: len(values) - whole]
         self.curr_msg_data_type, self.frames = "bytes", [body]  # type: ignore[list-item]
         self.send_receive_event_to_app()
+
+
+def _grown(part: bytes | bytearray, room: int) -> bytearray:
+    """Room for `room` bytes that begins with `part`."""
+    grown = bytearray(room)
+    grown[: len(part)] = part
+    return grown
 
 
 def _header(data: bytes, at: int) -> tuple[int, int] | None:

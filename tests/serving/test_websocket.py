@@ -1,7 +1,5 @@
 """Frames as they may come: large ones in place, all others as the library reads them."""
 
-import os
-import socket as sockets
 import struct
 import time
 
@@ -9,8 +7,8 @@ import numpy as np
 import pytest
 
 from mmseq.serving import codec
-from mmseq.serving.websocket import LARGE, WebSocketProtocol, _header
-from mmseq.testing.wire import ask, dial, http
+from mmseq.serving.websocket import LARGE, WebSocketProtocol
+from mmseq.testing.wire import Raw, ask, dial, frame, http
 
 
 @pytest.fixture
@@ -21,52 +19,6 @@ def server(start, policy):
 def with_size(observation, size):
     """The observation as a message of at least `size` bytes."""
     return codec.pack({**observation, "options": {"step": 3, "more": np.arange(size, dtype=np.uint8)}})
-
-
-def frame(data, *, opcode=2, fin=True, masked=True, first=0):
-    mask = os.urandom(4) if masked else b""
-    n = len(data)
-    length = bytes([n]) if n < 126 else b"\x7e" + struct.pack("!H", n) if n < 65536 else b"\x7f" + struct.pack("!Q", n)
-    if masked:
-        data = bytes(np.frombuffer(data, np.uint8) ^ np.resize(np.frombuffer(mask, np.uint8), n)) if n else b""
-    return (
-        bytes([(0x80 if fin else 0) | opcode | first, length[0] | (0x80 if masked else 0)]) + length[1:] + mask + data
-    )
-
-
-class Raw:
-    """A websocket by hand, so that every byte is ours."""
-
-    def __init__(self, server):
-        self.socket = sockets.create_connection(("127.0.0.1", server.port))
-        self.socket.settimeout(10)
-        lines = ["GET / HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade"]
-        lines += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "", ""]
-        self.socket.sendall("\r\n".join(lines).encode())
-        self.data = b""
-        while b"\r\n\r\n" not in self.data:
-            self.data += self.socket.recv(65536)
-        self.data = self.data.partition(b"\r\n\r\n")[2]
-        self.receive()
-
-    def receive(self):
-        """(opcode, payload) of the next frame; (8, b"") when the connection has ended."""
-        while True:
-            header = _header(self.data, 0)
-            if header is not None and len(self.data) >= sum(header):
-                size, length = header
-                found = self.data[0] & 15, self.data[size : size + length]
-                self.data = self.data[size + length :]
-                return found
-            more = self.socket.recv(65536)
-            if not more:
-                return 8, b""
-            self.data += more
-
-    def reply(self):
-        opcode, data = self.receive()
-        assert opcode == 2, data
-        return codec.unpack(data)["step"]
 
 
 @pytest.fixture
@@ -103,7 +55,7 @@ def test_frames_in_pieces_of_any_size(raw, observation):
             raw.socket.sendall(data[at : at + piece])
             time.sleep(0.001)
         raw.socket.sendall(data[at + piece :])
-        assert raw.reply() == 3
+        assert codec.unpack(raw.receive()[1])["step"] == 3
 
 
 def test_several_frames_at_once_with_pings_between(raw, observation):
@@ -121,7 +73,7 @@ def test_a_message_in_several_frames(raw, observation):
     raw.socket.sendall(frame(parts[0], fin=False) + frame(b"", opcode=9))
     raw.socket.sendall(frame(parts[1], opcode=0, fin=False) + frame(parts[2], opcode=0))
     assert raw.receive()[0] == 10
-    assert raw.reply() == 3
+    assert codec.unpack(raw.receive()[1])["step"] == 3
 
 
 @pytest.mark.parametrize(
