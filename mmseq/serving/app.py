@@ -32,6 +32,8 @@ from mmseq.serving.service import Service
 
 LARGE_BODY = 1 << 20
 BODY_S = 60.0  # within which a body has to come
+BODIES = 4  # bodies of the largest size that may be under way together
+UNCOUNTED = 1 << 16  # bytes of a body that need no room among them: what an operator sends
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
 REASON_LENGTH = 500  # characters of an operator's reason
 
@@ -75,6 +77,7 @@ def build_app(
     token: str | None,
     limits: codec.Limits,
     stuck_s: float = 30.0,
+    max_connections: int = 256,
     reload: Callable[[], Future[None]] | None = None,
 ) -> Any:
     """The ASGI application. reload: begins to load what is served once more; done when that is served.
@@ -165,23 +168,33 @@ def build_app(
         except RequestError as error:
             raise RequestError("policy_failed", f"the policy's result cannot be sent: {error}") from error
 
-    async def body_of(request: Request) -> bytes:
-        parts: list[bytes] = []
-        size = 0
+    under_way = 0  # bytes of all bodies that come just now
+
+    async def body_of(request: Request) -> bytearray:
+        nonlocal under_way
+        body, counted = bytearray(), 0
         try:
             async with asyncio.timeout(BODY_S):
                 async for part in request.stream():
-                    size += len(part)
+                    size = len(body) + len(part)
                     if size > limits.max_message_bytes:
                         raise RequestError(
                             "too_large", f"the body is over the limit of {limits.max_message_bytes} bytes"
                         )
-                    parts.append(part)
+                    if size > UNCOUNTED:
+                        if under_way + size - counted > BODIES * limits.max_message_bytes:
+                            raise RequestError("busy", "too many large bodies are under way", retry_after_ms=1000)
+                        under_way, counted = under_way + size - counted, size
+                    body += part
         except TimeoutError as error:
             raise RequestError(
-                "incomplete", f"{size} bytes of the body came in {BODY_S:.0f} s, and not the rest"
+                "incomplete", f"{len(body)} bytes of the body came in {BODY_S:.0f} s, and not the rest"
             ) from error
-        return b"".join(parts)
+        except asyncio.CancelledError as error:
+            raise RequestError("stopping", "the server stops before the body has come") from error
+        finally:
+            under_way -= counted
+        return body
 
     async def predict(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -210,6 +223,13 @@ def build_app(
     async def websocket(socket: WebSocket) -> None:
         try:
             authorize(socket.headers, token)
+            if len(service.sessions) >= max_connections:
+                raise RequestError(
+                    "busy",
+                    f"{len(service.sessions)} robots are connected, as many as may be",
+                    fix="close what is not used, or raise max_connections",
+                    retry_after_ms=1000,
+                )
         except RequestError as error:
             await socket.send_denial_response(error_response(error))
             return

@@ -274,7 +274,7 @@ def unpack(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS
         raise malformed(f"{type(error).__name__}: {error}") from error
 
 
-def from_json(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Any:
+def from_json(data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> Any:
     """The value in JSON bytes, base64 arrays included. Raises: RequestError like `unpack`."""
     if len(data) > limits.max_message_bytes:
         raise RequestError("too_large", f"a message of {len(data)} bytes, the limit is {limits.max_message_bytes}")

@@ -47,6 +47,7 @@ class ServeSettings:
     insecure_public: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
+    max_connections: int = 256
     chunking: Chunking = field(default_factory=Chunking)
     gate: GateConfig = field(default_factory=GateConfig)
     observation: ObservationRules = field(default_factory=ObservationRules)
@@ -59,7 +60,7 @@ class ServeSettings:
 def server_config(settings: ServeSettings) -> ServerConfig:
     """Raises: ConfigError for a token that cannot be read, ServeError for what cannot be served."""
     same = ("host", "port", "insecure_public", "tls_cert", "tls_key", "chunking", "gate", "observation")
-    same += ("scheduling", "limits", "stuck_s", "grace_s")
+    same += ("scheduling", "limits", "max_connections", "stuck_s", "grace_s")
     return ServerConfig(token=_token(settings.token_file), **{name: getattr(settings, name) for name in same})
 
 

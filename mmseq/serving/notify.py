@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
 
 log = logging.getLogger("mmseq.serving")
 
+SEND_S = 1.0  # that a full socket is waited for
+LEAST_WATCHDOG_S = 0.1
 _POLL_S = 0.2
 
 
@@ -32,7 +35,8 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         usec = environment.get("WATCHDOG_USEC", "")
         own = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_s = int(usec) / 1e6 if usec.isdigit() and own else None
+        usec = int(usec) if own and re.fullmatch("[0-9]+", usec) else 0
+        self.watchdog_s = max(usec / 1e6, LEAST_WATCHDOG_S) if usec else None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -49,9 +53,10 @@ class Notifier:
             self.send("STOPPING=1\nSTATUS=answering what is under way")
 
     def send(self, state: str) -> None:
-        """A server goes on without systemd, so a socket that is gone is only logged."""
+        """A server goes on without systemd, so a socket that is gone or full is only logged."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+                out.settimeout(SEND_S)
                 out.connect(self._address)
                 out.sendall(state.encode())
         except OSError as error:

@@ -41,6 +41,7 @@ from mmseq.serving.service import Service
 log = logging.getLogger("mmseq.serving")
 
 FILES = 65_536  # descriptors that a server asks for
+MAX_GRACE_S = 86_400
 MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
 
@@ -50,8 +51,8 @@ class ServerConfig:
 
     port: 0 takes a free one. token: clients send it as `Authorization: Api-Key TOKEN`; a host other than
     loopback needs one, unless insecure_public. tls_cert, tls_key: PEM files; with them the addresses are https and
-    wss. stuck_s: a model call that takes longer makes `/readyz` say 503. grace_s: time that requests under way get
-    to finish when the server stops.
+    wss. max_connections: of robots; one more is answered `busy`, and HTTP is not counted. stuck_s: a model call that
+    takes longer makes `/readyz` say 503. grace_s: time that requests under way get to finish when the server stops.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +61,7 @@ class ServerConfig:
     insecure_public: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
+    max_connections: int = 256
     limits: Limits = field(default_factory=Limits)
     observation: ObservationRules = field(default_factory=ObservationRules)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -75,8 +77,10 @@ class ServerConfig:
             raise ServeError(f"the token has {len(self.token)} characters, at most {MAX_TOKEN} are read")
         if not (math.isfinite(self.stuck_s) and self.stuck_s > 0):
             raise ServeError(f"stuck_s is {self.stuck_s}", fix="use a number of seconds above 0")
-        if not (math.isfinite(self.grace_s) and self.grace_s >= 0):
-            raise ServeError(f"grace_s is {self.grace_s}", fix="use a number of seconds from 0 on")
+        if not 0 <= self.grace_s <= MAX_GRACE_S:
+            raise ServeError(f"grace_s is {self.grace_s}", fix=f"use a number of seconds from 0 to {MAX_GRACE_S}")
+        if self.max_connections < 1:
+            raise ServeError(f"max_connections is {self.max_connections}", fix="use 1 or more")
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}, outside 0..65535")
         if self.token is None and not self.insecure_public and not is_loopback(self.host):
@@ -161,6 +165,7 @@ class Server:
             token=self.config.token,
             limits=self.config.limits,
             stuck_s=self.config.stuck_s,
+            max_connections=self.config.max_connections,
             reload=None if self._load is None else self.reload,
         )
         self._check_tls()
@@ -179,6 +184,7 @@ class Server:
                 ws_per_message_deflate=False,  # images do not shrink, and latency grows
                 timeout_graceful_shutdown=max(1, round(self.config.grace_s)),
                 server_header=False,
+                proxy_headers=False,  # what a peer calls itself is not where it is
                 ssl_certfile=self.config.tls_cert,
                 ssl_keyfile=self.config.tls_key,
             )
@@ -199,8 +205,15 @@ class Server:
             return
         import ssl
 
+        def encrypted() -> str:
+            raise ServeError(
+                f"tls_key {self.config.tls_key} is encrypted, and nobody is there to type its passphrase",
+                fix="give a key without one, readable by the server alone: openssl pkey -in KEY -out PLAIN",
+            )
+
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.config.tls_cert, self.config.tls_key)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.config.tls_cert, self.config.tls_key, encrypted)
         except (OSError, ssl.SSLError) as error:
             raise ServeError(
                 f"cannot use tls_cert {self.config.tls_cert} with tls_key {self.config.tls_key}: {error}",

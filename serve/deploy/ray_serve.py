@@ -67,7 +67,11 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:  # called by Ray once the replica is made
         return build_app(
-            self.service, token=self.config.token, limits=self.config.limits, stuck_s=self.settings.stuck_s
+            self.service,
+            token=self.config.token,
+            limits=self.config.limits,
+            stuck_s=self.config.stuck_s,
+            max_connections=self.config.max_connections,
         )
 
     def check_health(self) -> None:

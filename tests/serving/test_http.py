@@ -2,12 +2,14 @@
 
 import json
 import resource
+import select
 import socket
 import threading
 import time
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from mmseq.serving import ReplayPolicy, app, codec, http
@@ -116,6 +118,57 @@ def test_a_body_that_does_not_come_is_refused(start, policy, quick):
         reply = until_closed(connection)
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "incomplete"
+
+
+def test_large_bodies_have_room_together_and_an_operator_is_heard_without(start, policy, caplog):
+    size = 300_000
+    server = start(policy, limits=codec.Limits(max_message_bytes=size))
+    sent = post(bytes(size))[:-1]
+    slow = [dial(server) for _ in range(app.BODIES + 1)]
+    try:
+        for connection in slow:
+            connection.sendall(sent)
+        (refused,) = select.select(slow, [], [], 5)[0]
+        reply = refused.recv(65536)
+        assert (reply.startswith(b"HTTP/1.1 503 "), b'"busy"' in reply) == (True, True)
+        with urlopen(f"{server.url}/v1/hold", b"{}", timeout=5) as reply:
+            assert json.load(reply)["held"]
+        with urlopen(Request(f"{server.url}/v1/hold", method="DELETE"), timeout=5):
+            pass
+        slow.remove(refused)
+        slow.pop().close()
+        slow[0].sendall(sent[-1:])  # there is room again
+        assert slow[0].recv(65536).startswith(b"HTTP/1.1 400 ")
+        server.stop()  # while bodies are under way
+        assert not [record for record in caplog.records if record.exc_info]
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_robots_fill_their_connections_and_an_operator_still_comes_in(start, policy):
+    server = start(policy, max_connections=2)
+    address = f"ws://127.0.0.1:{server.port}"
+    with connect(address, proxy=None) as first, connect(address, proxy=None) as second:
+        first.recv(), second.recv()
+        with pytest.raises(InvalidStatus, match="503") as caught:
+            connect(address, proxy=None)
+        error = json.loads(caught.value.response.body)["error"]
+        assert (error["code"], "max_connections" in error["message"]) == ("busy", True)
+        with urlopen(f"{server.url}/v1/hold", b"{}", timeout=5) as reply:
+            assert json.load(reply)["sessions"] == 2
+        assert len(status(server)["sessions"]) == 2
+    wait_for(server, sessions=[])
+    with connect(address, proxy=None) as third:
+        assert third.recv()
+
+
+def test_a_peer_does_not_say_where_it_is(start, policy):
+    server = start(policy)
+    forged = {"X-Forwarded-For": "10.1.2.3"}
+    with connect(f"ws://127.0.0.1:{server.port}", proxy=None, additional_headers=forged) as robot:
+        robot.recv()
+        assert status(server)["sessions"][0]["peer"].startswith("127.0.0.1:")
 
 
 def test_an_answer_nobody_waits_for_leaves_the_queue(start, slow):

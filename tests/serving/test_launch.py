@@ -202,6 +202,8 @@ def test_a_public_address_without_a_token_must_be_asked_for():
         ({"checkpoint": "a", "host": "0.0.0.0"}, "no token"),
         ({"checkpoint": "a", "tls_cert": "cert.pem"}, "belong together"),
         ({"checkpoint": "a", "token_file": "missing"}, "--token-file missing"),
+        ({"checkpoint": "a", "grace_s": 1e10}, "grace_s is"),
+        ({"checkpoint": "a", "max_connections": 0}, "max_connections is 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(changes, message):
@@ -213,6 +215,15 @@ def test_files_that_are_no_certificate(tmp_path, shards):
     (tmp_path / "a.pem").write_text("no certificate")
     settings = ServeSettings(replay=str(shards), port=0, tls_cert=str(tmp_path / "a.pem"), tls_key="b.pem")
     with pytest.raises(MMSeqError, match=r"cannot use tls_cert .*a\.pem"):
+        launch(settings)
+
+
+def test_an_encrypted_key_does_not_ask_for_its_passphrase(tmp_path, shards, certificate):
+    key = tmp_path / "key.pem"
+    line = ["openssl", "pkey", "-aes256", "-passout", "pass:secret", "-in", certificate / "key.pem", "-out", key]
+    subprocess.run(line, check=True, capture_output=True)
+    settings = ServeSettings(replay=str(shards), tls_cert=str(certificate / "cert.pem"), tls_key=str(key))
+    with pytest.raises(MMSeqError, match=r"key\.pem is encrypted.*openssl pkey"):
         launch(settings)
 
 

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from mmseq.serving import notify
 from mmseq.serving.notify import Notifier
 from mmseq.testing import tiny
 
@@ -79,6 +81,30 @@ def test_without_systemd_nothing_runs_and_a_dead_socket_harms_nobody(tmp_path):
     dead = {"NOTIFY_SOCKET": str(tmp_path / "gone"), "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
     with Notifier(lambda: None, lambda: True, dead) as notifier:
         assert notifier.watchdog_s is None  # meant for another process
+
+
+@pytest.mark.parametrize("usec", ["0", "-1", "²", "1e6", ""])
+def test_a_watchdog_that_is_no_interval_is_none(usec):
+    assert Notifier(lambda: None, lambda: True, {"WATCHDOG_USEC": usec}).watchdog_s is None
+
+
+def test_a_watchdog_is_told_ten_times_a_second_at_most(listener):
+    with Notifier(lambda: None, lambda: True, {**listener.environment, "WATCHDOG_USEC": "1"}):
+        assert len(listener.drain(0.5)) < 15
+
+
+def test_a_full_socket_does_not_keep_the_process(listener, monkeypatch):
+    monkeypatch.setattr(notify, "SEND_S", 0.1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.setblocking(False)
+        out.connect(listener.socket.getsockname())
+        with suppress(BlockingIOError):
+            while True:
+                out.send(b"x")
+    begun = time.monotonic()
+    with Notifier(lambda: None, lambda: True, listener.environment):
+        time.sleep(0.05)
+    assert time.monotonic() - begun < 2
 
 
 def test_a_server_whose_network_thread_hangs_is_not_healthy(start, policy):
