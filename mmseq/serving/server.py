@@ -339,6 +339,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then stop cleanly and return. Call from the main thread. systemd is told.
 
+    Raises: ServeError when the policy fails to warm up; what started this process may start it again.
+
     load: what SIGHUP and `POST /v1/reload` serve from then on. on_ready: called once requests are accepted, e.g.
     to print the address.
     """
@@ -364,6 +366,8 @@ def serve(
                 woken.clear()
                 if not server.alive:
                     raise ServeError("the server ended by itself", fix="see the log")
+                if server.service.broken:
+                    raise ServeError(server.service.cold, fix="see the log, mend it and start again")
                 if signal.SIGHUP in asked:
                     asked.discard(signal.SIGHUP)
                     try:

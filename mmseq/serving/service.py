@@ -57,6 +57,7 @@ class Service:
         self._jobs: set[Job] = set()  # that somebody waits for
         self.stopping = False
         self.warm, self.cold = False, "warming up"
+        self.broken = False  # it failed to warm up
         self.held: str | None = None  # the reason of the operator's hold
         self.holds = 0  # begun since the start: what was asked before the last one is not answered after it
         self.reloads = 0
@@ -298,7 +299,7 @@ class Service:
             self.warm = True
         except Exception as error:
             log.exception("the policy failed to warm up")
-            self.cold = f"the policy failed to warm up: {error}"
+            self.cold, self.broken = f"the policy failed to warm up: {error}", True
 
     def refused(self, error: Exception) -> RequestError:
         """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
@@ -319,7 +320,7 @@ class Service:
             raise ServeError(
                 f"the new policy has another contract: {', '.join(differing)}", fix="start a second server for it"
             )
-        self.policy, self.warm = policy, True
+        self.policy, self.warm, self.broken = policy, True, False
         self.reloads += 1
 
     def not_ready(self, stuck_s: float) -> str | None:

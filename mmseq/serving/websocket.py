@@ -45,7 +45,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
         self._passing = 0  # bytes of a frame that the library still gets
         self._body: bytearray | None = None  # room for a part of the frame, in the end for all of it
         self._filled, self._length = 0, 0
-        self._usual = SCRATCH  # bytes of the last large frame
+        self._usual = SCRATCH  # bytes for which room is taken at once: this client has sent as many before
         self._mask = b""
         self._second, self._controls = 0.0, 0
 
@@ -197,7 +197,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def _deliver(self) -> None:
         body, self._body = self._body, None
         assert body is not None
-        self._usual = self._length
+        self._usual = self._length + self._length // 4  # the next may be a little longer
         values, mask = np.frombuffer(body, np.uint8), np.frombuffer(self._mask, np.uint8)
         whole = len(values) // 4 * 4
         words = values[:whole].view(np.uint32)

@@ -321,6 +321,31 @@ print("done", flush=True)
                 process.kill()
 
 
+def test_a_policy_that_cannot_warm_up_ends_serve():
+    program = """
+import numpy as np
+from mmseq.embodiment import Axes, Embodiment
+from mmseq.episode import Episode
+from mmseq.errors import ServeError
+from mmseq.serving import ReplayPolicy, ServerConfig, serve
+class Broken(ReplayPolicy):
+    def warm_up(self):
+        raise ValueError("no compiler")
+values = np.linspace(0, 1, 20, dtype=np.float32)[:, None]
+episode = Episode.from_arrays("e", 10, {"action": values})
+try:
+    serve(Broken(episode, Embodiment(name="r", rate_hz=10, action=Axes.from_values(values))), ServerConfig(port=0))
+except ServeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=15, check=False
+    )
+    assert done.stdout.startswith("the policy failed to warm up: no compiler")
+    assert done.stderr.count("Traceback") == 1
+
+
 def test_importing_serving_needs_no_web_framework():
     code = "import sys, mmseq.serving; print({'fastapi', 'starlette', 'uvicorn', 'torch'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
