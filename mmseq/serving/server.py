@@ -10,13 +10,10 @@ with Server(policy, ServerConfig(port=0)) as server:                  # in tests
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
-import ipaddress
 import logging
 import math
 import re
-import resource
 import signal
 import socket
 import sys
@@ -37,10 +34,10 @@ from mmseq.serving.policy import Policy, prepare
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.service import Service
+from mmseq.serving.sockets import check_tls, is_loopback, listen, raise_file_limit
 
 log = logging.getLogger("mmseq.serving")
 
-FILES = 65_536  # descriptors that a server asks for
 MAX_GRACE_S = 86_400
 MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
@@ -92,44 +89,6 @@ class ServerConfig:
             raise ServeError("tls_cert and tls_key belong together", fix="give both files, or neither")
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def raise_file_limit() -> None:
-    """Let this process hold as many connections as it may: the soft limit is 1,024 on most systems."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises: ServeError that names host and port and the way out."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServeError(f"cannot serve on host {host!r}: {error.strerror or error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ServeError(
-                f"port {port} on {host} is in use", fix="stop the process that holds it, or choose another port"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ServeError(f"port {port} needs privileges", fix="choose a port from 1024 on") from error
-        raise ServeError(f"cannot serve on {host}:{port}: {error.strerror}") from error
-    return listener
-
-
 class Server:
     """A server in a background thread, with the model in a second one.
 
@@ -168,7 +127,8 @@ class Server:
             max_connections=self.config.max_connections,
             reload=None if self._load is None else self.reload,
         )
-        self._check_tls()
+        if self.config.tls_cert is not None and self.config.tls_key is not None:
+            check_tls(self.config.tls_cert, self.config.tls_key)
         listener = listen(self.config.host, self.config.port)
         self.port = listener.getsockname()[1]
         self._uvicorn = uvicorn.Server(
@@ -199,26 +159,6 @@ class Server:
             raise ServeError(f"the server on port {self.port} did not start", fix="see the log")
         log.info("serving %s on %s", self.service.contract.name, self.url)
         return self
-
-    def _check_tls(self) -> None:
-        if self.config.tls_cert is None:
-            return
-        import ssl
-
-        def encrypted() -> str:
-            raise ServeError(
-                f"tls_key {self.config.tls_key} is encrypted, and nobody is there to type its passphrase",
-                fix="give a key without one, readable by the server alone: openssl pkey -in KEY -out PLAIN",
-            )
-
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.config.tls_cert, self.config.tls_key, encrypted)
-        except (OSError, ssl.SSLError) as error:
-            raise ServeError(
-                f"cannot use tls_cert {self.config.tls_cert} with tls_key {self.config.tls_key}: {error}",
-                fix="give a PEM certificate and its private key",
-            ) from error
 
     def reload(self) -> Future[None]:
         """Begin to load what is served once more, beside what serves meanwhile; it serves from the next request on.

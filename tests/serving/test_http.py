@@ -12,8 +12,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from mmseq.serving import ReplayPolicy, app, codec, http
-from mmseq.serving import server as server_module
+from mmseq.serving import ReplayPolicy, app, codec, http, sockets
 
 BODY = codec.pack({"arrow": "image -> action[2]", "observation": {}})
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: robot\r\n\r\n"
@@ -187,11 +186,11 @@ def test_an_answer_nobody_waits_for_leaves_the_queue(start, slow):
 def test_a_server_takes_the_files_that_it_may(monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        monkeypatch.setattr(server_module, "FILES", soft)
+        monkeypatch.setattr(sockets, "FILES", soft)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft // 2, hard))
-        server_module.raise_file_limit()
+        sockets.raise_file_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
-        server_module.raise_file_limit()
+        sockets.raise_file_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
