@@ -19,19 +19,22 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._look_again(self.cycle)
+        self._look_again()
 
-    def _look_again(self, seen: Any) -> None:
-        self._look = self.loop.call_later(HEAD_S, self._close_if_silent, seen)
+    def _look_again(self) -> None:
+        self._look = self.loop.call_later(HEAD_S, self._close_if_silent, self._idle_after())
 
-    def _close_if_silent(self, seen: Any) -> None:
-        """seen: the last request when this was asked before; None when there was none."""
+    def _idle_after(self) -> tuple[Any] | None:
+        """The last request, or None in its place when there was none; not a tuple while one is under way."""
+        return (self.cycle,) if self.cycle is None or self.cycle.response_complete else None
+
+    def _close_if_silent(self, before: tuple[Any] | None) -> None:
         if self.transport.get_protocol() is not self:  # a websocket by now
             return
-        if self.cycle is seen and (seen is None or seen.response_complete):
+        if before is not None and before == self._idle_after():
             self.transport.close()
         else:
-            self._look_again(self.cycle)
+            self._look_again()
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         super().handle_websocket_upgrade(event)

@@ -90,6 +90,24 @@ def test_a_connection_that_had_an_answer_may_not_trickle_either(start, policy, q
         assert until_closed(connection) == b""
 
 
+def test_a_connection_lives_on_for_a_while_after_a_long_answer(start, slow, monkeypatch):
+    monkeypatch.setattr(http, "HEAD_S", 0.4)
+    server = start(slow)
+    with dial(server) as connection:
+        connection.sendall(post(BODY))
+        assert slow.entered.wait(5)
+        time.sleep(1.5 * http.HEAD_S)  # looked at once while it was under way; the next look comes soon after
+        slow.release.set()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        time.sleep(0.6 * http.HEAD_S)
+        connection.sendall(REQUEST)
+        received = b""
+        while not received.endswith(b"\r\nOK\n"):
+            part = connection.recv(65536)
+            assert part, received
+            received += part
+
+
 def test_an_endless_head_is_refused(start, policy):
     server = start(policy)
     with dial(server) as connection:
