@@ -8,7 +8,7 @@
 `GET /v1/contract`         what is served: embodiments, fingerprints, tasks, horizon, checkpoint
 `GET /v1/status`           sessions, requests, errors by code, counts of the safety gate
 `POST /v1/predict`         any arrow, msgpack or JSON by content type; images as arrays, PNG and MP4
-`POST /v1/hold`            an operator's hold on every robot, `DELETE /v1/hold` ends it
+`POST /v1/hold`            an operator's hold on every robot, `DELETE /v1/hold?id=...` ends it
 `POST /v1/reload`          the checkpoint once more from its place; sessions stay
 `GET /docs`                this, as a page; `GET /openapi.json`
 =========================  =================================================================================
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -26,13 +25,13 @@ from typing import Any
 from mmseq.errors import MMSeqError, require
 from mmseq.serving import codec, media
 from mmseq.serving.errors import RequestError
+from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
 
 LARGE_BODY = 1 << 20
 BODY_S = 60.0  # within which a body has to come
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
-REASON_LENGTH = 500  # characters of an operator's reason
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -136,18 +135,25 @@ def build_app(
         return Response(page_of(describe(service.contract, token=token is not None)), media_type="text/html")
 
     async def hold(request: Request) -> Response:
+        id, said = request.query_params.get("id"), {}
         if request.method == "DELETE":
-            return as_json({"held": False, "sessions": service.release()})
-        body = await body_of(request)
-        try:
-            given = json.loads(body) if body else {}
-        except (ValueError, RecursionError) as error:
-            raise RequestError("malformed", "the body is not JSON", fix='send {"reason": "..."}') from error
-        reason = given.get("reason", "no reason given") if isinstance(given, dict) else None
-        if not isinstance(reason, str):
-            raise RequestError("malformed", "a hold has a reason", fix='send {"reason": "..."}')
-        reason = reason.encode("utf-8", "replace").decode()[:REASON_LENGTH]
-        return as_json({"held": True, "reason": reason, "sessions": service.hold(reason)})
+            every = request.query_params.get("all", "false")
+            if set(request.query_params) - {"id", "all"} or every not in ("true", "false"):
+                raise RequestError("malformed", "a hold is ended with ?id=ID or ?all=true")
+            service.release(id, every=every == "true")
+        else:
+            id = service.hold(NO_REASON)  # at once: whatever the body is, and when it comes
+            try:
+                reason = reason_of(await body_of(request))
+            except RequestError:
+                reason = NO_REASON
+            if reason != NO_REASON and id in service.holds.reasons:  # not ended meanwhile
+                service.hold(reason, id)
+            said = {"id": id, "reason": reason}
+        if service.holds.problem is not None:
+            said["warning"] = f"{service.holds.problem}: after a restart it is not as it is now"
+        held, sessions = service.held is not None, len(service.sessions)
+        return as_json({"held": held, **said, "holds": service.holds.listed(), "sessions": sessions})
 
     async def reload_now(request: Request) -> Response:
         if reload is None:
@@ -183,6 +189,7 @@ def build_app(
         return b"".join(parts)
 
     async def predict(request: Request) -> Response:
+        holds = service.holds.begun
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in (*MSGPACK, "application/json"):
             raise RequestError(
@@ -200,10 +207,12 @@ def build_app(
         in_thread = asyncio.to_thread  # a video takes longer than the loop may be away
         if accepted in ("image/png", "video/mp4"):
             data = await in_thread(media.only_file, reply["prediction"], accepted, rate_hz)
+            service.unless_held(holds)
             return Response(data, media_type=accepted)
         if form != "array":
             text = kind not in MSGPACK
             reply["prediction"] = await in_thread(media.as_files, reply["prediction"], form, rate_hz, text=text)
+            service.unless_held(holds)
         return Response(encode_reply(encode, reply), media_type=kind)
 
     async def websocket(socket: WebSocket) -> None:

@@ -54,12 +54,13 @@ class ServeSettings:
     limits: Limits = field(default_factory=Limits)
     stuck_s: float = 30.0
     grace_s: float = 10.0
+    hold_file: str | None = None
 
 
 def server_config(settings: ServeSettings) -> ServerConfig:
     """Raises: ConfigError for a token that cannot be read, ServeError for what cannot be served."""
     same = ("host", "port", "insecure_public", "tls_cert", "tls_key", "chunking", "gate", "observation")
-    same += ("scheduling", "limits", "stuck_s", "grace_s")
+    same += ("scheduling", "limits", "stuck_s", "grace_s", "hold_file")
     return ServerConfig(token=_token(settings.token_file), **{name: getattr(settings, name) for name in same})
 
 

@@ -13,6 +13,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.errors import MMSeqError, ModelError, ServeError
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
+from mmseq.serving.holds import Holds
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
@@ -26,7 +27,7 @@ HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
 
 class Service:
-    """One policy behind its contract. The coroutines belong to one event loop.
+    """One policy behind its contract. The coroutines belong to one event loop. hold_file: see `Holds`.
 
     on_reply: told (seconds of the whole request, seconds of the model, requests in its batch) of each answer.
     """
@@ -39,6 +40,7 @@ class Service:
         gate: GateConfig | None = None,
         scheduling: SchedulerConfig | None = None,
         chunking: Chunking | None = None,
+        hold_file: str | None = None,
     ):
         self.policy = policy
         contract = Contract.from_policy(policy)
@@ -57,8 +59,7 @@ class Service:
         self._jobs: set[Job] = set()  # that somebody waits for
         self.stopping = False
         self.warm, self.cold = False, "warming up"
-        self.held: str | None = None  # the reason of the operator's hold
-        self.holds = 0  # begun since the start: what was asked before the last one is not answered after it
+        self.holds = Holds(hold_file)
         self.reloads = 0
 
     # Sessions
@@ -76,25 +77,37 @@ class Service:
         if session.job is not None:
             self.scheduler.cancel(session.job)
 
-    # The operator's hold
+    # The operators' holds
 
-    def hold(self, reason: str) -> int:
-        """Answer every request with `held` from now on, those under way included; how many sessions there are."""
-        self.held = reason
-        self.holds += 1
-        log.warning("held by the operator: %s", reason)
-        for session in self.sessions.values():
-            session.memory.forget()  # a robot that was stopped does not go on with what it was sent
-        for job in list(self._jobs):  # also what is being computed: a robot is told at once
-            self.scheduler.cancel(job, self._held())
-        return len(self.sessions)
+    @property
+    def held(self) -> str | None:
+        """Why every request is answered `held`; None when none is."""
+        return str(self.holds) if self.holds.reasons else None
 
-    def release(self) -> int:
-        """End the hold; how many sessions there are."""
-        if self.held is not None:
-            log.warning("released by the operator")
-        self.held = None
-        return len(self.sessions)
+    def hold(self, reason: str, id: str | None = None) -> str:
+        """Answer every request with `held` from now on, those under way included; the hold's id.
+
+        id: of a hold of another replica, or of one in force that gets this reason.
+        """
+        begun, id = self.holds.begun, self.holds.begin(reason, id)
+        log.warning("held by an operator: %s (%s)", reason, id)
+        if begun != self.holds.begun:
+            for session in self.sessions.values():
+                session.memory.forget()  # a robot that was stopped does not go on with what it was sent
+            for job in list(self._jobs):  # also what is being computed: a robot is told at once
+                self.scheduler.cancel(job, self._held())
+        return id
+
+    def release(self, id: str | None = None, *, every: bool = False) -> None:
+        """End a hold, see `Holds.end`; robots are held while one is left. Raises: RequestError."""
+        if id is not None or self.holds.reasons:
+            self.holds.end(id, every=every)
+            log.warning("a hold was ended; robots are %s", "free" if self.held is None else f"held: {self.held}")
+
+    def unless_held(self, begun: int) -> None:
+        """Raises: RequestError `held` when a hold was begun after the first `begun` ones."""
+        if begun != self.holds.begun:
+            raise self._held()
 
     def _held(self) -> RequestError:
         reason = self.held or "released meanwhile"
@@ -224,7 +237,7 @@ class Service:
         )
 
     async def _run(self, job: Job, session: Session | None) -> dict[str, Any]:
-        holds = self.holds
+        begun = self.holds.begun
         self.scheduler.submit(job)
         self._jobs.add(job)
         if session is not None:
@@ -240,8 +253,7 @@ class Service:
             self._jobs.discard(job)
             if session is not None:
                 session.job = None
-        if holds != self.holds:
-            raise self._held()
+        self.unless_held(begun)
         if self.on_reply is not None:
             self.on_reply(time.monotonic() - job.arrived, job.ended - job.begun, job.batch)
         return result
@@ -336,6 +348,7 @@ class Service:
         return {
             "uptime_s": round(time.monotonic() - self.started_at, 1),
             "held": self.held,
+            "holds": self.holds.listed(),
             "in_flight": self.in_flight,
             "waiting": self.scheduler.waiting,
             "requests": dict(self.requests),
