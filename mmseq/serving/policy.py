@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
+
+log = logging.getLogger("mmseq.serving")
 
 
 class Policy(Protocol):
@@ -35,7 +38,7 @@ class Policy(Protocol):
         """`{"actions": float32 (horizon, axes), ...}` for a checked observation.
 
         With `action_prefix` float32 (n, axes) the chunk begins with these n actions. `step`, if there, is the
-        session's control step.
+        session's control step, not counting those in which its robot had no actions to execute.
         """
         ...
 
@@ -144,7 +147,7 @@ class ReplayPolicy:
     horizon, execute: control steps of a chunk, and of it until the client asks again (default: all), by
     which each `infer` moves on. A client that says its `step` is given the actions from there, and
     `options: {"step": t}` replays from step t. After the last action an absolute robot holds it and any other
-    gets zeros.
+    gets zeros, the gripper as it was; the reply says `episode_over` when nothing else is left.
     """
 
     def __init__(self, episode: Episode, embodiment: Embodiment, *, horizon: int = 16, execute: int | None = None):
@@ -153,8 +156,10 @@ class ReplayPolicy:
         self.execute = horizon if execute is None else execute
         if not 1 <= self.execute <= horizon:
             raise ServeError(f"execute is {self.execute}, outside 1..{horizon}", fix="execute at most one chunk")
+        self.axes = embodiment.action
         self.actions = embodiment.action.check(episode["action"], what="action", where=f"episode {episode.id!r}")
         self.episode, self.embodiment, self.horizon, self.step = episode, embodiment, horizon, 0
+        self._over = False
 
     def contract(self) -> dict[str, Any]:
         return {
@@ -168,8 +173,11 @@ class ReplayPolicy:
     def chunk(self, step: int, length: int) -> np.ndarray:
         """The actions from `step` on, float32 (length, axes), padded after the episode's end."""
         actions = self.actions[step : step + length]
-        last = self.actions[-1] if self.embodiment.action_form == "absolute" else np.zeros_like(self.actions[-1])
-        return np.concatenate([actions, np.tile(last, (length - len(actions), 1))]).astype(np.float32)
+        rest = self.actions[-1].copy()
+        if hold_of(self.embodiment) == "zero":
+            axis = None if self.embodiment.gripper is None else self.axes.names.index(self.embodiment.gripper.axis)
+            rest[np.arange(len(rest)) != axis] = 0
+        return np.concatenate([actions, np.tile(rest, (length - len(actions), 1))]).astype(np.float32)
 
     def _start(self, observation: dict[str, Any]) -> int:
         step = observation.get("options", {}).get("step", observation.get("step", self.step))
@@ -184,7 +192,11 @@ class ReplayPolicy:
         if prefix is not None:
             actions[: len(prefix)] = prefix
         self.step = step + self.execute
-        return {"actions": actions, "step": step}
+        over = step >= len(self.actions)
+        if over and not self._over:
+            log.info("the episode is over: robots keep still after its %d steps", len(self.actions))
+        self._over = over
+        return {"actions": actions, "step": step, "episode_over": over}
 
     def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
         """The recorded streams on the right of the arrow, e.g. `image -> action[8], image@+8`."""

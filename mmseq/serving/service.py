@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +54,7 @@ class Service:
         self.requests: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.sessions: dict[int, Session] = {}
+        self._left: deque[Session] = deque(maxlen=64)
         self.delays = Delays()
         self.in_flight = 0
         self._jobs: set[Job] = set()  # that somebody waits for
@@ -72,7 +73,8 @@ class Service:
 
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
-        self.sessions.pop(session.number, None)
+        if self.sessions.pop(session.number, None) is not None:
+            self._left.append(session)
         self.scheduler.robots = len(self.sessions)
         if session.job is not None:
             self.scheduler.cancel(session.job)
@@ -133,6 +135,15 @@ class Service:
 
         Raises: RequestError.
         """
+        try:
+            return await self._infer(observation, session)
+        except RequestError as error:
+            step = observation.get("step")
+            if error.code == "held" and type(step) is int:
+                session.memory.stop(step)
+            raise
+
+    async def _infer(self, observation: dict[str, Any], session: Session) -> dict[str, Any]:
         arrived = time.monotonic()
         self.requests["infer"] += 1
         session.requests += 1
@@ -145,6 +156,8 @@ class Service:
         if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
             memory.forget()  # all that was sent is executed: what this robot did since nobody knows
         step = memory.begin(turn)
+        if turn.step and not memory.begun:
+            session.follow(turn.step, (*self._left, *self.sessions.values()))
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = self.delays.steps(embodiment.rate_hz) if turn.delay is None else turn.delay
@@ -152,7 +165,7 @@ class Service:
             if prefix is not None:
                 checked["action_prefix"] = prefix
         if step is not None:
-            checked["step"] = step
+            checked["step"] = memory.place(step)
         job = self._job("infer", (checked,), arrived, turn)
         result = await self._run(job, session)
         if "actions" not in result:
