@@ -183,7 +183,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
+    low, high = axes.limits()
     slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":
@@ -196,7 +196,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
             key=key,
             fix="check the unit and the order of the axes against the contract",
         )
-    return np.clip(value, low, high) if outside.any() else value
+    return np.clip(value, low, high)
 
 
 def _check_text(value: Any, key: str) -> str:

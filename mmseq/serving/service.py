@@ -95,7 +95,7 @@ class Service:
         log.warning("held by an operator: %s (%s)", reason, id)
         if begun != self.holds.begun:
             for session in self.sessions.values():
-                session.memory.forget()  # a robot that was stopped does not go on with what it was sent
+                session.forget()  # a robot that was stopped does not go on with what it was sent
             for job in list(self._jobs):  # also what is being computed: a robot is told at once
                 self.scheduler.cancel(job, self._held())
         return id
@@ -154,7 +154,8 @@ class Service:
         session.serves(embodiment.name)
         memory = session.memory
         if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
-            memory.forget()  # all that was sent is executed: what this robot did since nobody knows
+            session.forget()  # all that was sent is executed: what this robot did since nobody knows
+        session.standing |= turn.reset
         step = memory.begin(turn)
         if turn.step and not memory.begun:
             session.follow(turn.step, (*self._left, *self.sessions.values()))
@@ -173,6 +174,8 @@ class Service:
         actions, prefix = result["actions"], checked.get("action_prefix")
         # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
+        if before is None and turn.chunking != "plain" and (session.standing or step is not None):
+            before = self.gate.observed(checked.get("observation.state"), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
@@ -188,6 +191,7 @@ class Service:
         took = time.monotonic() - arrived
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])
+        session.standing = False
         self.delays.add(took)
         if safety or first:
             reply["safety"] = safety or first

@@ -24,12 +24,18 @@ class Session:
         self.opened_at = self.asked_at = time.monotonic()
         self.embodiment: str | None = None
         self.requests = 0
+        self.standing = True  # as far as is known: it was sent nothing that it still executes
         self.job: Job | None = None
+
+    def forget(self) -> None:
+        """What the robot was to execute."""
+        self.memory.forget()
+        self.standing = True
 
     def serves(self, embodiment: str) -> None:
         """Another robot on the same connection begins from nothing."""
         if self.embodiment != embodiment:
-            self.memory = ChunkMemory(self.memory.chunking, self.memory.horizon)
+            self.memory, self.standing = ChunkMemory(self.memory.chunking, self.memory.horizon), True
             self.embodiment = embodiment
 
     def follow(self, step: int, others: Iterable[Session]) -> None:
