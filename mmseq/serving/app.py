@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -28,6 +29,8 @@ from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
+
+log = logging.getLogger("mmseq.serving")
 
 LARGE_BODY = 1 << 20
 BODY_S = 60.0  # within which a body has to come
@@ -46,6 +49,15 @@ def authorize(headers: Any, token: str | None) -> None:
     given = headers.get("authorization") or ""
     if not hmac.compare_digest(given.encode(), f"Api-Key {token}".encode()):
         raise RequestError("unauthorized", "the token is missing or wrong", fix="send Authorization: Api-Key TOKEN")
+
+
+def peer_of(connection: Any) -> str:
+    return f"{connection.client.host}:{connection.client.port}" if connection.client else ""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """uvicorn takes a refused websocket for a mistake of ours; the log has the reason already."""
+    return "without completing handshake" not in record.getMessage()
 
 
 async def unless_gone[Result](request: Any, answer: Coroutine[Any, Any, Result]) -> Result:
@@ -87,8 +99,8 @@ def build_app(
     from mmseq.serving.openapi import describe, page_of
 
     app = fastapi.FastAPI(title="mmseq", docs_url=None, redoc_url=None, openapi_url=None)
-    metadata = codec.pack(service.contract.to_dict())
     metrics = Metrics(service, stuck_s=stuck_s)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     def error_response(error: Exception) -> Response:
         refusal = service.refused(error)
@@ -97,10 +109,17 @@ def build_app(
             headers["Retry-After"] = str(max(1, round(refusal.retry_after_ms / 1000)))
         return Response(refusal.to_json(), refusal.status, headers, "application/json")
 
+    def admit(connection: Any) -> None:
+        try:
+            authorize(connection.headers, token)
+        except RequestError as error:
+            service.turned_away(peer_of(connection), error)
+            raise
+
     def guarded(handler: Handler) -> Handler:
         async def guard(request: Request) -> Response:
             try:
-                authorize(request.headers, token)
+                admit(request)
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)  # which nobody reads
@@ -161,6 +180,7 @@ def build_app(
         try:
             await asyncio.get_running_loop().run_in_executor(None, reload)
         except MMSeqError as error:
+            log.warning("nothing was reloaded: %s", error)
             raise error if isinstance(error, RequestError) else RequestError("refused", str(error)) from error
         return as_json({"reloads": service.reloads, "sessions": len(service.sessions)})
 
@@ -217,17 +237,17 @@ def build_app(
 
     async def websocket(socket: WebSocket) -> None:
         try:
-            authorize(socket.headers, token)
+            admit(socket)
         except RequestError as error:
             await socket.send_denial_response(error_response(error))
             return
         await socket.accept()
-        session = service.open(f"{socket.client.host}:{socket.client.port}" if socket.client else "")
+        session = service.open(peer_of(socket))
         connection = socket.scope.get("mmseq.connection")
         if connection is not None:
             connection.on_lost = lambda: service.close(session)
         try:
-            await socket.send_bytes(metadata)
+            await socket.send_bytes(codec.pack(service.contract.to_dict()))
             previous_ms: float | None = None
             while True:
                 frame = await socket.receive()
@@ -262,6 +282,17 @@ def build_app(
         finally:
             service.close(session)
 
+    async def not_found(request: Request, _: Exception) -> Response:
+        return error_response(RequestError("not_found", f"there is no {request.url.path[:200]!r}", fix="see /docs"))
+
+    async def not_allowed(request: Request, error: Any) -> Response:
+        allowed = (error.headers or {}).get("Allow")
+        return error_response(
+            RequestError("not_allowed", f"{request.url.path[:200]} is not for this", fix=f"use {allowed}")
+        )
+
+    app.add_exception_handler(404, not_found)
+    app.add_exception_handler(405, not_allowed)
     app.add_route("/healthz", healthz, methods=["GET"])
     app.add_route("/readyz", readyz, methods=["GET"])
     for path, handler, methods in (

@@ -23,6 +23,7 @@ HTTP_STATUS = {
     "unauthorized": 401,
     "forbidden_origin": 403,
     "not_found": 404,
+    "not_allowed": 405,
     "incomplete": 408,
     "fingerprint": 409,
     "ambiguous": 409,

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
+from mmseq.tasks import Task
 
 log = logging.getLogger("mmseq.serving")
 
@@ -31,7 +33,8 @@ class Policy(Protocol):
     def contract(self) -> dict[str, Any]:
         """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
         `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` by embodiment
-        (default: every camera and the state) and `prefix` (whether `action_prefix` is understood, default False)."""
+        (default: every camera and the state), `prefix` (whether `action_prefix` is understood, default False),
+        `policy`, the arrow that `infer` runs, and `options`, the names of those that it knows (default: any)."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +124,25 @@ class Contract:
             **self.extra,
         }
 
+    def differences(self, other: Contract) -> list[str]:
+        """What clients would notice of another policy in this one's place: fields, `robot.field: mine, theirs`."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        named = {"name", "checkpoint", "embodiments", "fingerprints"}
+        found = sorted(key for key in {*mine, *theirs} - named if mine.get(key) != theirs.get(key))
+        for name in sorted({*self.embodiments, *other.embodiments}):
+            one, another = self.embodiments.get(name), other.embodiments.get(name)
+            if one is None or another is None:
+                found.append(f"robot {name!r} is {'new' if one is None else 'gone'}")
+            else:
+                found += [f"{name}.{line}" for line in one.differences(another)]
+        return found
+
+    @cached_property
+    def reads_prompt(self) -> bool:
+        """Whether the policy's arrow, where it says it, is given text."""
+        arrow = self.extra.get("policy")
+        return isinstance(arrow, str) and any(segment.stream == "text" for segment in Task.parse(arrow).given)
+
     def required(self, embodiment: Embodiment) -> tuple[str, ...]:
         """The keys without which `embodiment` cannot be served."""
         if self.required_keys is not None:
@@ -152,7 +174,10 @@ class ReplayPolicy:
 
     def __init__(self, episode: Episode, embodiment: Embodiment, *, horizon: int = 16, execute: int | None = None):
         if embodiment.action is None or "action" not in episode:
-            raise ServeError(f"episode {episode.id!r} and embodiment {embodiment.name!r} need actions to replay")
+            raise ServeError(
+                f"episode {episode.id!r} and embodiment {embodiment.name!r} need actions to replay",
+                fix="name an episode of a robot; videos have none",
+            )
         self.execute = horizon if execute is None else execute
         if not 1 <= self.execute <= horizon:
             raise ServeError(f"execute is {self.execute}, outside 1..{horizon}", fix="execute at most one chunk")

@@ -14,7 +14,7 @@ from mmseq.errors import MMSeqError, ModelError, ServeError
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import Holds
-from mmseq.serving.observation import ObservationRules, check_given, check_observation
+from mmseq.serving.observation import ObservationRules, check_aliases, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
@@ -23,6 +23,7 @@ from mmseq.serving.session import Session
 log = logging.getLogger("mmseq.serving")
 
 MAX_ARROW = 2000  # characters
+TOLD_S = 10.0  # between two lines of the log about one machine that is refused
 HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
 
@@ -47,6 +48,7 @@ class Service:
         self.chunking = (chunking or Chunking()).resolve(contract.horizon, prefix=contract.prefix)
         self.contract = contract.chunked(self.chunking)
         self.rules = rules or ObservationRules()
+        check_aliases(self.rules.aliases, self.contract)
         self.gate = SafetyGate(gate or GateConfig())
         self.scheduler = Scheduler(self._answer, scheduling or SchedulerConfig())
         self.on_reply: Callable[[float, float, int], None] | None = None
@@ -62,6 +64,7 @@ class Service:
         self.warm, self.cold = False, "warming up"
         self.holds = Holds(hold_file)
         self.reloads = 0
+        self._told: dict[str, float] = {}
 
     # Sessions
 
@@ -69,12 +72,15 @@ class Service:
         session = Session(self.chunking, self.contract.horizon, peer=peer)
         self.sessions[session.number] = session
         self.scheduler.robots = len(self.sessions)
+        log.info("robot connected: %s, session %d", peer, session.number)
         return session
 
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
         if self.sessions.pop(session.number, None) is not None:
             self._left.append(session)
+            name = session.embodiment or "which asked nothing"
+            log.info("robot gone: %s (%s), %d requests", session.peer, name, session.requests)
         self.scheduler.robots = len(self.sessions)
         if session.job is not None:
             self.scheduler.cancel(session.job)
@@ -224,7 +230,7 @@ class Service:
             )
         if not all(isinstance(key, str) for key in observation):
             raise RequestError("malformed", "the keys of an observation are text", key="observation")
-        checked, embodiment = check_given(observation, self.contract, self.rules)
+        checked, embodiment = check_given(observation, self.contract, self.rules, arrow)
         job = self._job("predict", (arrow, checked), arrived, Turn())
         prediction = self._gate_prediction(dict(await self._run(job, None)), embodiment)
         return {"prediction": prediction, "server_timing": self._timing(job)}, embodiment.rate_hz
@@ -325,9 +331,18 @@ class Service:
         try:
             prepare(self.policy)
             self.warm = True
+            log.info("ready after %.1f s", time.monotonic() - self.started_at)
         except Exception as error:
             log.exception("the policy failed to warm up")
             self.cold = f"the policy failed to warm up: {error}"
+
+    def turned_away(self, peer: str, error: RequestError) -> None:
+        """Log why nobody served a peer, once in `TOLD_S` for a machine: others try again and again."""
+        machine, now = peer.rpartition(":")[0], time.monotonic()
+        self._told = {key: at for key, at in self._told.items() if now - at < TOLD_S}
+        if machine not in self._told and len(self._told) < 64:
+            self._told[machine] = now
+            log.warning("refused %s: %s: %s", peer, error.code, error)
 
     def refused(self, error: Exception) -> RequestError:
         """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
@@ -341,15 +356,15 @@ class Service:
 
     def replace(self, policy: Policy) -> None:
         """Serve `policy` from the next batch on; sessions stay. Raises: ServeError unless its contract is the same."""
-        theirs = Contract.from_policy(policy).chunked(self.chunking).to_dict()
-        mine = self.contract.to_dict()
-        differing = sorted(key for key in mine if key not in ("name", "checkpoint") and mine[key] != theirs.get(key))
+        contract = Contract.from_policy(policy).chunked(self.chunking)
+        differing = self.contract.differences(contract)
         if differing:
             raise ServeError(
-                f"the new policy has another contract: {', '.join(differing)}", fix="start a second server for it"
+                f"the new policy has another contract: {'; '.join(differing)}", fix="start a second server for it"
             )
-        self.policy, self.warm = policy, True
+        self.policy, self.warm, self.contract = policy, True, contract
         self.reloads += 1
+        log.info("loaded again: %s, checkpoint %s", contract.name, contract.checkpoint)
 
     def not_ready(self, stuck_s: float) -> str | None:
         """Why no request should be sent here; None when this server is ready."""
@@ -379,6 +394,7 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
         self.stopping = True
+        log.info("stopping: %d requests under way get %.0f s, %d robots", self.in_flight, timeout_s, len(self.sessions))
         deadline = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.01)

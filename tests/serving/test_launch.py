@@ -219,7 +219,7 @@ def test_files_that_are_no_certificate(tmp_path, shards):
 def test_replays_that_are_not_there(shards):
     for address, kind, message in (
         (f"{shards}:9", DataError, "has 3 episodes"),
-        (f"{shards}:x", ConfigError, "'x' is not a number"),
+        (f"{shards}:x", ConfigError, "'x' is no episode's number"),
     ):
         with pytest.raises(kind, match=message):
             replay_policy(address)

@@ -351,7 +351,7 @@ class TestOperation:
         with Server(Echo(embodiment), ServerConfig(port=0), load=lambda: other) as server, dial(server) as s:
             s.recv()
             reply = http(server, "POST", "/v1/reload")
-            assert (reply.status_code, "embodiments" in reply.text) == (400, True)
+            assert (reply.status_code, "arm.rate_hz: 20 against 50" in reply.text) == (400, True)
             assert ask(s, seen(observation, 0.1))["actions"][0, 0] == np.float32(0.1)
 
     def test_nothing_to_reload(self, start, echo):
