@@ -199,7 +199,8 @@ def test_a_public_address_without_a_token_must_be_asked_for():
     [
         ({}, "nothing to serve"),
         ({"checkpoint": "a", "replay": "b"}, "cannot both be served"),
-        ({"checkpoint": "a", "host": "0.0.0.0"}, "no token"),
+        ({"checkpoint": "a", "host": "0.0.0.0"}, "no token.*--token-file.*--insecure-public"),
+        ({"checkpoint": __file__}, "is a file. Name the checkpoint's folder"),
         ({"checkpoint": "a", "tls_cert": "cert.pem"}, "belong together"),
         ({"checkpoint": "a", "token_file": "missing"}, "--token-file missing"),
     ],
