@@ -313,6 +313,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    import logging
     from dataclasses import replace
 
     from mmseq.config import load_config
@@ -332,6 +333,8 @@ def _serve(args: argparse.Namespace) -> None:
     changes = {name: value for name, value in changes.items() if value is not None}
     settings.chunking = replace(settings.chunking, **changes)
     what = settings.checkpoint or f"the recorded actions of {settings.replay}"
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("mmseq").setLevel(logging.INFO)
     launch(settings, on_ready=lambda server: print(f"serving {what} at {server.url}", flush=True))
 
 

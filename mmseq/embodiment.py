@@ -22,6 +22,7 @@ from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 ACTION_FORMS = ("absolute", "delta", "velocity")
 
 
@@ -61,8 +62,8 @@ class Axes:
                     fix=f"give one entry of {field} per axis",
                 )
         for field in ("low", "high", "minimum", "maximum"):
-            if not all(math.isfinite(v) for v in getattr(self, field)):
-                raise EmbodimentError(f"{field} holds a number that is not finite: {getattr(self, field)}")
+            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, field)):
+                raise EmbodimentError(f"{field} holds a number that is not finite as float32: {getattr(self, field)}")
         for low, high, name in zip(self.low, self.high, self.names, strict=True):
             if high < low:
                 raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
@@ -70,10 +71,21 @@ class Axes:
             if most < least:
                 raise EmbodimentError(f"axis {name!r}: the maximum {most} is below the minimum {least}")
         for step, name in zip(self.max_step or (), self.names):
-            if not (math.isfinite(step) and step > 0):
+            if not 0 < step <= FLOAT32_MAX:
                 raise EmbodimentError(
                     f"axis {name!r}: max_step is {step}", fix="give a positive change per control step"
                 )
+
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """minimum and maximum as float32 (axes,), rounded inward: what is between them is also within the stated ones.
+
+        An axis with one value that float32 has not is given the nearest.
+        """
+        low, high = np.asarray(self.minimum, np.float32), np.asarray(self.maximum, np.float32)
+        inward_low = np.where(low.astype(np.float64) < self.minimum, np.nextafter(low, np.float32(np.inf)), low)
+        inward_high = np.where(high.astype(np.float64) > self.maximum, np.nextafter(high, np.float32(-np.inf)), high)
+        crossed = inward_low > inward_high
+        return np.where(crossed, low, inward_low), np.where(crossed, low, inward_high)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -182,6 +194,16 @@ class Embodiment:
             raise EmbodimentError(f"{self.name}: the gripper's open and closed must be finite, got {self.gripper}")
         if self.gripper and (self.action is None or self.gripper.axis not in self.action.names):
             raise EmbodimentError(f"{self.name}: the gripper axis {self.gripper.axis!r} is not an action axis")
+        if self.gripper and self.action is not None:
+            at, slack = self.action.names.index(self.gripper.axis), 0.1 * abs(self.gripper.closed - self.gripper.open)
+            least, most = self.action.minimum[at], self.action.maximum[at]
+            for which, value in (("open", self.gripper.open), ("closed", self.gripper.closed)):
+                if not least - slack <= value <= most + slack:  # the data's range may lack what is never quite reached
+                    raise EmbodimentError(
+                        f"{self.name}: the gripper's {which} is {value:g}, axis {self.gripper.axis!r} is limited to "
+                        f"{least:g}..{most:g}",
+                        fix="give the value that the robot is sent, or wider limits",
+                    )
 
     @property
     def fingerprint(self) -> str:

@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmseq.embodiment import Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
@@ -71,6 +73,8 @@ def test_a_bad_value_is_named_with_axis_and_step(values, says):
         {"rate_hz": float("nan")},
         {"action_form": "torque"},
         {"gripper": Gripper(axis="thumb", open=0, closed=1)},
+        {"gripper": Gripper(axis="g", open=3, closed=4)},
+        {"gripper": Gripper(axis="g", open=-1, closed=1e39)},
     ],
 )
 def test_an_incomplete_contract_is_refused(change):
@@ -112,3 +116,21 @@ def test_the_largest_step_is_part_of_the_contract_only_where_it_is_stated(tmp_pa
     for steps in ([0.5], [0.5, 0, 1, 1], [float("inf")] * 4):
         with pytest.raises(EmbodimentError, match="max_step"):
             dataclasses.replace(robot.action, max_step=steps)
+
+
+@given(st.floats(-1e38, 1e38), st.floats(0, 1e38))
+def test_float32_limits_are_within_the_stated_ones(least, width):
+    most = least + width
+    axes = dataclasses.replace(tiny.axes("x"), minimum=(least,), maximum=(most,))
+    low, high = axes.limits()
+    assert low.dtype == high.dtype == np.float32
+    assert low <= high
+    nearest = np.float32(least)
+    if float(nearest) == least or float(np.nextafter(nearest, np.float32(np.inf))) <= most:
+        assert least <= float(low[0]) <= float(high[0]) <= most
+
+
+@pytest.mark.parametrize("name", ["low", "high", "minimum", "maximum", "max_step"])
+def test_numbers_that_float32_has_not_are_refused(name):
+    with pytest.raises(EmbodimentError, match=name):
+        dataclasses.replace(tiny.axes("x"), **{name: (1e39,)})

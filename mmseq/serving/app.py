@@ -8,7 +8,7 @@
 `GET /v1/contract`         what is served: embodiments, fingerprints, tasks, horizon, checkpoint
 `GET /v1/status`           sessions, requests, errors by code, counts of the safety gate
 `POST /v1/predict`         any arrow, msgpack or JSON by content type; images as arrays, PNG and MP4
-`POST /v1/hold`            an operator's hold on every robot, `DELETE /v1/hold` ends it
+`POST /v1/hold`            an operator's hold on every robot, `DELETE /v1/hold?id=...` ends it
 `POST /v1/reload`          the checkpoint once more from its place; sessions stay
 `GET /docs`                this, as a page; `GET /openapi.json`
 =========================  =================================================================================
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -27,15 +27,17 @@ from typing import Any
 from mmseq.errors import MMSeqError, require
 from mmseq.serving import codec, media
 from mmseq.serving.errors import RequestError
+from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.service import Service
+
+log = logging.getLogger("mmseq.serving")
 
 LARGE_BODY = 1 << 20
 BODY_S = 60.0  # within which a body has to come
 BODIES = 4  # bodies of the largest size that may be under way together
 UNCOUNTED = 1 << 16  # bytes of a body that need no room among them: what an operator sends
 MSGPACK = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
-REASON_LENGTH = 500  # characters of an operator's reason
 
 Handler = Callable[[Any], Awaitable[Any]]
 
@@ -50,6 +52,15 @@ def authorize(headers: Any, token: str | None) -> None:
     given = headers.get("authorization") or ""
     if not hmac.compare_digest(given.encode(), f"Api-Key {token}".encode()):
         raise RequestError("unauthorized", "the token is missing or wrong", fix="send Authorization: Api-Key TOKEN")
+
+
+def peer_of(connection: Any) -> str:
+    return f"{connection.client.host}:{connection.client.port}" if connection.client else ""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """uvicorn takes a refused websocket for a mistake of ours; the log has the reason already."""
+    return "without completing handshake" not in record.getMessage()
 
 
 async def unless_gone[Result](request: Any, answer: Coroutine[Any, Any, Result]) -> Result:
@@ -92,8 +103,8 @@ def build_app(
     from mmseq.serving.openapi import describe, page_of
 
     app = fastapi.FastAPI(title="mmseq", docs_url=None, redoc_url=None, openapi_url=None)
-    metadata = codec.pack(service.contract.to_dict())
     metrics = Metrics(service, stuck_s=stuck_s)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     def error_response(error: Exception) -> Response:
         refusal = service.refused(error)
@@ -102,10 +113,17 @@ def build_app(
             headers["Retry-After"] = str(max(1, round(refusal.retry_after_ms / 1000)))
         return Response(refusal.to_json(), refusal.status, headers, "application/json")
 
+    def admit(connection: Any) -> None:
+        try:
+            authorize(connection.headers, token)
+        except RequestError as error:
+            service.turned_away(peer_of(connection), error)
+            raise
+
     def guarded(handler: Handler) -> Handler:
         async def guard(request: Request) -> Response:
             try:
-                authorize(request.headers, token)
+                admit(request)
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)  # which nobody reads
@@ -140,18 +158,25 @@ def build_app(
         return Response(page_of(describe(service.contract, token=token is not None)), media_type="text/html")
 
     async def hold(request: Request) -> Response:
+        id, said = request.query_params.get("id"), {}
         if request.method == "DELETE":
-            return as_json({"held": False, "sessions": service.release()})
-        body = await body_of(request)
-        try:
-            given = json.loads(body) if body else {}
-        except (ValueError, RecursionError) as error:
-            raise RequestError("malformed", "the body is not JSON", fix='send {"reason": "..."}') from error
-        reason = given.get("reason", "no reason given") if isinstance(given, dict) else None
-        if not isinstance(reason, str):
-            raise RequestError("malformed", "a hold has a reason", fix='send {"reason": "..."}')
-        reason = reason.encode("utf-8", "replace").decode()[:REASON_LENGTH]
-        return as_json({"held": True, "reason": reason, "sessions": service.hold(reason)})
+            every = request.query_params.get("all", "false")
+            if set(request.query_params) - {"id", "all"} or every not in ("true", "false"):
+                raise RequestError("malformed", "a hold is ended with ?id=ID or ?all=true")
+            service.release(id, every=every == "true")
+        else:
+            id = service.hold(NO_REASON)  # at once: whatever the body is, and when it comes
+            try:
+                reason = reason_of(await body_of(request))
+            except RequestError:
+                reason = NO_REASON
+            if reason != NO_REASON and id in service.holds.reasons:  # not ended meanwhile
+                service.hold(reason, id)
+            said = {"id": id, "reason": reason}
+        if service.holds.problem is not None:
+            said["warning"] = f"{service.holds.problem}: after a restart it is not as it is now"
+        held, sessions = service.held is not None, len(service.sessions)
+        return as_json({"held": held, **said, "holds": service.holds.listed(), "sessions": sessions})
 
     async def reload_now(request: Request) -> Response:
         if reload is None:
@@ -159,6 +184,7 @@ def build_app(
         try:
             await asyncio.wrap_future(reload())
         except MMSeqError as error:
+            log.warning("nothing was reloaded: %s", error)
             raise error if isinstance(error, RequestError) else RequestError("refused", str(error)) from error
         return as_json({"reloads": service.reloads, "sessions": len(service.sessions)})
 
@@ -197,6 +223,7 @@ def build_app(
         return body
 
     async def predict(request: Request) -> Response:
+        holds = service.holds.begun
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in (*MSGPACK, "application/json"):
             raise RequestError(
@@ -214,15 +241,17 @@ def build_app(
         in_thread = asyncio.to_thread  # a video takes longer than the loop may be away
         if accepted in ("image/png", "video/mp4"):
             data = await in_thread(media.only_file, reply["prediction"], accepted, rate_hz)
+            service.unless_held(holds)
             return Response(data, media_type=accepted)
         if form != "array":
             text = kind not in MSGPACK
             reply["prediction"] = await in_thread(media.as_files, reply["prediction"], form, rate_hz, text=text)
+            service.unless_held(holds)
         return Response(encode_reply(encode, reply), media_type=kind)
 
     async def websocket(socket: WebSocket) -> None:
         try:
-            authorize(socket.headers, token)
+            admit(socket)
             if len(service.sessions) >= max_connections:
                 raise RequestError(
                     "busy",
@@ -234,12 +263,12 @@ def build_app(
             await socket.send_denial_response(error_response(error))
             return
         await socket.accept()
-        session = service.open(f"{socket.client.host}:{socket.client.port}" if socket.client else "")
+        session = service.open(peer_of(socket))
         connection = socket.scope.get("mmseq.connection")
         if connection is not None:
             connection.on_lost = lambda: service.close(session)
         try:
-            await socket.send_bytes(metadata)
+            await socket.send_bytes(codec.pack(service.contract.to_dict()))
             previous_ms: float | None = None
             while True:
                 frame = await socket.receive()
@@ -274,6 +303,17 @@ def build_app(
         finally:
             service.close(session)
 
+    async def not_found(request: Request, _: Exception) -> Response:
+        return error_response(RequestError("not_found", f"there is no {request.url.path[:200]!r}", fix="see /docs"))
+
+    async def not_allowed(request: Request, error: Any) -> Response:
+        allowed = (error.headers or {}).get("Allow")
+        return error_response(
+            RequestError("not_allowed", f"{request.url.path[:200]} is not for this", fix=f"use {allowed}")
+        )
+
+    app.add_exception_handler(404, not_found)
+    app.add_exception_handler(405, not_allowed)
     app.add_route("/healthz", healthz, methods=["GET"])
     app.add_route("/readyz", readyz, methods=["GET"])
     for path, handler, methods in (

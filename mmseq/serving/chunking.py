@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,7 +97,10 @@ def _plain(value: Any) -> Any:
 
 
 class ChunkMemory:
-    """What one session was sent, and so what its robot executes now."""
+    """What one session was sent, and so what its robot executes now.
+
+    Its control steps count on while the robot stands still; `place` does not.
+    """
 
     def __init__(self, chunking: Chunking, horizon: int):
         self.chunking, self.horizon = chunking, horizon
@@ -104,8 +108,12 @@ class ChunkMemory:
         self._predicted: deque[tuple[int, np.ndarray]] = deque()  # of the ensemble, before averaging
         self._before: np.ndarray | None = None  # the action of the control step before that
         self._asked: int | None = None
+        self._still = 0  # control steps for which there were no actions
+        self._until: int | None = None  # the control step up to which there were some
+        self._next = 0  # the control step of a client that does not say
 
     def forget(self) -> None:
+        """What was planned; not how far the robot is."""
         self._sent = self._asked = self._before = None
         self._predicted.clear()
 
@@ -116,11 +124,16 @@ class ChunkMemory:
         """
         if turn.reset:
             self.forget()
+            self._next = 0
         if turn.step is None:
             if self.chunking.execute is None:
                 return None
-            self._asked = 0 if self._sent is None else self._sent[0] + self.chunking.execute
+            if turn.reset:
+                self._still, self._until = 0, 0
+            self._asked = self._next
             return self._asked
+        if turn.reset and self._until is not None:  # not with the first request of a connection: it may be broken anew
+            self._still = self._until = turn.step
         if self._asked is not None and turn.step < self._asked:
             raise RequestError(
                 "refused",
@@ -130,6 +143,29 @@ class ChunkMemory:
             )
         self._asked = turn.step
         return turn.step
+
+    @property
+    def begun(self) -> bool:
+        return self._until is not None
+
+    def place(self, step: int) -> int:
+        """`step` without the control steps for which this session had no actions: how far a recording is executed."""
+        if self._until is not None and step > self._until:
+            self._still += step - self._until
+            self._until = step
+        return max(0, step - self._still)
+
+    def stop(self, step: int) -> None:
+        """The robot was told to hold at control step `step`: it executes no more of what it was sent."""
+        if self._until is not None:
+            self._until = min(self._until, step)
+
+    def follow(self, step: int, others: Iterable[ChunkMemory]) -> None:
+        """Be at the place of the one of `others` that was at `step` last."""
+        told = [other for other in others if other._until is not None and other._until <= step + self.horizon]
+        if told:
+            last = max(told, key=lambda other: other._until or 0)
+            self._still, self._until = last._still, last._until
 
     def prefix(self, step: int, delay: int) -> np.ndarray | None:
         """Rows (n, A) of the last chunk for control steps `step` to `step + delay`; None when there are none."""
@@ -169,6 +205,8 @@ class ChunkMemory:
     def remember(self, step: int | None, chunk: np.ndarray) -> None:
         self._before = None if step is None else self.before(step)
         self._sent = None if step is None else (step, chunk)
+        if step is not None:
+            self._until, self._next = step + self.horizon, step + (self.chunking.execute or self.horizon)
 
 
 class Delays:

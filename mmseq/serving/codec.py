@@ -50,7 +50,13 @@ class Limits:
     max_dims: int = 8
 
     def __post_init__(self):
-        for name, least in (("max_message_bytes", 1), ("max_array_bytes", 1), ("max_depth", 1), ("max_items", 1)):
+        for name, least in (
+            ("max_message_bytes", 1),
+            ("max_array_bytes", 1),
+            ("max_depth", 1),
+            ("max_items", 1),
+            ("max_dims", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"limits.{name} is {getattr(self, name)}", fix=f"use {least} or more")
 

@@ -23,8 +23,10 @@ HTTP_STATUS = {
     "unauthorized": 401,
     "forbidden_origin": 403,
     "not_found": 404,
+    "not_allowed": 405,
     "incomplete": 408,
     "fingerprint": 409,
+    "ambiguous": 409,
     "too_large": 413,
     "unsupported": 415,
     "held": 423,
@@ -41,7 +43,7 @@ class RequestError(ServeError):
     """A request that is refused.
 
     code: one of `HTTP_STATUS`. key: the key of the observation or message that is at fault. retry_after_ms: when
-    asking again may succeed. reason: of an operator's hold.
+    asking again may succeed. reason: of an operator's hold. details: further fields of the answer.
     """
 
     def __init__(
@@ -53,10 +55,12 @@ class RequestError(ServeError):
         fix: str | None = None,
         retry_after_ms: float | None = None,
         reason: str | None = None,
+        details: dict[str, Any] | None = None,
     ):
         super().__init__(message, fix=fix)
         self.code, self.key = code, key
         self.retry_after_ms, self.reason = retry_after_ms, reason
+        self.details = details or {}
 
     @property
     def status(self) -> int:
@@ -72,4 +76,4 @@ class RequestError(ServeError):
         for name in ("key", "retry_after_ms", "reason"):
             if getattr(self, name) is not None:
                 body[name] = getattr(self, name)
-        return json.dumps({"error": body})
+        return json.dumps({"error": {**body, **self.details}})

@@ -7,6 +7,7 @@ mmseq serve --replay shards/robot:3
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, ReplayPolicy
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
-from mmseq.serving.server import Server, ServerConfig, serve
+from mmseq.serving.server import Server, ServerConfig, is_loopback, serve
+
+log = logging.getLogger("mmseq.serving")
 
 
 @dataclass(kw_only=True)
@@ -55,12 +58,18 @@ class ServeSettings:
     limits: Limits = field(default_factory=Limits)
     stuck_s: float = 30.0
     grace_s: float = 10.0
+    hold_file: str | None = None
 
 
 def server_config(settings: ServeSettings) -> ServerConfig:
     """Raises: ConfigError for a token that cannot be read, ServeError for what cannot be served."""
+    if settings.token_file is None and not settings.insecure_public and not is_loopback(settings.host):
+        raise ConfigError(
+            f"host {settings.host!r} is reachable from other machines and there is no token",
+            fix="give --token-file FILE, serve on 127.0.0.1, or --insecure-public where everybody may drive the robots",
+        )
     same = ("host", "port", "insecure_public", "tls_cert", "tls_key", "chunking", "gate", "observation")
-    same += ("scheduling", "limits", "max_connections", "stuck_s", "grace_s")
+    same += ("scheduling", "limits", "max_connections", "stuck_s", "grace_s", "hold_file")
     return ServerConfig(token=_token(settings.token_file), **{name: getattr(settings, name) for name in same})
 
 
@@ -85,6 +94,8 @@ def _load(settings: ServeSettings) -> Policy:
     from mmseq.serving.model_policy import ModelPolicy
 
     assert settings.checkpoint is not None
+    if Path(settings.checkpoint).is_file():
+        raise ConfigError(f"{settings.checkpoint} is a file", fix="name the checkpoint's folder")
     return ModelPolicy.from_pretrained(
         settings.checkpoint,
         device=settings.device,
@@ -108,13 +119,17 @@ def replay_policy(
     path, colon, number = address.rpartition(":")
     if not colon or not number.isdigit():
         if colon and not Path(address).exists():
-            raise ConfigError(f"replay is {address!r}: {number!r} is not a number", fix="write DATASET:EPISODE")
+            raise ConfigError(
+                f"replay is {address!r}: {number!r} is no episode's number", fix="write DATASET:EPISODE, from 0"
+            )
         path, number = address, "0"
     source = open_source(path)
     if int(number) >= len(source):
         raise DataError(f"{path} has {len(source)} episodes, numbered from 0: there is no {number}")
     episode, robots = source[int(number)], {robot.name: robot for robot in embodiments_of(source)}
     name = embodiment or episode.embodiment or next(iter(robots), "")
+    if not robots:
+        raise DataError(f"{path} has no robot: these are videos without actions", fix="name a robot's episodes")
     if name not in robots:
         raise DataError(f"{path} has no contract of robot {name!r}: {did_you_mean(str(name), robots)}")
     return ReplayPolicy(episode, robots[name], horizon=horizon, execute=execute)
@@ -130,7 +145,23 @@ def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None
     ):  # each session has its own place in the episode
         settings = replace(settings, chunking=replace(settings.chunking, execute=settings.replay_horizon))
     config, load = server_config(settings), loader(settings)  # mistakes are told before anything is loaded
-    serve(load(), config, load=load, on_ready=on_ready)
+    policy = load()
+    _tell(policy, settings)
+    serve(policy, config, load=load, on_ready=on_ready)
+
+
+def _tell(policy: Policy, settings: ServeSettings) -> None:
+    """What is served, for the log."""
+    contract = policy.contract()
+    rates = ", ".join(f"{name} at {body['rate_hz']:g} Hz" for name, body in contract["embodiments"].items())
+    arrow, horizon = contract.get("policy") or contract["tasks"].get("policy"), contract["horizon"]
+    passes = "as many as it takes" if settings.passes is None else settings.passes
+    log.info("%s: %s; horizon %d; %s; passes: %s", contract["name"], arrow, horizon, rates, passes)
+    tokens = horizon * max(len(body["action"]["names"]) for body in contract["embodiments"].values())
+    if settings.passes is not None and settings.passes >= tokens:
+        log.warning("passes is %d and a chunk has %d numbers: one pass per number is as fast", settings.passes, tokens)
+    if settings.token_file is None and not is_loopback(settings.host):
+        log.warning("anybody who reaches %s:%d can drive the robots: set token_file", settings.host, settings.port)
 
 
 def _token(path: str | None) -> str | None:

@@ -11,6 +11,7 @@ also `@end`: what a given `image@+16` shows) and `question`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.serving.observation import example_observation
-from mmseq.tasks import VISION_STREAMS, Group, Task, parse_offset
+from mmseq.tasks import ALIASES, VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
 
 log = logging.getLogger("mmseq.serving")
@@ -147,6 +148,7 @@ class ModelPolicy:
         speculate: bool = True,
         compile: bool = False,
         name: str = "model",
+        checkpoint: str | None = None,
         blank_images: bool = False,
     ):
         tokenizers = model.tokenizers
@@ -160,8 +162,14 @@ class ModelPolicy:
         )
         if chosen is None:
             raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
+        if "->" not in chosen and chosen not in {*self.tasks, *ALIASES}:
+            raise ConfigError(f"{name} was trained on no task {chosen!r}: {did_you_mean(chosen, self.tasks)}")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         _check_servable(self.arrow)
+        trained = [f"{task} ({arrow})" for task, arrow in self.tasks.items()]
+        if trained and self.arrow not in [Task.parse(a) for a in self.tasks.values()]:
+            log.warning("%s was not trained on %s; it was trained on %s", name, self.arrow, ", ".join(trained))
+        self.checkpoint = checkpoint
         self.passes, self.speculate = passes, speculate and passes is None
         self.prefixes = Prefixes(spare=PROMPT_TOKENS if compile else 0)
         self.extend = CompiledExtend(model.transformer) if compile else None
@@ -190,9 +198,10 @@ class ModelPolicy:
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str = "cpu", **options: Any) -> ModelPolicy:
         """Load a checkpoint directory."""
-        model = SequenceModel.from_pretrained(directory, device=device)
         path = Path(directory).resolve()
-        return cls(model, name=f"{path.parent.name}/{path.name}", **options)
+        checkpoint = checkpoint_id(path)  # before: what is replaced while it loads is not what it says
+        model = SequenceModel.from_pretrained(directory, device=device)
+        return cls(model, name=f"{path.parent.name}/{path.name}", checkpoint=checkpoint, **options)
 
     def contract(self) -> dict[str, Any]:
         return {
@@ -200,6 +209,8 @@ class ModelPolicy:
             "embodiments": {n: e.to_dict() for n, e in self.robots.items()},
             "tasks": self.tasks or {"policy": str(self.arrow)},
             "policy": str(self.arrow),
+            "options": ["temperature", "seed"],
+            "checkpoint": self.checkpoint,
             "horizon": self.horizon,
             "prefix": True,
             "fingerprint": self.tokenizers.vocabulary.fingerprint,
@@ -301,6 +312,13 @@ class ModelPolicy:
             prefix = None
         seed = int((observation.get("options") or {}).get("seed", 0))
         return Request(tokens, tokens.now, prefix=prefix, seed=seed)
+
+
+def checkpoint_id(directory: Path) -> str:
+    """16 hexadecimal digits that change with the weights in a folder: of its files' names, sizes and times."""
+    files = sorted(path for pattern in ("*.json", "*.safetensors") for path in directory.glob(pattern))
+    stated = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stated).encode()).hexdigest()[:16]
 
 
 def _check_servable(task: Task) -> None:

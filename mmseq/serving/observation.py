@@ -18,6 +18,7 @@ openpi's spellings are understood as well: `/` for `.`, `state`, nested `images`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmseq.embodiment import Axes, Camera, Embodiment
-from mmseq.errors import EmbodimentError, did_you_mean
+from mmseq.errors import ConfigError, EmbodimentError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
 from mmseq.serving.policy import Contract, image_keys
@@ -33,6 +34,7 @@ from mmseq.serving.policy import Contract, image_keys
 IMAGES = "observation.images."
 STATE = "observation.state"
 OTHER_KEYS = ("prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options")
+PREDICT_KEYS = ("question", "plan", "action", "rate_hz", "step")  # that a `predict` may have as well
 
 
 MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
@@ -76,6 +78,16 @@ def canonical_keys(
     for key, value in observation.items():
         put(key, value)
     return flat
+
+
+def check_aliases(aliases: Mapping[str, str], contract: Contract) -> None:
+    """Raises: ConfigError for an alias of a key that no observation has."""
+    bodies = contract.embodiments.values()
+    known = {STATE, *OTHER_KEYS, *PREDICT_KEYS, *TURN_KEYS, "observation", "images"}
+    known |= {key for body in bodies for key in (*image_keys(body), *contract.required(body))}
+    for theirs, ours in aliases.items():
+        if ours not in known and ours.partition("@")[0] not in known:
+            raise ConfigError(f"observation.aliases: {theirs!r} is {ours!r}: {did_you_mean(ours, known)}")
 
 
 def _canonical_key(key: str, cameras: list[str]) -> str:
@@ -183,7 +195,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
+    low, high = axes.limits()
     slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":
@@ -196,7 +208,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
             key=key,
             fix="check the unit and the order of the axes against the contract",
         )
-    return np.clip(value, low, high) if outside.any() else value
+    return np.clip(value, low, high)
 
 
 def _check_text(value: Any, key: str) -> str:
@@ -237,6 +249,11 @@ def check_observation(
             raise RequestError(
                 "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
             )
+    if contract.reads_prompt:
+        if flat.get("prompt") is None:
+            raise RequestError("missing_key", "'prompt' is missing; the policy is given text", key="prompt")
+        if not _check_text(flat["prompt"], "prompt").strip():
+            raise RequestError("out_of_range", "'prompt' is empty", key="prompt", fix="say what is to be done")
     cameras = {IMAGES + camera.name: camera for camera in embodiment.cameras}
     known = {*cameras, *required, *([STATE] if embodiment.proprio else []), *OTHER_KEYS}
     checked: dict[str, Any] = {}
@@ -253,7 +270,7 @@ def check_observation(
         elif key == "prompt":
             checked[key] = _check_text(value, key)
         elif key == "options":
-            checked[key] = _check_options(value)
+            checked[key] = _check_options(value, contract)
         elif key == "action_prefix":
             prefix = _check_prefix(value, embodiment, contract)
             if len(prefix):
@@ -266,11 +283,16 @@ def check_observation(
     return checked, embodiment
 
 
-def _check_options(value: Any) -> dict[str, Any]:
+def _check_options(value: Any, contract: Contract) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise RequestError(
             "wrong_type", f"'options' is {_describe(value)}, expected a map with text keys", key="options"
         )
+    known = contract.extra.get("options", value)
+    for name in value:
+        if name not in known:
+            what = f"options.{name[:80]} is not known: {did_you_mean(name[:80], known)}"
+            raise RequestError("unknown_key", what, key="options")
     temperature, seed = value.get("temperature", 0.0), value.get("seed", 0)
     if type(temperature) not in (int, float) or not 0 <= temperature <= 1e6:  # the decoder knows what it can do
         raise RequestError(
@@ -297,14 +319,15 @@ def _check_prefix(value: Any, embodiment: Embodiment, contract: Contract) -> np.
 
 
 def check_given(
-    observation: Mapping[str, Any], contract: Contract, rules: ObservationRules
+    observation: Mapping[str, Any], contract: Contract, rules: ObservationRules, arrow: str = ""
 ) -> tuple[dict[str, Any], Embodiment]:
     """The given streams of a `predict`: any arrow may need any of them, so none is required here.
 
     Beside the keys of `infer`: a time offset as in `observation.images.front@+16`, frames (T, H, W, 3) for
-    video, `action` float32 (n, axes), and further streams as text, finite numbers or finite arrays.
+    video, `action` float32 (n, axes), and further streams that the arrow names: text, finite numbers or arrays.
     """
     embodiment = choose_embodiment(observation, contract)
+    named = {*PREDICT_KEYS, *re.findall(r"[a-z_]+", contract.tasks.get(arrow, arrow))}
     checked: dict[str, Any] = {}
     for key, value in canonical_keys(observation, embodiment, rules.aliases).items():
         if key in ("embodiment", "embodiment_fingerprint"):
@@ -312,7 +335,7 @@ def check_given(
         if key == "prompt":
             checked[key] = _check_text(value, key)
         elif key == "options":
-            checked[key] = _check_options(value)
+            checked[key] = _check_options(value, contract)
         elif key == "action_prefix":
             checked[key] = _check_prefix(value, embodiment, contract)
         elif key.partition("@")[0] == "action" and embodiment.action:
@@ -322,8 +345,11 @@ def check_given(
         elif key.startswith("observation."):
             known = [*image_keys(embodiment), STATE]
             raise RequestError("unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key)
-        else:
+        elif key.partition("@")[0] in named:
             checked[key] = _check_other(key, value)
+        elif rules.unknown_keys == "refuse":
+            known = [*image_keys(embodiment), STATE, *OTHER_KEYS, *PREDICT_KEYS]
+            raise RequestError("unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key)
     checked["embodiment"] = embodiment.name
     return checked, embodiment
 

@@ -63,6 +63,16 @@ def describe(contract: Contract, *, token: bool) -> dict[str, Any]:
         "properties": {"prediction": {"type": "object"}, "server_timing": {"type": "object"}},
     }
     hold = {"type": "object", "properties": {"reason": {"type": "string"}}}
+    one = {"type": "object", "properties": {"id": {"type": "string"}, "reason": {"type": "string"}}}
+    held = {
+        "type": "object",
+        "properties": {
+            "held": {"type": "boolean"},
+            "id": {"type": "string", "description": "of the hold that this began"},
+            "holds": {"type": "array", "items": one, "description": "those in force"},
+            "sessions": {"type": "integer"},
+        },
+    }
     routes = [
         ("get", "/healthz", "Whether the process answers", None, None, False),
         ("get", "/readyz", "Whether requests should be sent here", None, None, False),
@@ -70,8 +80,8 @@ def describe(contract: Contract, *, token: bool) -> dict[str, Any]:
         ("get", "/v1/contract", "Embodiments, fingerprints, tasks, horizon, chunking", None, {"type": "object"}, True),
         ("get", "/v1/status", "Sessions, requests, errors, safety gate", None, {"type": "object"}, True),
         ("post", "/v1/predict", "Any arrow", predict, reply, True),
-        ("post", "/v1/hold", "Hold every robot", hold, {"type": "object"}, True),
-        ("delete", "/v1/hold", "End the hold", None, {"type": "object"}, True),
+        ("post", "/v1/hold", "Hold every robot", hold, held, True),
+        ("delete", "/v1/hold", "End a hold: the only one, one with ?id=ID, or ?all=true", None, held, True),
         ("post", "/v1/reload", "Load the checkpoint again", None, {"type": "object"}, True),
     ]
     paths: dict[str, Any] = {}
@@ -81,6 +91,12 @@ def describe(contract: Contract, *, token: bool) -> dict[str, Any]:
             "summary": summary,
             "responses": {"200": {"description": "OK", "content": content}},
         }
+        if method == "delete":
+            where = {"in": "query", "required": False}
+            operation["parameters"] = [
+                {"name": "id", **where, "schema": {"type": "string"}},
+                {"name": "all", **where, "schema": {"type": "boolean"}},
+            ]
         if body:
             kinds = ("application/json", "application/msgpack") if path == "/v1/predict" else ("application/json",)
             operation["requestBody"] = {"content": {kind: {"schema": body} for kind in kinds}}

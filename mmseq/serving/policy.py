@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,9 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
+from mmseq.tasks import Task
+
+log = logging.getLogger("mmseq.serving")
 
 
 class Policy(Protocol):
@@ -28,14 +33,15 @@ class Policy(Protocol):
     def contract(self) -> dict[str, Any]:
         """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
         `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` by embodiment
-        (default: every camera and the state) and `prefix` (whether `action_prefix` is understood, default False)."""
+        (default: every camera and the state), `prefix` (whether `action_prefix` is understood, default False),
+        `policy`, the arrow that `infer` runs, and `options`, the names of those that it knows (default: any)."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """`{"actions": float32 (horizon, axes), ...}` for a checked observation.
 
         With `action_prefix` float32 (n, axes) the chunk begins with these n actions. `step`, if there, is the
-        session's control step.
+        session's control step, not counting those in which its robot had no actions to execute.
         """
         ...
 
@@ -118,6 +124,25 @@ class Contract:
             **self.extra,
         }
 
+    def differences(self, other: Contract) -> list[str]:
+        """What clients would notice of another policy in this one's place: fields, `robot.field: mine, theirs`."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        named = {"name", "checkpoint", "embodiments", "fingerprints"}
+        found = sorted(key for key in {*mine, *theirs} - named if mine.get(key) != theirs.get(key))
+        for name in sorted({*self.embodiments, *other.embodiments}):
+            one, another = self.embodiments.get(name), other.embodiments.get(name)
+            if one is None or another is None:
+                found.append(f"robot {name!r} is {'new' if one is None else 'gone'}")
+            else:
+                found += [f"{name}.{line}" for line in one.differences(another)]
+        return found
+
+    @cached_property
+    def reads_prompt(self) -> bool:
+        """Whether the policy's arrow, where it says it, is given text."""
+        arrow = self.extra.get("policy")
+        return isinstance(arrow, str) and any(segment.stream == "text" for segment in Task.parse(arrow).given)
+
     def required(self, embodiment: Embodiment) -> tuple[str, ...]:
         """The keys without which `embodiment` cannot be served."""
         if self.required_keys is not None:
@@ -144,17 +169,22 @@ class ReplayPolicy:
     horizon, execute: control steps of a chunk, and of it until the client asks again (default: all), by
     which each `infer` moves on. A client that says its `step` is given the actions from there, and
     `options: {"step": t}` replays from step t. After the last action an absolute robot holds it and any other
-    gets zeros.
+    gets zeros, the gripper as it was; the reply says `episode_over` when nothing else is left.
     """
 
     def __init__(self, episode: Episode, embodiment: Embodiment, *, horizon: int = 16, execute: int | None = None):
         if embodiment.action is None or "action" not in episode:
-            raise ServeError(f"episode {episode.id!r} and embodiment {embodiment.name!r} need actions to replay")
+            raise ServeError(
+                f"episode {episode.id!r} and embodiment {embodiment.name!r} need actions to replay",
+                fix="name an episode of a robot; videos have none",
+            )
         self.execute = horizon if execute is None else execute
         if not 1 <= self.execute <= horizon:
             raise ServeError(f"execute is {self.execute}, outside 1..{horizon}", fix="execute at most one chunk")
+        self.axes = embodiment.action
         self.actions = embodiment.action.check(episode["action"], what="action", where=f"episode {episode.id!r}")
         self.episode, self.embodiment, self.horizon, self.step = episode, embodiment, horizon, 0
+        self._over = False
 
     def contract(self) -> dict[str, Any]:
         return {
@@ -168,8 +198,11 @@ class ReplayPolicy:
     def chunk(self, step: int, length: int) -> np.ndarray:
         """The actions from `step` on, float32 (length, axes), padded after the episode's end."""
         actions = self.actions[step : step + length]
-        last = self.actions[-1] if self.embodiment.action_form == "absolute" else np.zeros_like(self.actions[-1])
-        return np.concatenate([actions, np.tile(last, (length - len(actions), 1))]).astype(np.float32)
+        rest = self.actions[-1].copy()
+        if hold_of(self.embodiment) == "zero":
+            axis = None if self.embodiment.gripper is None else self.axes.names.index(self.embodiment.gripper.axis)
+            rest[np.arange(len(rest)) != axis] = 0
+        return np.concatenate([actions, np.tile(rest, (length - len(actions), 1))]).astype(np.float32)
 
     def _start(self, observation: dict[str, Any]) -> int:
         step = observation.get("options", {}).get("step", observation.get("step", self.step))
@@ -184,7 +217,11 @@ class ReplayPolicy:
         if prefix is not None:
             actions[: len(prefix)] = prefix
         self.step = step + self.execute
-        return {"actions": actions, "step": step}
+        over = step >= len(self.actions)
+        if over and not self._over:
+            log.info("the episode is over: robots keep still after its %d steps", len(self.actions))
+        self._over = over
+        return {"actions": actions, "step": step, "episode_over": over}
 
     def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
         """The recorded streams on the right of the arrow, e.g. `image -> action[8], image@+8`."""

@@ -3,7 +3,8 @@
 ==========  =====================================================================================================
 `limit`     an axis outside of the embodiment's minimum..maximum
 `rate`      an axis that moves by more than the embodiment's `max_step` from one control step to the next, also
-            from the chunk before, where the session's control step is known and it executes what it was sent
+            from the chunk before, where the session's control step is known and it executes what it was sent, and
+            from where an absolute robot stands, where it has not been sent anything yet
 `gripper`   the gripper's axis beyond open or closed: its sign or scale is not the contract's
 ==========  =====================================================================================================
 
@@ -24,6 +25,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
+ROUNDING = 2.4e-7  # of a number as float32, both ends of a step
 RULES = ("limit", "rate", "gripper")
 GRIPPER_SLACK = 0.1  # of the way between open and closed: what training data overshoot
 
@@ -77,7 +79,7 @@ class _Limits:
     def of(cls, embodiment: Embodiment, config: GateConfig) -> _Limits:
         axes = embodiment.action
         assert axes is not None
-        low, high = np.asarray(axes.minimum, np.float32), np.asarray(axes.maximum, np.float32)
+        low, high = axes.limits()
         slack = config.tolerance * np.maximum(high - low, 1e-6)
         step = None if axes.max_step is None else np.asarray(axes.max_step, np.float32)
         g = embodiment.gripper
@@ -107,7 +109,7 @@ class SafetyGate:
         """The chunk as float32 (horizon, axes) within the limits, and what was clamped: {} or `clamped` and `axes`.
 
         prefix: float32 (n, axes), committed already; the chunk begins with exactly these. before: float32 (axes,),
-        the action of the control step before the chunk, where it is known.
+        the action of the control step before the chunk, where it is known; NaN for an axis of which it is not.
         Raises: RequestError `unsafe_action`.
         """
         self.counts.chunks += 1
@@ -132,11 +134,27 @@ class SafetyGate:
                     f"action axis {axes.names[axis]!r} is {free[step, axis]:.5g} at step {n + step}, outside "
                     f"{axes.minimum[axis]:.5g}..{axes.maximum[axis]:.5g} {axes.units[axis]}",
                 )
-            np.clip(free, limits.low, limits.high, out=free)
         self._gripper(free, n, limits, embodiment, found)
+        np.clip(free, limits.low, limits.high, out=free)
         if limits.max_step is not None:
             self._rate(actions, n, limits.max_step, before, embodiment, found)
         return actions, self._explain(found, embodiment)
+
+    def observed(self, state: Any, embodiment: Embodiment) -> np.ndarray | None:
+        """Where an absolute robot that stands still is, as an action (axes,): of each axis that its proprio has under
+        the same name and unit. NaN for the others, and for a gripper: closed on something it is not where it was sent.
+        """
+        axes, proprio, gripper = embodiment.action, embodiment.proprio, embodiment.gripper
+        assert axes is not None
+        if embodiment.action_form != "absolute" or proprio is None or np.shape(state) != (len(proprio),):
+            return None
+        place = {key: i for i, key in enumerate(zip(proprio.names, proprio.units))}
+        at = np.full(len(axes), np.nan, np.float32)
+        for i, (name, unit) in enumerate(zip(axes.names, axes.units)):
+            if (name, unit) in place and (gripper is None or name != gripper.axis):
+                at[i] = state[place[name, unit]]
+        limits = self._of(embodiment)
+        return np.clip(at, limits.low, limits.high)
 
     def well_formed(self, actions: Any, embodiment: Embodiment, horizon: int | None) -> np.ndarray:
         """A copy as float32 (horizon, axes), finite. Raises: RequestError `unsafe_action`."""
@@ -194,7 +212,7 @@ class SafetyGate:
         """Rows from `n` on, each against the row before it."""
         previous = actions[n - 1] if n else before
         rows = actions[n:] if previous is None else np.concatenate([previous[None], actions[n:]])
-        allowed = max_step * (1 + 1e-5) + 1e-6 * np.maximum(1, np.abs(rows).max(0))  # what rounding adds is no breach
+        allowed = max_step * (1 + 1e-5) + ROUNDING * np.nan_to_num(np.abs(rows)).max(0)  # no breach
         if not (np.abs(np.diff(rows, axis=0)) > allowed).any():
             return
         mask = found["rate"] = np.zeros_like(actions[n:], dtype=bool)

@@ -50,6 +50,7 @@ class ServerConfig:
     loopback needs one, unless insecure_public. tls_cert, tls_key: PEM files; with them the addresses are https and
     wss. max_connections: of robots; one more is answered `busy`, and HTTP is not counted. stuck_s: a model call that
     takes longer makes `/readyz` say 503. grace_s: time that requests under way get to finish when the server stops.
+    hold_file: where operators' holds are kept, so that they outlive the process.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +67,7 @@ class ServerConfig:
     chunking: Chunking = field(default_factory=Chunking)
     stuck_s: float = 30.0
     grace_s: float = 10.0
+    hold_file: str | None = None
 
     def __post_init__(self):
         if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
@@ -103,6 +105,7 @@ class Server:
             gate=self.config.gate,
             scheduling=self.config.scheduling,
             chunking=self.config.chunking,
+            hold_file=self.config.hold_file,
         )
         self._load = load
         self._loading: Future[None] = Future()  # of the last reload

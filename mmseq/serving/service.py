@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +13,8 @@ from mmseq.embodiment import Embodiment
 from mmseq.errors import MMSeqError, ModelError, ServeError
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
-from mmseq.serving.observation import ObservationRules, check_given, check_observation
+from mmseq.serving.holds import Holds
+from mmseq.serving.observation import ObservationRules, check_aliases, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
@@ -22,11 +23,12 @@ from mmseq.serving.session import Session
 log = logging.getLogger("mmseq.serving")
 
 MAX_ARROW = 2000  # characters
+TOLD_S = 10.0  # between two lines of the log about one machine that is refused
 HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
 
 class Service:
-    """One policy behind its contract. The coroutines belong to one event loop.
+    """One policy behind its contract. The coroutines belong to one event loop. hold_file: see `Holds`.
 
     on_reply: told (seconds of the whole request, seconds of the model, requests in its batch) of each answer.
     """
@@ -39,12 +41,14 @@ class Service:
         gate: GateConfig | None = None,
         scheduling: SchedulerConfig | None = None,
         chunking: Chunking | None = None,
+        hold_file: str | None = None,
     ):
         self.policy = policy
         contract = Contract.from_policy(policy)
         self.chunking = (chunking or Chunking()).resolve(contract.horizon, prefix=contract.prefix)
         self.contract = contract.chunked(self.chunking)
         self.rules = rules or ObservationRules()
+        check_aliases(self.rules.aliases, self.contract)
         self.gate = SafetyGate(gate or GateConfig())
         self.scheduler = Scheduler(self._answer, scheduling or SchedulerConfig())
         self.on_reply: Callable[[float, float, int], None] | None = None
@@ -52,15 +56,16 @@ class Service:
         self.requests: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.sessions: dict[int, Session] = {}
+        self._left: deque[Session] = deque(maxlen=64)
         self.delays = Delays()
         self.in_flight = 0
         self._jobs: set[Job] = set()  # that somebody waits for
         self.stopping = False
         self.warm, self.cold = False, "warming up"
         self.broken = False  # it failed to warm up
-        self.held: str | None = None  # the reason of the operator's hold
-        self.holds = 0  # begun since the start: what was asked before the last one is not answered after it
+        self.holds = Holds(hold_file)
         self.reloads = 0
+        self._told: dict[str, float] = {}
 
     # Sessions
 
@@ -68,34 +73,50 @@ class Service:
         session = Session(self.chunking, self.contract.horizon, peer=peer)
         self.sessions[session.number] = session
         self.scheduler.robots = len(self.sessions)
+        log.info("robot connected: %s, session %d", peer, session.number)
         return session
 
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
-        self.sessions.pop(session.number, None)
+        if self.sessions.pop(session.number, None) is not None:
+            self._left.append(session)
+            name = session.embodiment or "which asked nothing"
+            log.info("robot gone: %s (%s), %d requests", session.peer, name, session.requests)
         self.scheduler.robots = len(self.sessions)
         if session.job is not None:
             self.scheduler.cancel(session.job)
 
-    # The operator's hold
+    # The operators' holds
 
-    def hold(self, reason: str) -> int:
-        """Answer every request with `held` from now on, those under way included; how many sessions there are."""
-        self.held = reason
-        self.holds += 1
-        log.warning("held by the operator: %s", reason)
-        for session in self.sessions.values():
-            session.memory.forget()  # a robot that was stopped does not go on with what it was sent
-        for job in list(self._jobs):  # also what is being computed: a robot is told at once
-            self.scheduler.cancel(job, self._held())
-        return len(self.sessions)
+    @property
+    def held(self) -> str | None:
+        """Why every request is answered `held`; None when none is."""
+        return str(self.holds) if self.holds.reasons else None
 
-    def release(self) -> int:
-        """End the hold; how many sessions there are."""
-        if self.held is not None:
-            log.warning("released by the operator")
-        self.held = None
-        return len(self.sessions)
+    def hold(self, reason: str, id: str | None = None) -> str:
+        """Answer every request with `held` from now on, those under way included; the hold's id.
+
+        id: of a hold of another replica, or of one in force that gets this reason.
+        """
+        begun, id = self.holds.begun, self.holds.begin(reason, id)
+        log.warning("held by an operator: %s (%s)", reason, id)
+        if begun != self.holds.begun:
+            for session in self.sessions.values():
+                session.forget()  # a robot that was stopped does not go on with what it was sent
+            for job in list(self._jobs):  # also what is being computed: a robot is told at once
+                self.scheduler.cancel(job, self._held())
+        return id
+
+    def release(self, id: str | None = None, *, every: bool = False) -> None:
+        """End a hold, see `Holds.end`; robots are held while one is left. Raises: RequestError."""
+        if id is not None or self.holds.reasons:
+            self.holds.end(id, every=every)
+            log.warning("a hold was ended; robots are %s", "free" if self.held is None else f"held: {self.held}")
+
+    def unless_held(self, begun: int) -> None:
+        """Raises: RequestError `held` when a hold was begun after the first `begun` ones."""
+        if begun != self.holds.begun:
+            raise self._held()
 
     def _held(self) -> RequestError:
         reason = self.held or "released meanwhile"
@@ -121,6 +142,15 @@ class Service:
 
         Raises: RequestError.
         """
+        try:
+            return await self._infer(observation, session)
+        except RequestError as error:
+            step = observation.get("step")
+            if error.code == "held" and type(step) is int:
+                session.memory.stop(step)
+            raise
+
+    async def _infer(self, observation: dict[str, Any], session: Session) -> dict[str, Any]:
         arrived = time.monotonic()
         self.requests["infer"] += 1
         session.requests += 1
@@ -131,8 +161,11 @@ class Service:
         session.serves(embodiment.name)
         memory = session.memory
         if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
-            memory.forget()  # all that was sent is executed: what this robot did since nobody knows
+            session.forget()  # all that was sent is executed: what this robot did since nobody knows
+        session.standing |= turn.reset
         step = memory.begin(turn)
+        if turn.step and not memory.begun:
+            session.follow(turn.step, (*self._left, *self.sessions.values()))
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = self.delays.steps(embodiment.rate_hz) if turn.delay is None else turn.delay
@@ -140,7 +173,7 @@ class Service:
             if prefix is not None:
                 checked["action_prefix"] = prefix
         if step is not None:
-            checked["step"] = step
+            checked["step"] = memory.place(step)
         job = self._job("infer", (checked,), arrived, turn)
         result = await self._run(job, session)
         if "actions" not in result:
@@ -148,6 +181,8 @@ class Service:
         actions, prefix = result["actions"], checked.get("action_prefix")
         # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
+        if before is None and turn.chunking != "plain" and (session.standing or step is not None):
+            before = self.gate.observed(checked.get("observation.state"), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
@@ -163,6 +198,7 @@ class Service:
         took = time.monotonic() - arrived
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])
+        session.standing = False
         self.delays.add(took)
         if safety or first:
             reply["safety"] = safety or first
@@ -195,7 +231,7 @@ class Service:
             )
         if not all(isinstance(key, str) for key in observation):
             raise RequestError("malformed", "the keys of an observation are text", key="observation")
-        checked, embodiment = check_given(observation, self.contract, self.rules)
+        checked, embodiment = check_given(observation, self.contract, self.rules, arrow)
         job = self._job("predict", (arrow, checked), arrived, Turn())
         prediction = self._gate_prediction(dict(await self._run(job, None)), embodiment)
         return {"prediction": prediction, "server_timing": self._timing(job)}, embodiment.rate_hz
@@ -225,7 +261,7 @@ class Service:
         )
 
     async def _run(self, job: Job, session: Session | None) -> dict[str, Any]:
-        holds = self.holds
+        begun = self.holds.begun
         self.scheduler.submit(job)
         self._jobs.add(job)
         if session is not None:
@@ -241,8 +277,7 @@ class Service:
             self._jobs.discard(job)
             if session is not None:
                 session.job = None
-        if holds != self.holds:
-            raise self._held()
+        self.unless_held(begun)
         if self.on_reply is not None:
             self.on_reply(time.monotonic() - job.arrived, job.ended - job.begun, job.batch)
         return result
@@ -297,9 +332,18 @@ class Service:
         try:
             prepare(self.policy)
             self.warm = True
+            log.info("ready after %.1f s", time.monotonic() - self.started_at)
         except Exception as error:
             log.exception("the policy failed to warm up")
             self.cold, self.broken = f"the policy failed to warm up: {error}", True
+
+    def turned_away(self, peer: str, error: RequestError) -> None:
+        """Log why nobody served a peer, once in `TOLD_S` for a machine: others try again and again."""
+        machine, now = peer.rpartition(":")[0], time.monotonic()
+        self._told = {key: at for key, at in self._told.items() if now - at < TOLD_S}
+        if machine not in self._told and len(self._told) < 64:
+            self._told[machine] = now
+            log.warning("refused %s: %s: %s", peer, error.code, error)
 
     def refused(self, error: Exception) -> RequestError:
         """Count an error on its way to a client; one that is a bug of ours is logged and told as `internal`."""
@@ -313,15 +357,15 @@ class Service:
 
     def replace(self, policy: Policy) -> None:
         """Serve `policy` from the next batch on; sessions stay. Raises: ServeError unless its contract is the same."""
-        theirs = Contract.from_policy(policy).chunked(self.chunking).to_dict()
-        mine = self.contract.to_dict()
-        differing = sorted(key for key in mine if key not in ("name", "checkpoint") and mine[key] != theirs.get(key))
+        contract = Contract.from_policy(policy).chunked(self.chunking)
+        differing = self.contract.differences(contract)
         if differing:
             raise ServeError(
-                f"the new policy has another contract: {', '.join(differing)}", fix="start a second server for it"
+                f"the new policy has another contract: {'; '.join(differing)}", fix="start a second server for it"
             )
-        self.policy, self.warm, self.broken = policy, True, False
+        self.policy, self.warm, self.broken, self.contract = policy, True, False, contract
         self.reloads += 1
+        log.info("loaded again: %s, checkpoint %s", contract.name, contract.checkpoint)
 
     def not_ready(self, stuck_s: float) -> str | None:
         """Why no request should be sent here; None when this server is ready."""
@@ -337,6 +381,7 @@ class Service:
         return {
             "uptime_s": round(time.monotonic() - self.started_at, 1),
             "held": self.held,
+            "holds": self.holds.listed(),
             "in_flight": self.in_flight,
             "waiting": self.scheduler.waiting,
             "requests": dict(self.requests),
@@ -350,6 +395,7 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait for those under way."""
         self.stopping = True
+        log.info("stopping: %d requests under way get %.0f s, %d robots", self.in_flight, timeout_s, len(self.sessions))
         deadline = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.01)

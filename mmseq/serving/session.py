@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from mmseq.serving.chunking import Chunking, ChunkMemory
@@ -23,13 +24,25 @@ class Session:
         self.opened_at = self.asked_at = time.monotonic()
         self.embodiment: str | None = None
         self.requests = 0
+        self.standing = True  # as far as is known: it was sent nothing that it still executes
         self.job: Job | None = None
+
+    def forget(self) -> None:
+        """What the robot was to execute."""
+        self.memory.forget()
+        self.standing = True
 
     def serves(self, embodiment: str) -> None:
         """Another robot on the same connection begins from nothing."""
         if self.embodiment != embodiment:
-            self.memory.forget()
+            self.memory, self.standing = ChunkMemory(self.memory.chunking, self.memory.horizon), True
             self.embodiment = embodiment
+
+    def follow(self, step: int, others: Iterable[Session]) -> None:
+        """Be where one of the `others` of the same machine was: a connection that broke has another session now."""
+        machine = self.peer.rpartition(":")[0]
+        same = [o for o in others if o.peer.rpartition(":")[0] == machine and o.embodiment == self.embodiment]
+        self.memory.follow(step, [other.memory for other in same if other is not self])
 
     def status(self) -> dict[str, Any]:
         now = time.monotonic()

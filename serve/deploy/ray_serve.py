@@ -34,17 +34,17 @@ log = logging.getLogger("mmseq.serving")
 
 @ray.remote(num_cpus=0)
 class Hold:
-    """The operator's hold of all replicas: how often it changed, and its reason, None without one."""
+    """The operators' holds of all replicas, by id."""
 
     def __init__(self):
-        self.version, self.reason = 0, None
+        self.reasons: dict[str, str] = {}
 
-    def get(self) -> tuple[int, str | None]:
-        return self.version, self.reason
-
-    def put(self, reason: str | None) -> int:
-        self.version, self.reason = self.version + 1, reason
-        return self.version
+    def share(self, begun: dict[str, str], ended: list[str]) -> dict[str, str]:
+        """All of them, after what changed on one replica."""
+        self.reasons |= begun
+        for id in ended:
+            self.reasons.pop(id, None)
+        return self.reasons
 
 
 class Replica:
@@ -59,6 +59,7 @@ class Replica:
             gate=settings.gate,
             scheduling=settings.scheduling,
             chunking=settings.chunking,
+            hold_file=settings.hold_file,
         )
         self.service.start()
         while not self.service.warm:
@@ -82,20 +83,19 @@ class Replica:
             raise RuntimeError(self.service.not_ready(self.settings.stuck_s))
 
     async def _share(self) -> None:
-        """Tell the others what the operator said here, and do what they were told."""
-        seen, mine = 0, None
+        """Tell the others what operators said here, and do what they were told."""
+        known: dict[str, str] = {}  # by all
         while True:
-            if self.service.held != mine:
-                mine = self.service.held
-                seen = await self.hold.put.remote(mine)
-            else:
-                version, reason = await self.hold.get.remote()
-                if version != seen and self.service.held == mine:
-                    seen, mine = version, reason
-                    if reason is None:
-                        self.service.release()
-                    else:
-                        self.service.hold(reason)
+            mine = dict(self.service.holds.reasons)
+            begun = {id: reason for id, reason in mine.items() if known.get(id) != reason}
+            known = await self.hold.share.remote(begun, [id for id in known if id not in mine])
+            now = self.service.holds.reasons  # what changed here meanwhile is told the next time
+            for id, reason in known.items():
+                if mine.get(id) != reason and now.get(id) == mine.get(id):
+                    self.service.hold(reason, id)
+            for id in mine:
+                if id not in known and id in now:
+                    self.service.release(id)
             await asyncio.sleep(SHARE_S)
 
 

@@ -78,9 +78,11 @@ def test_kubernetes():
     assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
     (container,) = spec["containers"]
     entry = json.loads(dockerfile()["ENTRYPOINT"][0])
-    parsed, _ = serve_arguments(entry + container["args"])
+    parsed, rest = serve_arguments(entry + container["args"])
     mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
     assert set(mounts.values()) == {v["name"] for v in spec["volumes"]}
+    (hold_file,) = [word.removeprefix("hold_file=") for word in rest]
+    assert mounts[str(Path(hold_file).parent)] == "holds"
     assert any(Path(parsed.checkpoint).is_relative_to(path) for path in mounts)
     (secret,) = [v for v in spec["volumes"] if "secret" in v]
     assert mounts[str(Path(parsed.token_file).parent)] == secret["name"]
@@ -100,8 +102,10 @@ def unit() -> dict[str, str]:
 
 def test_systemd_unit():
     found = unit()
-    parsed, _ = serve_arguments(shlex.split(found["ExecStart"]))
+    parsed, rest = serve_arguments(shlex.split(found["ExecStart"]))
     assert parsed.config == "/etc/mmseq/server.yaml"
+    assert "hold_file=${STATE_DIRECTORY}/holds.json" in (parsed.checkpoint, *rest)
+    assert found["StateDirectory"] == "mmseq"
     assert parsed.token_file == "${CREDENTIALS_DIRECTORY}/token"
     assert found["Type"] == "notify"
     assert float(found["TimeoutStopSec"]) > SETTINGS.grace_s + 6

@@ -199,7 +199,8 @@ def test_a_public_address_without_a_token_must_be_asked_for():
     [
         ({}, "nothing to serve"),
         ({"checkpoint": "a", "replay": "b"}, "cannot both be served"),
-        ({"checkpoint": "a", "host": "0.0.0.0"}, "no token"),
+        ({"checkpoint": "a", "host": "0.0.0.0"}, "no token.*--token-file.*--insecure-public"),
+        ({"checkpoint": __file__}, "is a file. Name the checkpoint's folder"),
         ({"checkpoint": "a", "tls_cert": "cert.pem"}, "belong together"),
         ({"checkpoint": "a", "token_file": "missing"}, "--token-file missing"),
         ({"checkpoint": "a", "grace_s": 1e10}, "grace_s is"),
@@ -230,7 +231,7 @@ def test_an_encrypted_key_does_not_ask_for_its_passphrase(tmp_path, shards, cert
 def test_replays_that_are_not_there(shards):
     for address, kind, message in (
         (f"{shards}:9", DataError, "has 3 episodes"),
-        (f"{shards}:x", ConfigError, "'x' is not a number"),
+        (f"{shards}:x", ConfigError, "'x' is no episode's number"),
     ):
         with pytest.raises(kind, match=message):
             replay_policy(address)

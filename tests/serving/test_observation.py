@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmseq.errors import ConfigError
 from mmseq.serving import Contract, ObservationRules, RequestError
-from mmseq.serving.observation import check_given, check_observation
+from mmseq.serving.observation import check_aliases, check_given, check_observation
 
 
 @pytest.fixture
@@ -149,7 +150,10 @@ def test_given_streams_of_any_arrow(observation, contract):
         "question": "is the cup full?",
         "progress": 0.5,
     }
-    assert set(check_given(given, contract, ObservationRules())[0]) == {*given, "embodiment"}
+    assert set(check_given(given, contract, ObservationRules(), "question, progress -> action[2]")[0]) == {
+        *given,
+        "embodiment",
+    }
     for key, value in [
         ("action", np.full((2, 4), np.nan)),
         ("observation.images.fornt", front),
@@ -158,7 +162,40 @@ def test_given_streams_of_any_arrow(observation, contract):
         ("progress", float("inf")),
     ]:
         with pytest.raises(RequestError, match=re.escape(key)):
-            check_given({key: value}, contract, ObservationRules())
+            check_given({key: value}, contract, ObservationRules(), "question, progress -> action[2]")
+
+
+def test_a_key_that_a_prediction_does_not_read_is_refused(contract):
+    with pytest.raises(RequestError, match="'progres' is not known: choose one of") as caught:
+        check_given({"progres": 0.5}, contract, ObservationRules(), "progress -> action[2]")
+    assert caught.value.code == "unknown_key"
+    lax = ObservationRules(unknown_keys="ignore")
+    assert set(check_given({"progres": 0.5}, contract, lax)[0]) == {"embodiment"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "key"),
+    [
+        ({"prompt": None}, "missing_key", "prompt"),
+        ({"prompt": ""}, "out_of_range", "prompt"),
+        ({"prompt": " \n"}, "out_of_range", "prompt"),
+        ({"options": {"temprature": 1.0}}, "unknown_key", "options"),
+    ],
+)
+def test_what_a_policy_says_that_it_reads(observation, contract, change, code, key):
+    said = {"policy": "text, image -> action[8]", "options": ["temperature", "seed"]}
+    reading = dataclasses.replace(contract, extra=said)
+    error = refusal({**observation, **change}, reading)
+    assert (error.code, error.key) == (code, key)
+    del observation["prompt"]
+    if key == "prompt":
+        check({**observation, "prompt": ""}, dataclasses.replace(contract, extra={"policy": "image -> action[8]"}))
+
+
+def test_an_alias_of_nothing_is_refused(contract):
+    check_aliases({"a": "observation.images.front", "b": "observation.state", "c": "prompt", "d": "images"}, contract)
+    with pytest.raises(ConfigError, match=r"observation.images.nope.*observation.images"):
+        check_aliases({"foo": "observation.images.nope"}, contract)
 
 
 odd = st.sampled_from(

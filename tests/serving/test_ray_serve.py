@@ -74,10 +74,13 @@ def test_robots_stay_on_their_replica_and_a_hold_reaches_all(port, client_packag
         assert len(seen) == 2, seen
         counts = [n for requests in seen.values() for n in requests]
         assert counts == [STEPS] * ROBOTS  # every request of a robot came to its one session
-        httpx.post(f"{url}/v1/hold", json={"reason": "a person is near"})
+        ids = [httpx.post(f"{url}/v1/hold", json={"reason": reason}).json()["id"] for reason in ("a person", "a cable")]
         time.sleep(1)
         assert held_by(clients, observation) == ROBOTS
-        httpx.delete(f"{url}/v1/hold")
+        assert httpx.delete(f"{url}/v1/hold?id={ids[0]}").status_code == 200
+        time.sleep(1)
+        assert held_by(clients, observation) == ROBOTS
+        assert httpx.delete(f"{url}/v1/hold?id={ids[1]}").json()["holds"] == []
         time.sleep(1)
         assert held_by(clients, observation) == 0
         assert httpx.get(f"{url}/readyz").status_code == 200

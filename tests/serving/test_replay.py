@@ -1,10 +1,12 @@
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
 from mmseq.errors import ServeError
-from mmseq.serving import Contract, ReplayPolicy
+from mmseq.serving import Chunking, Contract, ReplayPolicy
+from mmseq.testing.wire import ask, dial, http
 
 
 def test_chunks_follow_each_other_by_execute(policy, episode):
@@ -15,8 +17,45 @@ def test_chunks_follow_each_other_by_execute(policy, episode):
 
 def test_after_the_end_an_absolute_robot_holds_and_others_stop(policy, episode, embodiment):
     np.testing.assert_array_equal(policy.chunk(38, 4)[2:], np.tile(episode["action"][-1], (2, 1)))
-    delta = ReplayPolicy(episode, dataclasses.replace(embodiment, action_form="delta"))
-    assert not delta.chunk(1000, 4).any()
+    for form in ("delta", "velocity"):
+        rest = ReplayPolicy(episode, dataclasses.replace(embodiment, action_form=form)).chunk(1000, 4)
+        assert not rest[:, :3].any()
+        assert (rest[:, 3] == episode["action"][-1, 3]).all()  # what it holds does not drop
+    assert [policy.infer({"step": step})["episode_over"] for step in (39, 40, 41, 0)] == [False, True, True, False]
+
+
+def test_a_robot_that_stood_still_goes_on_where_it_stopped(start, policy, episode, observation):
+    server, action = start(policy, chunking=Chunking(execute=8)), episode["action"]
+    with dial(server) as s:
+        s.recv()
+        at = lambda step, **more: ask(s, {**observation, "step": step, **more}).get("actions")
+        np.testing.assert_array_equal(at(0, reset=True), action[:8])
+        np.testing.assert_array_equal(at(4), action[4:12])
+        http(server, "POST", "/v1/hold")
+        assert [at(step) for step in (7, 8, 40)] == [None] * 3  # it learns of the hold at step 7
+        http(server, "DELETE", "/v1/hold")
+        np.testing.assert_array_equal(at(50), action[7:15])
+        np.testing.assert_array_equal(at(54), action[11:19])
+        np.testing.assert_array_equal(at(90), action[19:27])  # nothing came to the end of the chunk
+    with dial(server) as s:  # a broken connection, told as the client tells it
+        s.recv()
+        np.testing.assert_array_equal(at(200, reset=True), action[27:35])
+        np.testing.assert_array_equal(at(202, reset=True), action[:8])  # an episode begins
+        np.testing.assert_array_equal(at(206), action[4:12])
+
+
+def test_a_client_without_steps_goes_on_too(start, policy, episode, observation):
+    server, action = start(policy, chunking=Chunking(execute=8)), episode["action"]
+    with dial(server) as s:
+        s.recv()
+        np.testing.assert_array_equal(ask(s, observation)["actions"], action[:8])
+        http(server, "POST", "/v1/hold")
+        assert ask(s, observation)["code"] == "held"
+        http(server, "DELETE", "/v1/hold")
+        np.testing.assert_array_equal(ask(s, observation)["actions"], action[8:16])
+        time.sleep(0.5)  # a chunk is 0.4 s
+        np.testing.assert_array_equal(ask(s, observation)["actions"], action[16:24])
+        np.testing.assert_array_equal(ask(s, {**observation, "reset": True})["actions"], action[:8])
 
 
 def test_predict_gives_the_recorded_streams(policy, episode):

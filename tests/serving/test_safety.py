@@ -2,9 +2,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mmseq.serving import GateConfig, RequestError
+from mmseq.serving import Chunking, GateConfig, RequestError
+from mmseq.serving.observation import check_vectors
 from mmseq.serving.safety import SafetyGate
+from mmseq.testing import tiny
+from mmseq.testing.wire import ask, dial, http
+
+ARM = tiny.embodiment()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def client(client_package):
+    return client_package
+
+
+def gate_of_the_client(embodiment):
+    from mmseq_client import ActionGate
+
+    return ActionGate(embodiment.to_dict())
 
 
 def chunk(value=0.0) -> np.ndarray:
@@ -110,3 +128,74 @@ def test_an_answer_that_is_too_old(embodiment):
         gate.stale(101)
     assert (caught.value.code, gate.counts.chunks_stale) == ("late", 1)
     SafetyGate(GateConfig()).stale(1e9)
+
+
+def limited(embodiment, least, most, step=None):
+    axes = replace(embodiment.action, minimum=(least,) * 4, maximum=(most,) * 4)
+    return replace(embodiment, action=axes if step is None else replace(axes, max_step=(step,) * 4), gripper=None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.floats(1e-9, 1e6), st.integers(0, 1 << 30))
+def test_no_number_leaves_the_limits_by_any_rounding(least, width, step, seed):
+    values = np.random.default_rng(seed).normal(0, 1, (8, 4)) * 10.0 ** np.random.default_rng(seed).integers(-9, 9)
+    contract = limited(ARM, least, least + width, step)
+    ours, theirs = SafetyGate(GateConfig()), gate_of_the_client(contract)
+    checked, _ = ours.check(values, contract, horizon=8)
+    there = theirs.check_chunk(values, 8)
+    theirs.limit_steps(there, None)
+    for actions in (checked, there):
+        exact = actions.astype(np.float64)
+        if np.float32(least) < np.float32(least + width):
+            assert least <= exact.min() <= exact.max() <= least + width
+        assert (np.abs(np.diff(exact, axis=0)) <= step * (1 + 1e-4) + 2.5e-7 * np.abs(exact).max()).all()
+
+
+def test_a_gripper_is_within_its_axis_also_where_open_and_closed_are_not(embodiment):
+    axes = replace(embodiment.action, minimum=(-2, -2, -2, -0.95), maximum=(2, 2, 2, 0.95))
+    checked, _ = SafetyGate(GateConfig()).check(chunk(9), replace(embodiment, action=axes), horizon=8)
+    assert checked[:, 3].max() <= 0.95
+
+
+def test_an_absolute_robot_begins_from_where_it_stands(start, embodiment, observation):
+    proprio = replace(embodiment.proprio, names=("y", "x", "other", "gripper"))
+    body = replace(steady(embodiment, 0.01), proprio=proprio)
+
+    class Policy:
+        sign = 1
+
+        def contract(self):
+            return {"name": "p", "embodiments": {"arm": body.to_dict()}, "tasks": {}, "horizon": 8}
+
+        def infer(self, observation):
+            return {"actions": np.full((8, 4), 0.9 * self.sign, np.float32)}
+
+    policy = Policy()
+    server = start(policy, chunking=Chunking(execute=8))
+    state = np.float32([0.2, -0.3, 0.5, 1])
+
+    def first(s, **more):
+        return ask(s, {**observation, "observation.state": state, **more})["actions"][0]
+
+    with dial(server) as s:
+        s.recv()
+        np.testing.assert_allclose(first(s), [-0.29, 0.21, 0.9, 0.9], atol=1e-6)  # z and a gripper's place say nothing
+        policy.sign = -1
+        assert first(s)[2] == np.float32(0.89)  # from what was sent
+        http(server, "POST", "/v1/hold")
+        http(server, "DELETE", "/v1/hold")
+        np.testing.assert_allclose(first(s)[:2], [-0.31, 0.19], atol=1e-6)
+        np.testing.assert_allclose(first(s, step=100)[:2], [-0.31, 0.19], atol=1e-6)
+        np.testing.assert_allclose(first(s, step=200)[:2], [-0.31, 0.19], atol=1e-6)  # a pause
+        np.testing.assert_allclose(first(s, step=400, chunking="plain"), -0.9)  # it has a gate of its own
+    with dial(server) as s:
+        s.recv()
+        np.testing.assert_allclose(first(s)[:2], [-0.31, 0.19], atol=1e-6)
+    delta = replace(body, action_form="delta")
+    assert SafetyGate(GateConfig()).observed(state, delta) is None
+
+
+def test_an_action_prefix_is_within_the_limits(embodiment):
+    narrow = limited(embodiment, -1e-6, 1e-6)
+    prefix = check_vectors(np.full((2, 4), 1e-5, np.float32), narrow.action, key="action_prefix", ndim=2)
+    assert np.abs(prefix.astype(np.float64)).max() <= 1e-6

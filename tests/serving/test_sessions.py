@@ -195,7 +195,8 @@ class TestHold:
     def test_a_hold_stops_what_waits_and_what_is_computed(self, crowd, echo, observation):
         server, robots = crowd(["go"])
         reply = http(server, "POST", "/v1/hold", json={"reason": "a person in the cell"})
-        assert reply.json() == {"held": True, "reason": "a person in the cell", "sessions": 2}
+        begun = {"id": reply.json()["id"], "reason": "a person in the cell"}
+        assert reply.json() == {"held": True, **begun, "holds": [begun], "sessions": 2}
         assert '"held"' in robots[1].recv(timeout=5)
         assert '"held"' in robots[0].recv(timeout=5)  # while the model still computes
         echo.release.set()
@@ -204,7 +205,7 @@ class TestHold:
         predicted = http(server, "POST", "/v1/predict", json={"arrow": "-> action[2]", "observation": {}})
         assert predicted.status_code == 423
         assert http(server, "GET", "/v1/status").json()["held"] == "a person in the cell"
-        assert http(server, "DELETE", "/v1/hold").json() == {"held": False, "sessions": 2}
+        assert http(server, "DELETE", "/v1/hold").json() == {"held": False, "holds": [], "sessions": 2}
         assert "actions" in ask(robots[0], seen(observation, 0))
 
     def test_what_was_asked_before_a_hold_is_not_answered_after_it(self, crowd, echo):
@@ -224,14 +225,11 @@ class TestHold:
             http(server, "DELETE", "/v1/hold")
             assert ask(s, seen(observation, 0.3, step=8, delay=2))["prefixed"] == 0
 
-    def test_a_hold_needs_the_token_and_a_reason_that_is_text(self, start, echo):
+    def test_a_hold_needs_the_token(self, start, echo):
         server = start(echo, token="t")
         assert http(server, "POST", "/v1/hold").status_code == 401
         assert http(server, "DELETE", "/v1/hold").status_code == 401
         headers = {"Authorization": "Api-Key t"}
-        for content in (b"{", b"[1]", b'{"reason": 3}'):
-            reply = http(server, "POST", "/v1/hold", content=content, headers=headers)
-            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "malformed")
         assert http(server, "GET", "/v1/status", headers=headers).json()["held"] is None
 
 
@@ -353,7 +351,7 @@ class TestOperation:
         with Server(Echo(embodiment), ServerConfig(port=0), load=lambda: other) as server, dial(server) as s:
             s.recv()
             reply = http(server, "POST", "/v1/reload")
-            assert (reply.status_code, "embodiments" in reply.text) == (400, True)
+            assert (reply.status_code, "arm.rate_hz: 20 against 50" in reply.text) == (400, True)
             assert ask(s, seen(observation, 0.1))["actions"][0, 0] == np.float32(0.1)
 
     def test_nothing_to_reload(self, start, echo):

@@ -10,6 +10,7 @@ import numpy as np
 from mmseq_client.errors import ContractError, UnsafeActionError
 
 _SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
+_ROUNDING = 2.4e-7  # of a number as float32, both ends of a step
 _GRIPPER_SLACK = 0.1  # of the way between open and closed: what training data overshoot, as the server has it
 
 
@@ -30,7 +31,7 @@ class ActionGate:
             raise ContractError("embodiment {!r} has no action axes".format(embodiment.get("name")))
         self.names: list[str] = list(axes["names"])
         self.refuses = out_of_range == "refuse"
-        self.low, self.high = np.float32(axes["minimum"]), np.float32(axes["maximum"])
+        low, high = np.array(axes["minimum"], np.float64), np.array(axes["maximum"], np.float64)
         self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
         if max_step is not None:
             less = np.asarray(max_step, np.float32)
@@ -44,8 +45,11 @@ class ActionGate:
         self.gripper = self.names.index(gripper["axis"]) if gripper else None
         if gripper:
             least, most = sorted((gripper["open"], gripper["closed"]))
-            self.low[self.gripper] = max(self.low[self.gripper], least)
-            self.high[self.gripper] = min(self.high[self.gripper], most)
+            low[self.gripper] = max(low[self.gripper], least)
+            high[self.gripper] = min(high[self.gripper], most)
+        if not (np.isfinite(np.float32([low, high])).all() and (low <= high).all()):
+            raise ContractError(f"the limits of {self.names} are {low.tolist()} to {high.tolist()}")
+        self.low, self.high = _inward(low, high)
         self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
         if gripper:
             self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
@@ -88,7 +92,7 @@ class ActionGate:
         for row, action in enumerate(actions):
             if previous is not None:
                 low, high = previous - self.max_step, previous + self.max_step
-                rounding = 1e-6 * np.maximum(1, np.maximum(np.abs(action), np.abs(previous)))
+                rounding = _ROUNDING * np.maximum(np.abs(action), np.abs(previous))
                 outside = np.abs(action - previous) > self.max_step * (1 + _SLACK) + rounding
                 if outside.any():
                     axis = int(np.argmax(outside))
@@ -119,3 +123,12 @@ class ActionGate:
     def _withhold(self, reason: str, what: str) -> None:
         self.counts[reason] += 1
         raise UnsafeActionError(f"the gate withheld it ({reason}): {what}")
+
+
+def _inward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 limits as float32, so that what is between these is between those."""
+    least, most = low.astype(np.float32), high.astype(np.float32)
+    least = np.where(least.astype(np.float64) < low, np.nextafter(least, np.float32(np.inf)), least)
+    most = np.where(most.astype(np.float64) > high, np.nextafter(most, np.float32(-np.inf)), most)
+    nearest = low.astype(np.float32)  # one value that float32 has not
+    return np.where(least > most, nearest, least), np.where(least > most, nearest, most)

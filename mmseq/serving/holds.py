@@ -1,0 +1,130 @@
+"""The operators' holds: each with an id and a reason, ended one by one, kept in a file where one is named.
+
+A robot moves again when none is left. With a file they are in force again after the process ended in whatever way;
+a file that cannot be read is a hold by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from mmseq.errors import ServeError
+from mmseq.serving.errors import RequestError
+
+log = logging.getLogger("mmseq.serving")
+
+NO_REASON = "no reason given"
+REASON_LENGTH = 500  # characters
+READ = 1 << 16  # bytes of a body in which the reason is looked for
+MOST = 1000  # holds with an id of their own
+SHARED = "more"  # the id of those beyond
+
+
+def reason_of(body: bytes | bytearray) -> str:
+    """What a hold's body says, in whatever form: `{"reason": text}`, or any text. One line."""
+    text = body[:READ].decode("utf-8", "replace")
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = text
+    if isinstance(given, dict):
+        given = given.get("reason")
+    return clean(given if isinstance(given, str) else "" if given is None else str(given))
+
+
+def clean(reason: str) -> str:
+    """Without what would write lines of its own into a log or a terminal."""
+    reason = "".join(c if c.isprintable() else " " for c in reason[:REASON_LENGTH]).strip()
+    return reason or NO_REASON
+
+
+class Holds:
+    """Those in force. begun: how many since the start; what was asked before the last one is not answered after it.
+
+    path: where they are written. Raises: ServeError when they cannot be.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.path = None if path is None else Path(path)
+        self.reasons: dict[str, str] = {}  # by id, the oldest first
+        self.begun = 0
+        self.problem: str | None = None  # why the file does not say what is in force
+        if self.path is not None:
+            self._read(self.path)
+
+    def __str__(self) -> str:
+        """The reasons, as a robot is told them."""
+        reasons = list(self.reasons.values())
+        return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+
+    def listed(self) -> list[dict[str, str]]:
+        return [{"id": id, "reason": reason} for id, reason in self.reasons.items()]
+
+    def begin(self, reason: str, id: str | None = None) -> str:
+        """The id of a new hold; with that of one in force, its reason is another from now on."""
+        if id is None:
+            id = secrets.token_hex(4) if len(self.reasons) < MOST else SHARED
+        if id not in self.reasons:
+            self.begun += 1
+        self.reasons[id] = reason
+        self._write()
+        return id
+
+    def end(self, id: str | None = None, *, every: bool = False) -> None:
+        """The hold `id`, without one the only hold, or every one. Raises: RequestError that lists those in force."""
+        if id is not None and id not in self.reasons:
+            raise self._refusal("not_found", f"there is no hold {id[:40]!r}", "use an id of `holds`")
+        if id is None and not every and len(self.reasons) > 1:
+            listed = ", ".join(f"{id} ({reason[:60]})" for id, reason in list(self.reasons.items())[:8])
+            what = f"{len(self.reasons)} holds are in force: {listed}"
+            raise self._refusal("ambiguous", what, "end one with ?id=ID, or every one with ?all=true")
+        for ended in [id] if id is not None else list(self.reasons):
+            del self.reasons[ended]
+        self._write()
+
+    def _refusal(self, code: str, message: str, fix: str) -> RequestError:
+        return RequestError(code, message, key="id", fix=fix, details={"holds": self.listed()})
+
+    def _read(self, path: Path) -> None:
+        try:
+            found: Any = json.loads(path.read_text())["holds"]
+            self.reasons = {str(id): clean(reason) for id, reason in found.items()}
+        except FileNotFoundError:
+            pass  # the first start
+        except Exception as error:  # whatever it is, what it said is not known
+            log.error("hold_file %s cannot be read, so every robot is held: %r", path, error)
+            self.reasons = {
+                secrets.token_hex(4): f"hold_file {path} cannot be read: see the log, and release when it is safe"
+            }
+            return  # and keep it as it is until an operator has decided
+        self._write()
+        if self.problem is not None:
+            raise ServeError(self.problem, fix="name a hold_file in a folder that may be written")
+        for id, reason in self.reasons.items():
+            log.warning("held as before this start: %s (%s)", reason, id)
+
+    def _write(self) -> None:
+        """So that it is there also after power is lost. What is in force does not wait for it."""
+        if self.path is None:
+            return
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        try:
+            with open(partial, "w") as file:
+                json.dump({"holds": self.reasons}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            self.problem = None
+        except OSError as error:
+            self.problem = f"hold_file {self.path} cannot be written: {error.strerror}"
+            log.error("%s", self.problem)
