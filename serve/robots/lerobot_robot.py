@@ -10,6 +10,7 @@ The contract's axes are found by their names in what the robot offers, so their 
 
 import importlib
 import json
+import logging
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.import_utils import register_third_party_plugins
 from mmseq_client import Chunking, Client, ContractError, ControlLoop, holds_position, zero_action
 from mmseq_client.images import fit
+
+log = logging.getLogger(__name__)
 
 
 class LeRobotRobot:
@@ -64,13 +67,17 @@ class LeRobotRobot:
         return observation
 
     def act(self, action: np.ndarray) -> None:
-        self._last = action
+        self._last = action.copy()
         self.robot.send_action(dict(zip(self.action_names, action.tolist())))
 
     def stop(self) -> None:
         """Command the position where the arm is, where actions are positions; torque stays on, so it does not fall."""
         if holds_position(self._contract):
-            seen = self.robot.get_observation()
+            try:
+                seen = self.robot.get_observation()
+            except Exception as error:  # one dead camera is enough
+                log.warning("stopping at the last command, for the robot cannot say where it is: %s", error)
+                seen = {} if self._last is None else dict(zip(self.action_names, self._last.tolist()))
             if all(name in seen for name in self.action_names):
                 self.robot.send_action({name: float(seen[name]) for name in self.action_names})
         else:

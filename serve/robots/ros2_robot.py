@@ -110,7 +110,7 @@ class Ros2Robot:
         return observation
 
     def act(self, action: np.ndarray) -> None:
-        self._last = action
+        self._last = action.copy()
         self._publisher.publish(self._message(data=action.astype(np.float64).tolist()))
 
     def stop(self) -> None:

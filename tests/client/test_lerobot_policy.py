@@ -253,7 +253,9 @@ def test_another_contract_on_the_server_is_refused(exported, checkpoint, tmp_pat
 def test_an_operators_hold_keeps_the_robot_and_it_goes_on_by_itself(remote, server):
     policy, act = load(remote, "--n_action_steps=1")
     batch, _ = seen(0)
-    moving = act(batch)[0]
+    given = policy.select_action(dict(batch))
+    moving = given[0].clone()
+    given.mul_(50)  # a step of LeRobot's that works in place
     server.service.hold("a person is near")
     try:
         held = act(batch)[0]  # actions are changes: zeros, and the gripper as it was

@@ -1,6 +1,7 @@
 """The control loop in simulated time: the code that robots run, with delays of one's choice."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -129,10 +130,74 @@ def test_delta_robots_hold_with_zeros_and_keep_the_gripper(embodiment, robot, se
     ticks = drive(loop, clock, 20)
     np.testing.assert_array_equal(ticks[-1].action, [0, 0, 0, 1])
     assert ticks[-1].held
-    server.metadata["hold"] = {"arm": "position"}
+    server.metadata["hold"] = {"arm": "position"}  # what a server says of it does not count, the contract does
     latency = [0.0, math.inf, math.inf]
     loop, clock, _ = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
-    np.testing.assert_array_equal(drive(loop, clock, 20)[-1].action, [0, 15, 15, 1])
+    np.testing.assert_array_equal(drive(loop, clock, 20)[-1].action, [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("form", ["absolute", "delta", "velocity"])
+@pytest.mark.parametrize("out_of_range", ["clamp", "refuse"])
+def test_a_robot_that_works_in_place_is_held_where_it_was_commanded(server, robot, embodiment, form, out_of_range):
+    body = dataclasses.replace(embodiment, action_form=form).to_dict()
+    robot._contract = server.metadata["embodiments"]["arm"] = body
+    keep, dice = robot.act, random.Random(0)
+
+    def act(action):
+        keep(action)
+        action *= 50.0
+
+    robot.act = act
+    latency = lambda: math.inf if dice.random() < 0.3 else dice.uniform(0, 0.2)
+    loop, clock, _ = simulate(server, robot, latency, Chunking("plain", 8), out_of_range=out_of_range)
+    ticks = [tick for tick in drive(loop, clock, 600) if tick.action is not None]
+    assert 50 < sum(tick.held for tick in ticks) < 550
+    for before, now in itertools.pairwise(ticks):
+        if now.held and form == "absolute":
+            np.testing.assert_array_equal(now.action, before.action)
+        elif now.held:
+            np.testing.assert_array_equal(now.action, [0, 0, 0, before.action[3]])
+    np.testing.assert_array_equal(robot.actions, [tick.action for tick in ticks])
+
+
+@pytest.mark.parametrize("first", [None, OSError, KeyboardInterrupt])
+def test_a_robot_that_fails_to_stop_executes_nothing_old_later_and_hides_no_error(server, robot, first):
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 16), sleep=lambda s: clock.sleep(s))
+    act, stop = robot.act, robot.stop
+
+    def broken(action):
+        act(action)
+        if first is not None:
+            raise first("the bus is gone")
+
+    def unstoppable():
+        raise RuntimeError("no rest")
+
+    robot.act, robot.stop = broken, unstoppable
+    with pytest.raises(first or RuntimeError):
+        loop.run(seconds=0.1)
+    robot.act, robot.stop = act, stop
+    clock.sleep(8.0)
+    done, asked = len(robot.actions), len(server.asked)
+    loop.run(seconds=0.1)
+    assert robot.actions[done][0] == server.asked[asked]["step"]
+
+
+def test_a_clock_that_goes_back_makes_it_sleep_one_period_at_most(server, robot):
+    slept, back = [], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.sleep(seconds)
+        if len(slept) == 5:
+            back.append(1)
+            clock.now -= 3600
+
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 8), sleep=sleep)
+    robot.act = lambda action: clock.sleep(-3600) if len(slept) == 8 else loop.end() if len(slept) == 20 else None
+    loop.run()
+    assert back
+    assert max(slept) <= PERIOD_S + 1e-9
 
 
 @pytest.mark.parametrize(

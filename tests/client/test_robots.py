@@ -98,6 +98,26 @@ class TestLeRobot:
         assert all(any(np.allclose(row, action) for action in policy.actions) for row in found)
         assert lerobot_arm.sent[-1] == moved[-1]
 
+    @pytest.mark.parametrize("form", ["absolute", "velocity"])
+    def test_it_comes_to_rest_without_its_cameras(self, lerobot_arm, form):
+        from lerobot_robot import LeRobotRobot
+
+        gripper = Gripper(axis=JOINTS[2], open=9.0, closed=-9.0)
+        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), action_form=form, gripper=gripper).to_dict())
+
+        def dead():
+            raise TimeoutError("camera front: no frame within 200 ms")
+
+        lerobot_arm.get_observation = dead
+        robot.stop()  # nothing was commanded and nothing is known
+        lerobot_arm.sent.clear()
+        command = np.float32([1, 2, 3])
+        robot.act(command)
+        command *= 50
+        robot.stop()
+        rest = [1, 2, 3] if form == "absolute" else [0, 0, 3]
+        assert lerobot_arm.sent[-1] == dict(zip(JOINTS, rest, strict=True))
+
     @pytest.mark.parametrize(
         ("contract", "words"),
         [
@@ -223,7 +243,9 @@ class TestRos2:
         )
         robot = Ros2Robot(node, body.to_dict(), {"front": "/camera"}, "/joints", "/commands", messages)
         robot.stop()
-        robot.act(np.float32([1, 2, -3]))
+        command = np.float32([1, 2, -3])
+        robot.act(command)
+        command *= 50  # what its owner does with it later
         robot.stop()
         sent = [message for _, message in node.published]
         assert sent == [

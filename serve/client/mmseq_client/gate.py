@@ -51,8 +51,8 @@ class ActionGate:
             self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
         self.counts: Counter[str] = Counter()
 
-    def check_chunk(self, actions: Any, horizon: int) -> np.ndarray:
-        """A reply's actions as float32 (horizon, axes) within the limits.
+    def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
+        """A reply's actions as float32 (horizon, axes) within the limits. clamp: even if it is configured to refuse.
 
         Raises: UnsafeActionError that names the axis, the step and the value.
         """
@@ -69,7 +69,7 @@ class ActionGate:
         outside = (actions < self.low - self.slack) | (actions > self.high + self.slack)
         if outside.any():
             step, axis = np.argwhere(outside)[0]
-            if self.refuses:
+            if self.refuses and not clamp:
                 limits = f"{self.low[axis]:.5g}..{self.high[axis]:.5g}"
                 self._withhold(
                     "out_of_range",

@@ -1,7 +1,7 @@
 """The control loop of a robot: asks ahead of time, executes, splices, holds when nothing valid is left.
 
     with Client("127.0.0.1", 8000) as client:
-        ControlLoop(client, robot, Chunking("realtime", execute=8), prompt="pick up the cup").run(seconds=60)
+        ControlLoop(client, robot, Chunking("realtime"), prompt="pick up the cup").run(seconds=60)
 
 A background thread waits for the server; the loop itself never does.
 """
@@ -13,8 +13,7 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Any, Callable
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from mmseq_client.client import Client
 from mmseq_client.contract import holds_position, zero_action
 from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
+from mmseq_client.robot import Robot, Tick, ended_by_sigterm
 
 log = logging.getLogger("mmseq_client")
 
@@ -30,43 +30,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
-
-
-class Robot(Protocol):
-    """A robot, real or simulated. All four are called from the thread of the loop, and must not wait."""
-
-    def contract(self) -> dict[str, Any]:
-        """The embodiment as JSON: axes in order with units and limits, rate, cameras, gripper convention."""
-        ...
-
-    def observe(self) -> dict[str, Any]:
-        """What is sensed now: `observation.images.<camera>` uint8 (H, W, 3), `observation.state` float32 (proprio,).
-
-        Raises: NoObservationError while a sensor is silent.
-        """
-        ...
-
-    def act(self, action: np.ndarray) -> None:
-        """Command one control step, float32 (axes,), in the contract's order and units."""
-        ...
-
-    def stop(self) -> None:
-        """Come to rest and stay there; called once, at the end and after any error."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What one control step did. action: commanded, float32 (axes,), None when nothing was (before the first
-    action). held: no valid action was there. sequence, age_steps: of the chunk it comes from, and since its
-    observation. asked: whether a chunk was asked for."""
-
-    step: int
-    action: np.ndarray | None
-    held: bool
-    asked: bool
-    sequence: int | None = None
-    age_steps: int | None = None
 
 
 class ControlLoop:
@@ -112,8 +75,7 @@ class ControlLoop:
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
-        form = "position" if holds_position(embodiment) else "zero"
-        self._holds_position = (metadata.get("hold") or {}).get(embodiment["name"], form) == "position"
+        self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
         self._on_event, self._clock, self._sleep = on_event, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
@@ -129,22 +91,34 @@ class ControlLoop:
     def run(self, seconds: float | None = None) -> None:
         """Control steps at the robot's rate until the time is over or `end` is called; the robot stops after it.
 
+        On the main thread also on SIGTERM, which ends the process after that, unless a handler is installed.
         Raises: whatever the robot raises.
         """
-        began = self._now = self._clock()
-        self._origin, self._stopping = began - (self._step + 1) / self.rate_hz, False
-        try:
-            while not self._stopping and (seconds is None or self._clock() - began < seconds):
-                self.tick()
-                self._sleep(max(0.0, self._origin + (self._step + 1) / self.rate_hz - self._clock()))
-        finally:
-            self.robot.stop()
-            self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
+        self._stopping = False
+        with ended_by_sigterm(self.end):
+            began = self._now = self._clock()
+            period, self._origin = 1 / self.rate_hz, began - (self._step + 1) / self.rate_hz
+            failed = True
+            try:
+                while not self._stopping and (seconds is None or self._clock() - began < seconds):
+                    self.tick()
+                    left = self._origin + (self._step + 1) * period - self._clock()
+                    self._sleep(min(period, max(0.0, left)))  # a clock that jumps must not make it wait
+                failed = False
+            finally:
+                self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
+                try:
+                    self.robot.stop()
+                except Exception:
+                    log.exception("the robot failed to stop")
+                    if not failed:  # else what went wrong first is raised
+                        raise
 
     def close(self) -> None:
         """End the background thread; a wait for a reply ends with the connection."""
         self.client.close()
         self._executor.shutdown()
+        self.client.close()  # what it opened meanwhile
 
     def end(self) -> None:
         """Let `run` return after the control step under way; from any thread."""
@@ -153,7 +127,7 @@ class ControlLoop:
     def reset(self) -> None:
         """A new episode: no action of the old one is executed any more, and what moves by itself is stopped."""
         if self._last is not None and not self._holds_position:
-            self.robot.act(self._rest(self._last))
+            self._command(self._rest(self._last))
         self._forget()
         self.why = "a new episode"
 
@@ -162,8 +136,14 @@ class ControlLoop:
         self._last, self._reset, self._holding = None, True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
-        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays."""
-        return last if self._holds_position else zero_action(self._embodiment, last)
+        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
+        `max_step` does not delay it."""
+        rest = last if self._holds_position else zero_action(self._embodiment, last)
+        return self.gate.check_chunk(rest[None], 1, clamp=True)[0]
+
+    def _command(self, action: np.ndarray) -> None:
+        self._last = action
+        self.robot.act(action.copy())  # what a robot does to its own is not what was commanded
 
     def tick(self) -> Tick:
         """One control step, now."""
@@ -189,8 +169,7 @@ class ControlLoop:
         if self._holding:
             self._holding = False
             self._event("resume", f"step {step}")
-        self.robot.act(action)
-        self._last = action
+        self._command(action)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
     def _after_observing(self, step: int) -> int:
@@ -333,8 +312,7 @@ class ControlLoop:
         if self._last is None:
             return Tick(step, None, True, asked)  # nothing was commanded yet, so there is nothing to take back
         action = self._rest(self._last)
-        self.robot.act(action)
-        self._last = action
+        self._command(action)
         return Tick(step, action.copy(), True, asked)
 
     def _event(self, kind: str, detail: str) -> None:
