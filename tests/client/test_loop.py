@@ -346,6 +346,50 @@ def test_many_control_steps(server, robot, mode, execute):
     print(mode, execute, dict(loop.counts))
 
 
+def test_a_horizon_of_one_moves_although_each_answer_takes_a_step(server, robot):
+    server.horizon = server.metadata["horizon"] = 1
+    loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"))
+    ticks = drive(loop, clock, 100)
+    assert sum(not tick.held for tick in ticks) > 40
+    assert "an answer takes 1 control steps, a chunk has 1" in events[-1][1] or "resume" in events[-1]
+    loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"), max_age_s=PERIOD_S)
+    assert all(tick.held for tick in drive(loop, clock, 100))
+    assert "horizon 1, max_age 1" in events[-1][1]
+
+
+@pytest.mark.parametrize(("takes_s", "warnings"), [(0.0, 0), (0.5 * PERIOD_S, 0), (2.5 * PERIOD_S, 2)])
+def test_a_robot_that_cannot_keep_its_rate_is_told_now_and_then(server, robot, takes_s, warnings):
+    loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain"), sleep=lambda s: clock.sleep(s))
+    robot.act = lambda action: clock.sleep(takes_s)
+    loop.run(seconds=50)
+    assert [kind for kind, _ in events].count("slow") == warnings == loop.counts["slow"]
+    assert bool(loop.counts["skipped"]) == bool(warnings)
+    if warnings:
+        slow = next(detail for kind, detail in events if kind == "slow")
+        assert "must take less than 20 ms together" in slow
+
+
+def test_a_policy_that_reads_an_instruction_is_not_run_without_one(server, robot):
+    server.metadata["policy"] = "text, image, proprio -> action[16]"
+    for prompt in (None, "", "  "):
+        loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"), prompt=prompt)
+        with pytest.raises(ClientError, match="the policy reads an instruction, and there is none"):
+            loop.run(seconds=1)
+        assert (robot.actions, server.asked) == ([], [])
+    see = robot.observe
+    robot.observe = lambda: {**see(), "prompt": "go"}
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"))
+    assert not drive(loop, clock, 3)[-1].held
+
+
+def test_waiting_for_the_first_chunk_is_no_warning_and_counted_apart(server, robot, caplog):
+    loop, clock, _ = simulate(server, robot, lambda: 0.1, Chunking("plain"))
+    with caplog.at_level("INFO", "mmseq_client"):
+        drive(loop, clock, 50)
+    assert loop.counts["waited"] == loop.counts["held"] == 5
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+
+
 def test_the_observation_reaches_the_server_with_the_prompt(server, robot):
     loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 8), prompt="pick up the cup")
     drive(loop, clock, 3)

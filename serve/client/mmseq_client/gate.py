@@ -33,7 +33,10 @@ class ActionGate:
         self.low, self.high = np.float32(axes["minimum"]), np.float32(axes["maximum"])
         self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
         if max_step is not None:
-            less = np.asarray(max_step, np.float32)
+            try:
+                less = np.asarray(max_step, np.float32)
+            except (TypeError, ValueError, OverflowError):
+                less = np.zeros(())
             if less.shape not in ((), (len(self.names),)) or not (np.isfinite(less) & (less > 0)).all():
                 raise ContractError(
                     f"max_step is {max_step!r}; give a positive number, or one for each of {self.names}"

@@ -20,14 +20,22 @@ import numpy as np
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
 from mmseq_client.contract import holds_position, zero_action
-from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
+from mmseq_client.errors import (
+    ClientError,
+    ContractError,
+    NoObservationError,
+    RefusedError,
+    UnsafeActionError,
+    require_seconds,
+)
 from mmseq_client.gate import ActionGate
-from mmseq_client.robot import Robot, Tick, ended_by_sigterm
+from mmseq_client.robot import Pace, Robot, Tick, ended_by_sigterm
 
 log = logging.getLogger("mmseq_client")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
+_NOT_YET = "no chunk yet"
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
 
@@ -40,10 +48,11 @@ class ControlLoop:
     timeout_s: the longest wait for a reply before the connection is opened anew; the first one, which may find a
     server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range, max_step: see `ActionGate`.
     on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, blind,
-    broke, contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
+    broke, contract, connected, clock, slow; they are counted in `counts`. clock, sleep, executor: of a simulation.
 
     The robot's contract is compared with the server's here, before any motion, and after each reconnection.
-    Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give.
+    Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give;
+    the first control step ClientError, before any motion, when the policy reads an instruction and there is none.
     """
 
     def __init__(
@@ -62,6 +71,8 @@ class ControlLoop:
         executor: Any = None,
         seed: int | None = None,
     ):
+        require_seconds("timeout_s", timeout_s)
+        require_seconds("max_age_s", 0 if max_age_s is None else max_age_s)
         embodiment = client.check_contract(robot.contract())
         metadata = client.metadata
         told = metadata.get("chunking")
@@ -75,6 +86,8 @@ class ControlLoop:
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
+        given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
+        self._reads_text = "text" in given.replace(",", " ").split()
         self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
         self._on_event, self._clock, self._sleep = on_event, clock, sleep
@@ -86,7 +99,8 @@ class ControlLoop:
         self._last: np.ndarray | None = None  # commanded
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
-        self.why = "no chunk yet"  # nothing valid is left: the last thing that went wrong
+        self._pace = Pace(self.rate_hz)
+        self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
 
     def run(self, seconds: float | None = None) -> None:
         """Control steps at the robot's rate until the time is over or `end` is called; the robot stops after it.
@@ -158,7 +172,7 @@ class ControlLoop:
         if planned is not None:
             try:
                 action = self.gate.check_action(
-                    planned.action, self._last, age_steps=planned.age_steps, max_age=self.buffer.max_age
+                    planned.action, self._last, age_steps=planned.age_steps, max_age=planned.max_age
                 )
             except UnsafeActionError as error:
                 self.buffer.reset()
@@ -177,7 +191,7 @@ class ControlLoop:
         now = self._clock()
         passed = int((now - self._origin) * self.rate_hz + 1e-6) - step
         if passed > 0:
-            self.counts["skipped"] += passed
+            self._skip(passed)
             self._step, self._now = step + passed, now
         return self._step
 
@@ -188,14 +202,21 @@ class ControlLoop:
             self._origin = now
         elif now < self._now:  # nobody knows how long ago the last observation was
             self._origin = now - (self._step + 1) / self.rate_hz
-            self._retry_at = now
+            self._retry_at, self._pace = now, Pace(self.rate_hz)
             self.buffer.reset()
             self._event("clock", f"it went back by {self._now - now:.3f} s")
         step = max(self._step + 1, int((now - self._origin) * self.rate_hz + 1e-6))
         if step > self._step + 1:
-            self.counts["skipped"] += step - self._step - 1
+            self._skip(step - self._step - 1)
         self._step, self._now = step, now
         return step
+
+    def _skip(self, steps: int) -> None:
+        """Count control steps without a command, and say so where they are more than a few."""
+        self.counts["skipped"] += steps
+        slow = self._pace.skipped(self._now, steps)
+        if slow:
+            self._event("slow", slow)
 
     def _request(self, step: int) -> bool:
         """Ask for the next chunk, or for a connection, when it is time. Returns: whether something was asked."""
@@ -217,10 +238,15 @@ class ControlLoop:
             return False
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
+        if self._reads_text and not str(observation.get("prompt") or "").strip():
+            raise ClientError(
+                "the policy reads an instruction, and there is none: give ControlLoop(prompt=...), or the robot's "
+                "observe() a 'prompt'"
+            )
         if len(self._ask.prefix):
             observation["action_prefix"] = self._ask.prefix
         if self._extended:
-            use = self._ask.delay if len(self._ask.prefix) else self.buffer.max_age
+            use = self._ask.delay if len(self._ask.prefix) else max(self.buffer.delay, self.buffer.max_age)
             observation.update(
                 step=step,
                 sent_at=self._now,
@@ -282,6 +308,8 @@ class ControlLoop:
         self._reset &= discarded == "out of order"  # the answer to a request from before the reset
         if discarded is not None:
             self._event("discarded", discarded)
+        elif self.buffer.delay >= self.buffer.horizon:
+            self.why = f"an answer takes {self.buffer.delay} control steps, a chunk has {self.buffer.horizon}"
 
     def _refused(self, error: RefusedError, ask: Ask | None, step: int) -> None:
         if error.code in _STOP_CODES:
@@ -306,6 +334,8 @@ class ControlLoop:
 
     def _hold(self, step: int, asked: bool) -> Tick:
         self.counts["held"] += 1
+        if self._last is None:
+            self.counts["waited"] += 1
         if not self._holding:
             self._holding = True
             self._event("hold", f"step {step}: {self.why}")
@@ -317,10 +347,9 @@ class ControlLoop:
 
     def _event(self, kind: str, detail: str) -> None:
         self.counts[kind] += 1
-        if kind not in ("hold", "resume", "connected"):
+        quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
+        if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        log.log(
-            logging.INFO if kind in ("resume", "connected", "discarded") else logging.WARNING, "%s: %s", kind, detail
-        )
+        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

@@ -1,10 +1,12 @@
-"""What drives and what is driven: a robot's four methods, what a control step did, and SIGTERM on the way."""
+"""What is driven, and how: a robot's four methods, what a control step did, its pace, and SIGTERM on the way."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol
@@ -47,6 +49,27 @@ class Tick:
     asked: bool
     sequence: int | None = None
     age_steps: int | None = None
+
+
+class Pace:
+    """Notices a loop that cannot keep its rate: more than 5 % of the control steps of 2 s are skipped."""
+
+    def __init__(self, rate_hz: float):
+        self._rate_hz, self._quiet_until = rate_hz, -math.inf
+        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def skipped(self, now: float, steps: int) -> str | None:
+        """Told when steps are skipped; what is to be said of it, every 30 s at most."""
+        self._recent.append((now, steps))
+        total = 2 * self._rate_hz
+        recent = min(sum(count for at, count in self._recent if now - at <= 2), int(total))
+        if recent <= max(2, 0.05 * total) or now < self._quiet_until:
+            return None
+        self._quiet_until = now + 30
+        return (
+            f"{recent} control steps of the last 2 s had no command: observe, act and whatever else runs between two "
+            f"steps must take less than {1000 / self._rate_hz:g} ms together"
+        )
 
 
 @contextlib.contextmanager
