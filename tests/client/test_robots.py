@@ -138,8 +138,19 @@ class TestLeRobot:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        for words in ("--robot.port", "koch_follower", "--contract", "--execute"):
+        for words in ("--robot.port", "koch_follower", "--contract", "--execute", "--ca_file"):
             assert words in done.stdout
+
+    def test_the_command_says_what_is_wrong_before_the_robot_is_connected(self, tmp_path):
+        import lerobot_robot
+
+        config = lerobot_robot.DriveConfig(robot=None, contract=tmp_path / "nope.json", prompt="up")
+        with pytest.raises(SystemExit, match=r"No such file.*nope\.json"):
+            lerobot_robot.main.__wrapped__(config)
+        (tmp_path / "nope.json").write_text("{}")
+        config.ca_file = tmp_path / "nope.pem"
+        with pytest.raises(SystemExit, match=r"ca_file .*nope\.pem' cannot be read"):
+            lerobot_robot.main.__wrapped__(config)
 
 
 @dataclass
@@ -255,7 +266,7 @@ class TestRos2:
         ]
 
 
-def test_the_simulator_runs_in_real_time(capsys):
+def test_the_simulator_runs_in_real_time(capsys, tmp_path):
     pytest.importorskip("metaworld")
     from simulator_robot import main
 
@@ -274,7 +285,13 @@ def test_the_simulator_runs_in_real_time(capsys):
     )
     actions = np.zeros((40, 4), np.float32)
     episode = Episode.from_arrays("one", 20, {"proprio": actions, "action": actions}, texts=["go"], embodiment="so")
-    with Server(ReplayPolicy(episode, sawyer), ServerConfig(port=0)) as server:
-        robot = main(["--port", str(server.port), "--seconds", "2"])
+    (tmp_path / "token").write_text("secret\n")
+    with Server(ReplayPolicy(episode, sawyer), ServerConfig(port=0, token="secret")) as server:
+        options = ["--port", str(server.port), "--token-file", str(tmp_path / "token")]
+        with pytest.raises(SystemExit, match="nope"):
+            main([*options, "--task", "nope"])
+        with pytest.raises(SystemExit, match=r"ca_file 'nope\.pem' cannot be read"):
+            main([*options, "--ca-file", "nope.pem"])
+        robot = main([*options, "--seconds", "2"])
     assert 4 <= robot.env.steps <= 40
     assert "steps; {" in capsys.readouterr().out
