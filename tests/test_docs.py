@@ -55,7 +55,9 @@ def place(tmp_path_factory):
     (demo / "mix.yaml").write_text(MIX)
     bundle = tiny.tokenizers()
     bundle.save(demo / "tokenizers")
-    tiny.model(bundle).save_pretrained(demo / "checkpoint")
+    model = tiny.model(bundle)
+    model.tasks = {"policy": "text, image, proprio -> action[2]"}
+    model.save_pretrained(demo / "checkpoint")
     tokenize_mix(demo / "mix.yaml", demo / "tokens", bundle, root=demo / "data")
     tiny.language_model(root / "models/SmolLM2-135M")
     for folder in ("train", "data_mixes", "tokenizers"):

@@ -2,7 +2,7 @@
 
     python serve/robots/lerobot_robot.py --robot.type=so101_follower --robot.port=/dev/ttyACM0 --robot.id=arm \
       --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}" \
-      --contract=CHECKPOINT/tokenizers/embodiments/arm.json --prompt="pick up the cup" --mode=realtime --execute=8
+      --contract=CHECKPOINT/tokenizers/embodiments/arm.json --prompt="pick up the cup"
 
 The contract's axes are found by their names in what the robot offers, so their order cannot be confused. Needs
 `lerobot` with the extra of the robot, and `mmseq-client`.
@@ -10,6 +10,7 @@ The contract's axes are found by their names in what the robot offers, so their 
 
 import importlib
 import json
+import logging
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ import numpy as np
 from lerobot.configs import parser
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.import_utils import register_third_party_plugins
-from mmseq_client import Chunking, Client, ContractError, ControlLoop, holds_position, zero_action
+from mmseq_client import Chunking, Client, ClientError, ContractError, ControlLoop, holds_position, zero_action
 from mmseq_client.images import fit
+
+log = logging.getLogger(__name__)
 
 
 class LeRobotRobot:
@@ -64,13 +67,17 @@ class LeRobotRobot:
         return observation
 
     def act(self, action: np.ndarray) -> None:
-        self._last = action
+        self._last = action.copy()
         self.robot.send_action(dict(zip(self.action_names, action.tolist())))
 
     def stop(self) -> None:
         """Command the position where the arm is, where actions are positions; torque stays on, so it does not fall."""
         if holds_position(self._contract):
-            seen = self.robot.get_observation()
+            try:
+                seen = self.robot.get_observation()
+            except Exception as error:  # one dead camera is enough
+                log.warning("stopping at the last command, for the robot cannot say where it is: %s", error)
+                seen = {} if self._last is None else dict(zip(self.action_names, self._last.tolist()))
             if all(name in seen for name in self.action_names):
                 self.robot.send_action({name: float(seen[name]) for name in self.action_names})
         else:
@@ -80,7 +87,8 @@ class LeRobotRobot:
 
 @dataclass
 class DriveConfig:
-    """contract: JSON of the embodiment. mode, execute: see `mmseq_client.Chunking`. token_file: for the server."""
+    """contract: JSON of the embodiment. mode, execute: see `mmseq_client.Chunking`. token_file: for the server;
+    ca_file: certificates (PEM) that its own is signed by."""
 
     robot: RobotConfig
     contract: Path
@@ -88,6 +96,7 @@ class DriveConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     token_file: Path | None = None
+    ca_file: Path | None = None
     mode: str = "realtime"
     execute: int | None = None
     seconds: float = 60.0
@@ -95,10 +104,24 @@ class DriveConfig:
 
 @parser.wrap()
 def main(config: DriveConfig) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        drive(config)
+    except (ClientError, FileNotFoundError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def drive(config: DriveConfig) -> None:
+    contract = json.loads(config.contract.read_text())
     token = config.token_file.read_text().strip() if config.token_file else None
-    with make_robot_from_config(config.robot) as robot, Client(config.host, config.port, token) as client:
-        driven = LeRobotRobot(robot, json.loads(config.contract.read_text()))
-        loop = ControlLoop(client, driven, Chunking(config.mode, config.execute), prompt=config.prompt)
+    ca_file = str(config.ca_file) if config.ca_file else None
+    chunking = Chunking(config.mode, config.execute)
+    # the server first: an arm with its torque on does not wait for it
+    with (
+        Client(config.host, config.port, token, ca_file=ca_file) as client,
+        make_robot_from_config(config.robot) as robot,
+    ):
+        loop = ControlLoop(client, LeRobotRobot(robot, contract), chunking, prompt=config.prompt)
         loop.run(seconds=config.seconds)
         print(dict(loop.counts))
 

@@ -3,15 +3,17 @@
     python serve/robots/ros2_robot.py --contract arm.json --prompt "pick up the cup" \
       --camera front=/camera/image_raw --states /joint_states --commands /forward_position_controller/commands
 
-Subscribes to sensor_msgs/Image per camera and sensor_msgs/JointState, publishes std_msgs/Float64MultiArray. Joints are
-found by name; a sensor that is silent for `--silent-s` stops requests, so the robot holds. Needs rclpy, pillow and
-`mmseq-client`; the conversions need no ROS.
+Subscribes to sensor_msgs/Image per camera and sensor_msgs/JointState, publishes std_msgs/Float64MultiArray. Observed
+joints are found by name. Commands have no names: the controller's parameter `joints` must list the contract's action
+axes in the contract's order (`ros2 param get /forward_position_controller joints`). A sensor that is silent for
+`--silent-s` stops requests, so the robot holds. Needs rclpy, pillow and `mmseq-client`; the conversions need no ROS.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from mmseq_client import (
     holds_position,
     zero_action,
 )
+from mmseq_client.chunking import MODES
 from mmseq_client.images import fit
 
 CHANNELS = {"rgb8": (0, 1, 2), "bgr8": (2, 1, 0), "rgba8": (0, 1, 2, None), "bgra8": (2, 1, 0, None), "mono8": (0,)}
@@ -110,7 +113,7 @@ class Ros2Robot:
         return observation
 
     def act(self, action: np.ndarray) -> None:
-        self._last = action
+        self._last = action.copy()
         self._publisher.publish(self._message(data=action.astype(np.float64).tolist()))
 
     def stop(self) -> None:
@@ -130,10 +133,14 @@ def main() -> None:
     parser.add_argument("--silent-s", type=float, default=0.5)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--mode", default="realtime", help="plain, ensemble or realtime")
+    parser.add_argument("--token-file", type=Path, help="of the server")
+    parser.add_argument("--ca-file", help="certificates (PEM) that the server's is signed by")
+    parser.add_argument("--mode", default="realtime", choices=MODES)
     parser.add_argument("--execute", type=int, help="control steps from one request to the next")
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    token = args.token_file.read_text().strip() if args.token_file else None
     import types
 
     import rclpy
@@ -149,7 +156,7 @@ def main() -> None:
     robot = Ros2Robot(node, contract, cameras, args.states, args.commands, messages, args.silent_s)
     threading.Thread(target=rclpy.spin, args=(node,), daemon=True).start()
     try:
-        with Client(args.host, args.port) as client:
+        with Client(args.host, args.port, token, ca_file=args.ca_file) as client:
             loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=args.prompt)
             loop.run(seconds=args.seconds)
             print(dict(loop.counts))

@@ -1,7 +1,7 @@
 """Meta-World in real time as a robot: try server, client and chunking before there is hardware.
 
     mmseq serve runs/demo/checkpoint --port 8000
-    python serve/robots/simulator_robot.py --task window-open --mode plain --execute 1 --seconds 20
+    python serve/robots/simulator_robot.py --task window-open --seconds 20
 
 Needs `mmseq[sim]` and `mmseq-client`. `mmseq eval` measures success over many episodes, with delays.
 """
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmseq_client import Chunking, Client, ControlLoop
+from mmseq_client import Chunking, Client, ClientError, ControlLoop
+from mmseq_client.chunking import MODES
 
+from mmseq.errors import MMSeqError
 from mmseq.simulation.experts import DEMO_SPREAD, task_language
 from mmseq.simulation.metaworld import MetaWorldEnv
 
@@ -46,13 +49,23 @@ def main(arguments: list[str] | None = None) -> SimulatorRobot:
     parser.add_argument("--seed", type=int, default=100_000, help="of the layout")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--mode", default="realtime", help="plain, ensemble or realtime")
+    parser.add_argument("--token-file", type=Path, help="of the server")
+    parser.add_argument("--ca-file", help="certificates (PEM) that the server's is signed by")
+    parser.add_argument("--mode", default="realtime", choices=MODES)
     parser.add_argument("--execute", type=int, help="control steps from one request to the next")
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    token = args.token_file.read_text().strip() if args.token_file else None
+    try:
+        return drive(args, token)
+    except (ClientError, MMSeqError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def drive(args: argparse.Namespace, token: str | None) -> SimulatorRobot:
     with (
-        Client(args.host, args.port) as client,
+        Client(args.host, args.port, token, ca_file=args.ca_file) as client,
         MetaWorldEnv(args.task, seed=args.seed, spread=DEMO_SPREAD) as env,
     ):
         robot = SimulatorRobot(env, next(iter(client.metadata["embodiments"].values())))

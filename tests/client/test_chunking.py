@@ -120,7 +120,7 @@ def test_out_of_order_duplicated_and_stale_answers_are_discarded():
     buffer.reset()
     assert buffer.accept(old.sequence, chunk(20), 21) == "out of order"
     ask = buffer.ask(30)
-    assert buffer.accept(ask.sequence, chunk(30), 30 + H) == "stale"
+    assert buffer.accept(ask.sequence, chunk(30), 30 + H).startswith("stale: it took 16 control steps, at most 15")
     assert buffer.action(30 + H) is None
 
 
@@ -130,6 +130,39 @@ def test_nothing_is_left_after_the_horizon_or_the_maximal_age():
         buffer.accept(buffer.ask(0).sequence, chunk(0), 0)
         plans = [buffer.action(step) for step in range(20)]
         assert [plan is not None for plan in plans] == [True] * (last + 1) + [False] * (19 - last)
+
+
+@pytest.mark.parametrize("mode", ["plain", "realtime", "ensemble"])
+@pytest.mark.parametrize(("horizon", "delay"), [(1, 1), (1, 5), (2, 2), (8, 8), (8, 10)])
+def test_a_robot_that_stands_still_executes_row_0_of_answers_that_always_come_late(mode, horizon, delay):
+    """A row for each round trip after the first, of which nobody knows yet whether it is the usual one."""
+    plans = play(ChunkBuffer(Chunking(mode), horizon), 200, delay, model=lambda step: chunk(step, horizon))
+    moved = {step: plan for step, plan in enumerate(plans) if plan is not None}
+    assert len(moved) >= 200 // (delay + 1) - 2
+    for step, plan in moved.items():
+        assert plan.action[1] == plan.action[0] == step - delay  # row 0
+        assert plan.age_steps == delay < plan.max_age
+
+
+def test_a_maximal_age_that_is_given_holds_for_a_robot_that_stands_still_too():
+    for max_age, moves in ((4, False), (5, False), (6, True)):
+        buffer = ChunkBuffer(Chunking("plain"), 8, max_age)
+        assert any(play(buffer, 60, 5, model=lambda step: chunk(step, 8))) == moves
+    buffer = ChunkBuffer(Chunking("plain"), 8, 4)
+    ask = buffer.ask(0)
+    buffer.action(0)
+    assert "took 5 control steps, at most 3 are allowed (horizon 8, max_age 4)" in buffer.accept(
+        ask.sequence, chunk(0, 8), 5
+    )
+
+
+def test_an_answer_later_than_usual_is_not_executed_by_a_robot_that_stands_still():
+    buffer = ChunkBuffer(Chunking("plain"), 4)
+    for step, took, taken in ((0, 50, False), (100, 5, True), (200, 5, True), (300, 60, False), (400, 5, True)):
+        ask = buffer.ask(step)
+        buffer.action(step)
+        assert (buffer.accept(ask.sequence, chunk(step, 4), step + took) is None) == taken, step
+        buffer.reset()
 
 
 def test_the_distance_of_requests_stays_between_the_delay_and_what_a_chunk_leaves():

@@ -20,7 +20,8 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.rollout.inference.rtc import supports_rtc_inference
-from lerobot_policy_mmseq.check import differences
+from lerobot_policy_mmseq.check import CheckConfig, differences, needed
+from lerobot_policy_mmseq.check import main as check
 from lerobot_policy_mmseq.processor_mmseq import make_mmseq_pre_post_processors
 from mmseq_client import Client, ContractError, RefusedError, example_observation
 
@@ -233,6 +234,31 @@ def test_a_robot_of_lerobot_is_compared_by_name_order_and_rate():
     swapped = dict.fromkeys((AXES[1], AXES[0], *AXES[2:]), float)
     found = differences(contract, {**there, "top": (480, 640, 3)}, swapped, 30)
     assert [line.split(":")[0] for line in found] == ["action", "cameras", "fps"]
+    renamed = {"observation.images.top": "observation.images.front"}
+    assert differences(contract, {**there, "top": (480, 640, 3)}, there, 20, renamed) == []
+
+
+def test_axes_that_lerobot_does_not_pass_on_are_named():
+    names = ["x", "y"]
+    contract = {"rate_hz": 20, "cameras": [], "proprio": {"names": names}, "action": {"names": names}}
+    found = differences(contract, dict.fromkeys(names, float), dict.fromkeys(names, float), 20)
+    assert len(found) == 2
+    for line in found:
+        assert "only axes ending in .pos or .vel, and the robot also has ['x', 'y']" in line
+
+
+def test_the_check_takes_the_command_line_of_a_rollout(exported, tmp_path):
+    given = ["--policy.path=OUT", "--task", "pick up", "--robot.type=a", "--fps", "30", "--rename_map={}", "--task=b"]
+    assert needed([*given, "--policy.server=gpu:1"]) == [
+        "--policy=OUT",
+        "--robot.type=a",
+        "--fps",
+        "30",
+        "--rename_map={}",
+    ]
+    wrong = CheckConfig(robot=None, policy=tmp_path)
+    with pytest.raises(SystemExit, match="the folder that `mmseq export CHECKPOINT lerobot OUT` wrote"):
+        check.__wrapped__(wrong)
 
 
 def test_another_contract_on_the_server_is_refused(exported, checkpoint, tmp_path, server):
@@ -253,7 +279,9 @@ def test_another_contract_on_the_server_is_refused(exported, checkpoint, tmp_pat
 def test_an_operators_hold_keeps_the_robot_and_it_goes_on_by_itself(remote, server):
     policy, act = load(remote, "--n_action_steps=1")
     batch, _ = seen(0)
-    moving = act(batch)[0]
+    given = policy.select_action(dict(batch))
+    moving = given[0].clone()
+    given.mul_(50)  # a step of LeRobot's that works in place
     server.service.hold("a person is near")
     try:
         held = act(batch)[0]  # actions are changes: zeros, and the gripper as it was

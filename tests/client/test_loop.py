@@ -1,6 +1,7 @@
 """The control loop in simulated time: the code that robots run, with delays of one's choice."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -129,10 +130,74 @@ def test_delta_robots_hold_with_zeros_and_keep_the_gripper(embodiment, robot, se
     ticks = drive(loop, clock, 20)
     np.testing.assert_array_equal(ticks[-1].action, [0, 0, 0, 1])
     assert ticks[-1].held
-    server.metadata["hold"] = {"arm": "position"}
+    server.metadata["hold"] = {"arm": "position"}  # what a server says of it does not count, the contract does
     latency = [0.0, math.inf, math.inf]
     loop, clock, _ = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
-    np.testing.assert_array_equal(drive(loop, clock, 20)[-1].action, [0, 15, 15, 1])
+    np.testing.assert_array_equal(drive(loop, clock, 20)[-1].action, [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("form", ["absolute", "delta", "velocity"])
+@pytest.mark.parametrize("out_of_range", ["clamp", "refuse"])
+def test_a_robot_that_works_in_place_is_held_where_it_was_commanded(server, robot, embodiment, form, out_of_range):
+    body = dataclasses.replace(embodiment, action_form=form).to_dict()
+    robot._contract = server.metadata["embodiments"]["arm"] = body
+    keep, dice = robot.act, random.Random(0)
+
+    def act(action):
+        keep(action)
+        action *= 50.0
+
+    robot.act = act
+    latency = lambda: math.inf if dice.random() < 0.3 else dice.uniform(0, 0.2)
+    loop, clock, _ = simulate(server, robot, latency, Chunking("plain", 8), out_of_range=out_of_range)
+    ticks = [tick for tick in drive(loop, clock, 600) if tick.action is not None]
+    assert 50 < sum(tick.held for tick in ticks) < 550
+    for before, now in itertools.pairwise(ticks):
+        if now.held and form == "absolute":
+            np.testing.assert_array_equal(now.action, before.action)
+        elif now.held:
+            np.testing.assert_array_equal(now.action, [0, 0, 0, before.action[3]])
+    np.testing.assert_array_equal(robot.actions, [tick.action for tick in ticks])
+
+
+@pytest.mark.parametrize("first", [None, OSError, KeyboardInterrupt])
+def test_a_robot_that_fails_to_stop_executes_nothing_old_later_and_hides_no_error(server, robot, first):
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 16), sleep=lambda s: clock.sleep(s))
+    act, stop = robot.act, robot.stop
+
+    def broken(action):
+        act(action)
+        if first is not None:
+            raise first("the bus is gone")
+
+    def unstoppable():
+        raise RuntimeError("no rest")
+
+    robot.act, robot.stop = broken, unstoppable
+    with pytest.raises(first or RuntimeError):
+        loop.run(seconds=0.1)
+    robot.act, robot.stop = act, stop
+    clock.sleep(8.0)
+    done, asked = len(robot.actions), len(server.asked)
+    loop.run(seconds=0.1)
+    assert robot.actions[done][0] == server.asked[asked]["step"]
+
+
+def test_a_clock_that_goes_back_makes_it_sleep_one_period_at_most(server, robot):
+    slept, back = [], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.sleep(seconds)
+        if len(slept) == 5:
+            back.append(1)
+            clock.now -= 3600
+
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 8), sleep=sleep)
+    robot.act = lambda action: clock.sleep(-3600) if len(slept) == 8 else loop.end() if len(slept) == 20 else None
+    loop.run()
+    assert back
+    assert max(slept) <= PERIOD_S + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -279,6 +344,50 @@ def test_many_control_steps(server, robot, mode, execute):
     check(drive(loop, clock, 30_000), robot, horizon=40)
     assert loop.counts["held"] < 15_000
     print(mode, execute, dict(loop.counts))
+
+
+def test_a_horizon_of_one_moves_although_each_answer_takes_a_step(server, robot):
+    server.horizon = server.metadata["horizon"] = 1
+    loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"))
+    ticks = drive(loop, clock, 100)
+    assert sum(not tick.held for tick in ticks) > 40
+    assert "an answer takes 1 control steps, a chunk has 1" in events[-1][1] or "resume" in events[-1]
+    loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"), max_age_s=PERIOD_S)
+    assert all(tick.held for tick in drive(loop, clock, 100))
+    assert "horizon 1, max_age 1" in events[-1][1]
+
+
+@pytest.mark.parametrize(("takes_s", "warnings"), [(0.0, 0), (0.5 * PERIOD_S, 0), (2.5 * PERIOD_S, 2)])
+def test_a_robot_that_cannot_keep_its_rate_is_told_now_and_then(server, robot, takes_s, warnings):
+    loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain"), sleep=lambda s: clock.sleep(s))
+    robot.act = lambda action: clock.sleep(takes_s)
+    loop.run(seconds=50)
+    assert [kind for kind, _ in events].count("slow") == warnings == loop.counts["slow"]
+    assert bool(loop.counts["skipped"]) == bool(warnings)
+    if warnings:
+        slow = next(detail for kind, detail in events if kind == "slow")
+        assert "must take less than 20 ms together" in slow
+
+
+def test_a_policy_that_reads_an_instruction_is_not_run_without_one(server, robot):
+    server.metadata["policy"] = "text, image, proprio -> action[16]"
+    for prompt in (None, "", "  "):
+        loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"), prompt=prompt)
+        with pytest.raises(ClientError, match="the policy reads an instruction, and there is none"):
+            loop.run(seconds=1)
+        assert (robot.actions, server.asked) == ([], [])
+    see = robot.observe
+    robot.observe = lambda: {**see(), "prompt": "go"}
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"))
+    assert not drive(loop, clock, 3)[-1].held
+
+
+def test_waiting_for_the_first_chunk_is_no_warning_and_counted_apart(server, robot, caplog):
+    loop, clock, _ = simulate(server, robot, lambda: 0.1, Chunking("plain"))
+    with caplog.at_level("INFO", "mmseq_client"):
+        drive(loop, clock, 50)
+    assert loop.counts["waited"] == loop.counts["held"] == 5
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
 
 
 def test_the_observation_reaches_the_server_with_the_prompt(server, robot):

@@ -98,6 +98,26 @@ class TestLeRobot:
         assert all(any(np.allclose(row, action) for action in policy.actions) for row in found)
         assert lerobot_arm.sent[-1] == moved[-1]
 
+    @pytest.mark.parametrize("form", ["absolute", "velocity"])
+    def test_it_comes_to_rest_without_its_cameras(self, lerobot_arm, form):
+        from lerobot_robot import LeRobotRobot
+
+        gripper = Gripper(axis=JOINTS[2], open=9.0, closed=-9.0)
+        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), action_form=form, gripper=gripper).to_dict())
+
+        def dead():
+            raise TimeoutError("camera front: no frame within 200 ms")
+
+        lerobot_arm.get_observation = dead
+        robot.stop()  # nothing was commanded and nothing is known
+        lerobot_arm.sent.clear()
+        command = np.float32([1, 2, 3])
+        robot.act(command)
+        command *= 50
+        robot.stop()
+        rest = [1, 2, 3] if form == "absolute" else [0, 0, 3]
+        assert lerobot_arm.sent[-1] == dict(zip(JOINTS, rest, strict=True))
+
     @pytest.mark.parametrize(
         ("contract", "words"),
         [
@@ -118,8 +138,19 @@ class TestLeRobot:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        for words in ("--robot.port", "koch_follower", "--contract", "--execute"):
+        for words in ("--robot.port", "koch_follower", "--contract", "--execute", "--ca_file"):
             assert words in done.stdout
+
+    def test_the_command_says_what_is_wrong_before_the_robot_is_connected(self, tmp_path):
+        import lerobot_robot
+
+        config = lerobot_robot.DriveConfig(robot=None, contract=tmp_path / "nope.json", prompt="up")
+        with pytest.raises(SystemExit, match=r"No such file.*nope\.json"):
+            lerobot_robot.main.__wrapped__(config)
+        (tmp_path / "nope.json").write_text("{}")
+        config.ca_file = tmp_path / "nope.pem"
+        with pytest.raises(SystemExit, match=r"ca_file .*nope\.pem' cannot be read"):
+            lerobot_robot.main.__wrapped__(config)
 
 
 @dataclass
@@ -223,7 +254,9 @@ class TestRos2:
         )
         robot = Ros2Robot(node, body.to_dict(), {"front": "/camera"}, "/joints", "/commands", messages)
         robot.stop()
-        robot.act(np.float32([1, 2, -3]))
+        command = np.float32([1, 2, -3])
+        robot.act(command)
+        command *= 50  # what its owner does with it later
         robot.stop()
         sent = [message for _, message in node.published]
         assert sent == [
@@ -233,7 +266,7 @@ class TestRos2:
         ]
 
 
-def test_the_simulator_runs_in_real_time(capsys):
+def test_the_simulator_runs_in_real_time(capsys, tmp_path):
     pytest.importorskip("metaworld")
     from simulator_robot import main
 
@@ -252,7 +285,13 @@ def test_the_simulator_runs_in_real_time(capsys):
     )
     actions = np.zeros((40, 4), np.float32)
     episode = Episode.from_arrays("one", 20, {"proprio": actions, "action": actions}, texts=["go"], embodiment="so")
-    with Server(ReplayPolicy(episode, sawyer), ServerConfig(port=0)) as server:
-        robot = main(["--port", str(server.port), "--seconds", "2"])
+    (tmp_path / "token").write_text("secret\n")
+    with Server(ReplayPolicy(episode, sawyer), ServerConfig(port=0, token="secret")) as server:
+        options = ["--port", str(server.port), "--token-file", str(tmp_path / "token")]
+        with pytest.raises(SystemExit, match="nope"):
+            main([*options, "--task", "nope"])
+        with pytest.raises(SystemExit, match=r"ca_file 'nope\.pem' cannot be read"):
+            main([*options, "--ca-file", "nope.pem"])
+        robot = main([*options, "--seconds", "2"])
     assert 4 <= robot.env.steps <= 40
     assert "steps; {" in capsys.readouterr().out

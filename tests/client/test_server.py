@@ -1,15 +1,10 @@
 """The loop against the real server: an operator's hold, overload, a restart."""
 
 import http.client
-import shutil
-import ssl
-import subprocess
-import threading
 
 import numpy as np
 import pytest
-from mmseq_client import Chunking, Client, ClientError, ControlLoop, codec
-from websockets.sync.server import serve
+from mmseq_client import Chunking, Client, ControlLoop
 
 from mmseq.episode import Episode
 from mmseq.serving import ReplayPolicy, Server, ServerConfig
@@ -69,33 +64,6 @@ def test_an_operators_hold_stops_it_at_once_and_its_release_lets_it_go_on(driven
     assert not any(tick.held for tick in drive(loop, 250)[200:])
 
 
-def test_it_speaks_tls_to_a_server_whose_certificate_it_trusts(tmp_path):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate, and is not there")
-    for name in ("ours", "other"):
-        command = (
-            f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -out {name}.pem -keyout {name}.key"
-        )
-        subprocess.run([*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], cwd=tmp_path, check=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "ours.pem", tmp_path / "ours.key")
-
-    def session(connection):
-        connection.send(codec.pack({"name": "tls", "horizon": 4, "embodiments": {}}))
-        for frame in connection:
-            connection.send(frame)
-
-    with serve(session, "127.0.0.1", 0, ssl=context, compression=None) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        port = server.socket.getsockname()[1]
-        with Client("127.0.0.1", port, ca_file=str(tmp_path / "ours.pem")) as client:
-            assert client.infer({"n": 1}) == {"n": 1}
-        for ca_file in (str(tmp_path / "other.pem"), None):
-            with pytest.raises(ClientError, match="no server at"):
-                Client("127.0.0.1", port, ca_file=ca_file, connect_timeout_s=0.2)
-        server.shutdown()
-
-
 def test_a_restarted_server_is_found_again(driven):
     server, policy, loop = driven
     drive(loop, 30)
@@ -103,8 +71,3 @@ def test_a_restarted_server_is_found_again(driven):
     assert all(tick.held for tick in drive(loop, 60)[40:])
     with Server(policy, ServerConfig(port=server.port)):
         assert not any(tick.held for tick in drive(loop, 250)[200:])
-
-
-def test_a_client_is_for_one_robot_and_one_loop():
-    with pytest.raises(ClientError, match="spaces or line breaks"):
-        Client(token="s3cret\n")

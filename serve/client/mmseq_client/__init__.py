@@ -5,7 +5,8 @@ from mmseq_client.client import Client, healthz
 from mmseq_client.contract import example_observation, fingerprint, holds_position, zero_action
 from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
 from mmseq_client.gate import ActionGate
-from mmseq_client.loop import ControlLoop, Robot, Tick
+from mmseq_client.loop import ControlLoop
+from mmseq_client.robot import Robot, Tick
 from mmseq_client.simulated import SimulatedClock, SimulatedExecutor
 
 __version__ = "0.2.0"

@@ -72,11 +72,12 @@ class Ask:
 @dataclass(frozen=True)
 class Planned:
     """The action of one control step, float32 (axes,). sequence: of the newest chunk in it; age_steps: since the
-    observation that chunk was made from."""
+    observation that chunk was made from, less than max_age."""
 
     action: np.ndarray
     sequence: int
     age_steps: int
+    max_age: int
 
 
 @dataclass
@@ -85,13 +86,16 @@ class _Chunk:
     step: int  # of its observation
     first: int  # the control step of row 0: `step`, later by the steps the robot has held since
     actions: np.ndarray
+    late: bool = False  # older than allowed, for a robot that has stood still since: only row 0 is executed
 
 
 class ChunkBuffer:
     """The chunks under way.
 
     Each control step: `ask` (and send what it returns), `accept` what came back, then `action`. max_age: control
-    steps from an observation after which none of its actions may be executed; at most, and by default, H.
+    steps from an observation after which none of its actions may be executed; at most, and by default, H. A robot
+    that has stood still since executes row 0 of a later chunk as well, unless max_age is given, if answers usually
+    take that long: else it would never move.
     prefix: whether the server forces a prefix, which realtime needs. gripper: an axis that is never averaged.
     """
 
@@ -110,6 +114,7 @@ class ChunkBuffer:
         self.chunking, self.horizon, self.execute = chunking, horizon, chunking.steps(horizon)
         self.gripper = gripper
         self.max_age = horizon if max_age is None else max(1, min(horizon, max_age))
+        self._patience = math.inf if max_age is None else max(1, max_age)
         self._delays: deque[int] = deque(maxlen=_DELAYS)
         self._warm = False
         self._sequence = 0
@@ -137,8 +142,8 @@ class ChunkBuffer:
         """Whether the next chunk is to be asked for at this step."""
         if self._flight is not None:
             return False
-        if self.left(step) <= self.delay:
-            return True
+        if self.left(step) <= self.delay:  # beside a late chunk's one row an answer would be too old again
+            return not (self._chunks and self._chunks[-1].late and self.left(step) > 0)
         return step - self._chunks[-1].step >= min(max(self.execute, self.delay), max(1, self.horizon - self.delay))
 
     def ask(self, step: int) -> Ask | None:
@@ -151,7 +156,7 @@ class ChunkBuffer:
             newest = self._chunks[-1]
             row = step - newest.first
             prefix = newest.actions[row : row + min(self.delay, self.left(step), self.horizon - 1)]
-        self._flight = Ask(self._sequence, step, self.delay, prefix)
+        self._flight = Ask(self._sequence, step, min(self.delay, self.horizon), prefix)
         self._played, self._held_from = {}, None
         return self._flight
 
@@ -166,9 +171,14 @@ class ChunkBuffer:
         if ask is None or ask.sequence != sequence:
             return "out of order"
         self._flight = None
-        self._measured(step - ask.step)
-        if step - ask.step >= self.max_age:
-            return "stale"
+        took, usual, still = step - ask.step, self.delay, self._held_from is not None and not self._played
+        self._measured(took)
+        late = took >= self.max_age
+        if late and not (still and took <= usual and took < self._patience):
+            return (
+                f"stale: it took {took} control steps, at most {self.max_age - 1} are allowed "
+                f"(horizon {self.horizon}, max_age {self.max_age}); answers must be faster, or chunks longer"
+            )
         if len(ask.prefix) and np.abs(actions[: len(ask.prefix)] - ask.prefix).max() > _SAME:
             return "without its prefix"
         if self.chunking.mode == "realtime" and any(
@@ -176,7 +186,8 @@ class ChunkBuffer:
         ):
             return "late"  # longer than committed: the robot went on along the old chunk, elsewhere than the new one
         held = 0 if self._held_from is None else step - self._held_from
-        chunk = _Chunk(sequence, ask.step, ask.step + held, np.array(actions, np.float32))
+        first = step if late else ask.step + held
+        chunk = _Chunk(sequence, ask.step, first, np.array(actions, np.float32), late)
         if limit is not None:
             limit(chunk.actions[step - chunk.first :])
         kept = [old for old in self._chunks if self._until(old) > step] if self.chunking.mode == "ensemble" else []
@@ -194,7 +205,7 @@ class ChunkBuffer:
         if not self._warm and self._delays:
             self._delays.clear()  # a server's first answer is often slow and says nothing of the next ones
             self._warm = True
-        self._delays.append(min(delay, self.horizon))
+        self._delays.append(delay)
 
     def action(self, step: int) -> Planned | None:
         """The action of control step `step`; None when no valid one is left, and the robot has to hold."""
@@ -208,8 +219,12 @@ class ChunkBuffer:
         if self.gripper is not None:
             action[self.gripper] = rows[-1][self.gripper]  # half open is neither
         self._played[step] = action
-        return Planned(action.copy(), live[-1].sequence, step - live[-1].step)
+        newest = live[-1]
+        allowed = step - newest.step + 1 if newest.late else self.max_age
+        return Planned(action.copy(), newest.sequence, step - newest.step, allowed)
 
     def _until(self, chunk: _Chunk) -> int:
         """The first control step that the chunk has no action for any more."""
+        if chunk.late:
+            return chunk.first + 1
         return min(chunk.first + len(chunk.actions), chunk.step + self.max_age)

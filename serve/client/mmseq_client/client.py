@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import inspect
+import ipaddress
 import json
 import logging
 import random
@@ -20,20 +22,20 @@ import websockets.sync.client
 
 from mmseq_client import codec
 from mmseq_client.contract import fingerprint, require_metadata, require_served
-from mmseq_client.errors import ClientError, ContractError, RefusedError
+from mmseq_client.errors import ClientError, ContractError, RefusedError, require_seconds
 
 log = logging.getLogger("mmseq_client")
 
 _MAX_REPLY_BYTES = 64 << 20
 _SEND_TIMEOUT_S = 2  # that a part of a message may wait for a server that does not read
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 _CLOSE_TIMEOUT_S = 0.5  # a frozen server must not hold up what comes after it
 
 
 def healthz(host: str = "127.0.0.1", port: int = 8000, timeout_s: float = 2.0, ca_file: str | None = None) -> bool:
     """Whether a server answers there."""
     if ca_file:
-        context = ssl.create_default_context(cafile=ca_file)
-        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=_trusting(ca_file))
     else:
         connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
@@ -45,10 +47,31 @@ def healthz(host: str = "127.0.0.1", port: int = 8000, timeout_s: float = 2.0, c
         connection.close()
 
 
+class _TLSSocket(ssl.SSLSocket):
+    """websockets waits for its reading thread on closing, and only a shutdown wakes that from an SSL read."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.shutdown(socket.SHUT_RDWR)
+        super().close()
+
+
+def _trusting(ca_file: str) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # not there, a folder, or not PEM
+        raise ClientError(
+            f"ca_file {ca_file!r} cannot be read: {error}; give the certificates (PEM) that the server's is signed by"
+        ) from error
+    context.sslsocket_class = _TLSSocket
+    return context
+
+
 class Client:
     """One robot's connection.
 
-    connect_timeout_s: how long to try, with growing pauses, on connecting and after the connection broke.
+    connect_timeout_s: how long to try, with growing pauses, on connecting and after the connection broke; what
+    waiting cannot cure (a wrong token, certificate or ca_file, TLS on one side only) is raised at once.
     timeout_s: the longest wait for one reply. reconnect: after a break, connect again, make sure that the
     server still serves the same thing, and send the observation a second time. ca_file: certificates (PEM) that
     the server's is signed by; with it the connection is TLS.
@@ -66,7 +89,12 @@ class Client:
     ):
         if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
             raise ClientError("the token holds spaces or line breaks; strip what was read from its file")
-        self.host, self.port, self._token, self._ca_file = host, port, token, ca_file
+        _require_address(host, port)
+        require_seconds("connect_timeout_s", connect_timeout_s)
+        require_seconds("timeout_s", timeout_s)
+        self.host, self.port, self._token, self._ca_file = host.strip("[]"), port, token, ca_file
+        self._tls = _trusting(ca_file) if ca_file else None
+        self._closes = 0  # calls of `close`: what was begun before one must not stay open after it
         self._busy = threading.Lock()
         self._connect_timeout_s, self._timeout_s, self._reconnect = connect_timeout_s, timeout_s, reconnect
         self._embodiment: dict[str, Any] | None = None
@@ -84,25 +112,31 @@ class Client:
         if self._socket is not None:
             return
         timeout_s = self._connect_timeout_s if timeout_s is None else timeout_s
-        deadline, pause = time.monotonic() + timeout_s, 0.05
+        deadline, pause, closes = time.monotonic() + timeout_s, 0.05, self._closes
         while True:
             try:
-                self._socket = self._open(max(0.5, min(10.0, deadline - time.monotonic())))
-                metadata = require_metadata(self._unpack(self._socket.recv(timeout=min(10.0, self._timeout_s))))
+                opened = self._socket = self._open(max(0.5, min(10.0, deadline - time.monotonic())))
+                self._require_open(closes)
+                metadata = require_metadata(self._unpack(opened.recv(timeout=min(10.0, self._timeout_s))))
                 break
             except websockets.exceptions.InvalidStatus as error:
                 body = getattr(error.response, "body", None) or b""
                 raise _refusal(body.decode("utf-8", "replace"), error.response.status_code) from error
             except ClientError:
-                self.close()
+                self._drop()
                 raise
             except (OSError, EOFError, TimeoutError, websockets.exceptions.WebSocketException) as error:
-                self.close()
+                self._drop()
+                self._require_open(closes)
+                hopeless = self._hopeless(error)
+                if hopeless is not None:
+                    raise ClientError(f"{self.host}:{self.port} {hopeless}") from error
                 if time.monotonic() + pause >= deadline:
                     raise ClientError(
                         f"no server at {self.host}:{self.port} within {timeout_s:.0f} s: {error}"
                     ) from error
-                log.info("waiting for the server at %s:%d", self.host, self.port)
+                if pause == 0.05:  # once
+                    log.warning("waiting for the server at %s:%d: %s", self.host, self.port, error)
                 time.sleep(pause * random.uniform(0.5, 1.0))  # robots do not come back all at once
                 pause = min(2.0, 2 * pause)
         try:
@@ -111,21 +145,41 @@ class Client:
             if self._embodiment is not None:
                 require_served(self._embodiment, metadata)
         except ContractError:
-            self.close()
+            self._drop()
             raise
         self.metadata = metadata
 
+    def _require_open(self, closes: int) -> None:
+        if closes != self._closes:
+            raise ClientError("it was closed while it connected")
+
+    def _hopeless(self, error: BaseException) -> str | None:
+        """What is wrong with a server that no waiting will cure; None when it may be well later."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"has a certificate that ca_file {self._ca_file!r} does not vouch for: {error.verify_message}"
+        if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
+            return f"does not speak TLS: leave ca_file ({self._ca_file!r}) out"
+        refused = isinstance(error, (ConnectionRefusedError, socket.gaierror, TimeoutError))
+        if self._tls is None and not self.metadata and not refused:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only to ask: nothing is sent over it
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            address = (self.host, self.port)
+            with contextlib.suppress(OSError), socket.create_connection(address, 0.5) as raw, context.wrap_socket(raw):
+                return "speaks TLS: give ca_file, the certificates (PEM) that its own is signed by"
+        return None
+
     def _open(self, timeout_s: float) -> Any:
         options: dict[str, Any] = {}
-        if "proxy" in inspect.signature(websockets.sync.client.connect).parameters:
+        known = inspect.signature(websockets.sync.client.connect).parameters
+        if "proxy" in known:
             options["proxy"] = None  # a robot talks to its server directly
         if self._token:
             options["additional_headers"] = {"Authorization": f"Api-Key {self._token}"}
-        if self._ca_file:
-            options["ssl"] = ssl.create_default_context(cafile=self._ca_file)
+        if self._tls is not None:
+            options["ssl" if "ssl" in known else "ssl_context"] = self._tls
         host = f"[{self.host}]" if ":" in self.host else self.host
         opened = websockets.sync.client.connect(
-            f"{'wss' if self._ca_file else 'ws'}://{host}:{self.port}/",
+            f"{'ws' if self._tls is None else 'wss'}://{host}:{self.port}/",
             compression=None,
             max_size=_MAX_REPLY_BYTES,
             open_timeout=timeout_s,
@@ -186,17 +240,20 @@ class Client:
             self._busy.release()
 
     def _infer(self, observation: dict[str, Any], timeout_s: float, reconnect: bool) -> dict[str, Any]:
-        data = codec.pack(dict(self._contract, **observation))
+        data = _packed(dict(self._contract, **observation))
         self.connect()
         for attempt in (0, 1):
+            opened = self._socket
             try:
-                self._socket.send(data)
-                return self._receive(observation.get("sent_at"), time.monotonic() + timeout_s)
+                if opened is None:
+                    raise ClientError("it was closed")
+                opened.send(data)
+                return self._receive(opened, observation.get("sent_at"), time.monotonic() + timeout_s)
             except TimeoutError as error:
-                self.close()  # a late reply must not be taken for the next one
+                self._drop()  # a late reply must not be taken for the next one
                 raise ClientError(f"no reply within {timeout_s:.1f} s") from error
             except (OSError, EOFError, websockets.exceptions.ConnectionClosed) as error:
-                self.close()
+                self._drop()
                 if attempt or not reconnect:
                     raise ClientError(f"the connection to {self.host}:{self.port} broke: {error}") from error
                 log.warning("the connection broke (%s); connecting again", error)
@@ -204,13 +261,13 @@ class Client:
             except RefusedError:
                 raise
             except ClientError:
-                self.close()  # after garbage nothing says where the next reply begins
+                self._drop()  # after garbage nothing says where the next reply begins
                 raise
         raise AssertionError("unreachable")
 
-    def _receive(self, sent_at: float | None, deadline: float) -> dict[str, Any]:
+    def _receive(self, opened: Any, sent_at: float | None, deadline: float) -> dict[str, Any]:
         while True:
-            reply = self._unpack(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
+            reply = self._unpack(opened.recv(timeout=max(0.0, deadline - time.monotonic())))
             echoed = reply.get("sent_at", sent_at)
             if sent_at is None or (type(echoed) in (int, float) and echoed == sent_at):
                 return reply
@@ -221,16 +278,47 @@ class Client:
         return healthz(self.host, self.port, ca_file=self._ca_file)
 
     def close(self) -> None:
-        """End the connection; the next `infer` opens it again."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """End the connection, also one that another thread is opening; the next `infer` opens it again."""
+        self._closes += 1
+        self._drop()
+
+    def _drop(self) -> None:
+        opened, self._socket = self._socket, None
+        if opened is not None:
+            opened.close()
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+
+def _require_address(host: str, port: int) -> None:
+    """Raises: ClientError for what is no host or no port, such as a URL."""
+    name, good = host.strip("[]"), isinstance(port, int) and 0 < port < 65536
+    if ":" in name:
+        try:
+            ipaddress.IPv6Address(name.partition("%")[0])
+        except ValueError:
+            good = False
+    if not good or not name or "/" in name:
+        raise ClientError(
+            f"host is {host!r}, port {port!r}; give the host alone and the port as a number, with ca_file for TLS"
+        )
+
+
+def _packed(observation: dict[str, Any]) -> bytes:
+    """Raises: RefusedError that names the key that cannot be sent."""
+    try:
+        return codec.pack(observation)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        for key, value in observation.items():
+            try:
+                codec.pack({key: value})
+            except (TypeError, ValueError, OverflowError, RecursionError) as own:
+                raise RefusedError("wrong_type", f"{key!r}: {own}", key=str(key)) from error
+        raise
 
 
 def _identity(metadata: dict[str, Any]) -> Any:

@@ -35,6 +35,8 @@ def require_served(embodiment: dict[str, Any], metadata: dict[str, Any]) -> dict
 
     metadata: the server's first frame. Raises: ContractError that names each field that differs.
     """
+    if not isinstance(embodiment, dict):
+        raise ContractError(f"contract() gave {type(embodiment).__name__}; return the robot's embodiment as a dict")
     served = metadata.get("embodiments") or {}
     name = embodiment.get("name")
     if name not in served:

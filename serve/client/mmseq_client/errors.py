@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 
 class ClientError(Exception):
     """The server cannot be reached, the connection broke, or what came back is not a reply."""
@@ -36,3 +39,10 @@ class RefusedError(ClientError):
 
     def __reduce__(self):
         return type(self), (self.code, self.message, self.key, self.retry_after_ms)
+
+
+def require_seconds(name: str, value: Any) -> None:
+    """Raises: ClientError unless `value` is a finite number of seconds from 0 on."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value >= 0):
+        raise ClientError(f"{name} is {value!r}; give seconds, a finite number from 0 on")

@@ -34,7 +34,10 @@ class ActionGate:
         low, high = np.array(axes["minimum"], np.float64), np.array(axes["maximum"], np.float64)
         self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
         if max_step is not None:
-            less = np.asarray(max_step, np.float32)
+            try:
+                less = np.asarray(max_step, np.float32)
+            except (TypeError, ValueError, OverflowError):
+                less = np.zeros(())
             if less.shape not in ((), (len(self.names),)) or not (np.isfinite(less) & (less > 0)).all():
                 raise ContractError(
                     f"max_step is {max_step!r}; give a positive number, or one for each of {self.names}"
@@ -55,8 +58,8 @@ class ActionGate:
             self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
         self.counts: Counter[str] = Counter()
 
-    def check_chunk(self, actions: Any, horizon: int) -> np.ndarray:
-        """A reply's actions as float32 (horizon, axes) within the limits.
+    def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
+        """A reply's actions as float32 (horizon, axes) within the limits. clamp: even if it is configured to refuse.
 
         Raises: UnsafeActionError that names the axis, the step and the value.
         """
@@ -73,7 +76,7 @@ class ActionGate:
         outside = (actions < self.low - self.slack) | (actions > self.high + self.slack)
         if outside.any():
             step, axis = np.argwhere(outside)[0]
-            if self.refuses:
+            if self.refuses and not clamp:
                 limits = f"{self.low[axis]:.5g}..{self.high[axis]:.5g}"
                 self._withhold(
                     "out_of_range",

@@ -1,7 +1,7 @@
 """The control loop of a robot: asks ahead of time, executes, splices, holds when nothing valid is left.
 
     with Client("127.0.0.1", 8000) as client:
-        ControlLoop(client, robot, Chunking("realtime", execute=8), prompt="pick up the cup").run(seconds=60)
+        ControlLoop(client, robot, Chunking("realtime"), prompt="pick up the cup").run(seconds=60)
 
 A background thread waits for the server; the loop itself never does.
 """
@@ -13,60 +13,31 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Any, Callable
 
 import numpy as np
 
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
 from mmseq_client.contract import holds_position, zero_action
-from mmseq_client.errors import ClientError, ContractError, NoObservationError, RefusedError, UnsafeActionError
+from mmseq_client.errors import (
+    ClientError,
+    ContractError,
+    NoObservationError,
+    RefusedError,
+    UnsafeActionError,
+    require_seconds,
+)
 from mmseq_client.gate import ActionGate
+from mmseq_client.robot import Pace, Robot, Tick, ended_by_sigterm
 
 log = logging.getLogger("mmseq_client")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
+_NOT_YET = "no chunk yet"
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
-
-
-class Robot(Protocol):
-    """A robot, real or simulated. All four are called from the thread of the loop, and must not wait."""
-
-    def contract(self) -> dict[str, Any]:
-        """The embodiment as JSON: axes in order with units and limits, rate, cameras, gripper convention."""
-        ...
-
-    def observe(self) -> dict[str, Any]:
-        """What is sensed now: `observation.images.<camera>` uint8 (H, W, 3), `observation.state` float32 (proprio,).
-
-        Raises: NoObservationError while a sensor is silent.
-        """
-        ...
-
-    def act(self, action: np.ndarray) -> None:
-        """Command one control step, float32 (axes,), in the contract's order and units."""
-        ...
-
-    def stop(self) -> None:
-        """Come to rest and stay there; called once, at the end and after any error."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What one control step did. action: commanded, float32 (axes,), None when nothing was (before the first
-    action). held: no valid action was there. sequence, age_steps: of the chunk it comes from, and since its
-    observation. asked: whether a chunk was asked for."""
-
-    step: int
-    action: np.ndarray | None
-    held: bool
-    asked: bool
-    sequence: int | None = None
-    age_steps: int | None = None
 
 
 class ControlLoop:
@@ -77,10 +48,11 @@ class ControlLoop:
     timeout_s: the longest wait for a reply before the connection is opened anew; the first one, which may find a
     server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range, max_step: see `ActionGate`.
     on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, blind,
-    broke, contract, connected, clock; they are counted in `counts`. clock, sleep, executor: of a simulation.
+    broke, contract, connected, clock, slow; they are counted in `counts`. clock, sleep, executor: of a simulation.
 
     The robot's contract is compared with the server's here, before any motion, and after each reconnection.
-    Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give.
+    Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give;
+    the first control step ClientError, before any motion, when the policy reads an instruction and there is none.
     """
 
     def __init__(
@@ -99,6 +71,8 @@ class ControlLoop:
         executor: Any = None,
         seed: int | None = None,
     ):
+        require_seconds("timeout_s", timeout_s)
+        require_seconds("max_age_s", 0 if max_age_s is None else max_age_s)
         embodiment = client.check_contract(robot.contract())
         metadata = client.metadata
         told = metadata.get("chunking")
@@ -112,8 +86,9 @@ class ControlLoop:
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
-        form = "position" if holds_position(embodiment) else "zero"
-        self._holds_position = (metadata.get("hold") or {}).get(embodiment["name"], form) == "position"
+        given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
+        self._reads_text = "text" in given.replace(",", " ").split()
+        self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
         self._on_event, self._clock, self._sleep = on_event, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
@@ -124,27 +99,40 @@ class ControlLoop:
         self._last: np.ndarray | None = None  # commanded
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
-        self.why = "no chunk yet"  # nothing valid is left: the last thing that went wrong
+        self._pace = Pace(self.rate_hz)
+        self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
 
     def run(self, seconds: float | None = None) -> None:
         """Control steps at the robot's rate until the time is over or `end` is called; the robot stops after it.
 
+        On the main thread also on SIGTERM, which ends the process after that, unless a handler is installed.
         Raises: whatever the robot raises.
         """
-        began = self._now = self._clock()
-        self._origin, self._stopping = began - (self._step + 1) / self.rate_hz, False
-        try:
-            while not self._stopping and (seconds is None or self._clock() - began < seconds):
-                self.tick()
-                self._sleep(max(0.0, self._origin + (self._step + 1) / self.rate_hz - self._clock()))
-        finally:
-            self.robot.stop()
-            self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
+        self._stopping = False
+        with ended_by_sigterm(self.end):
+            began = self._now = self._clock()
+            period, self._origin = 1 / self.rate_hz, began - (self._step + 1) / self.rate_hz
+            failed = True
+            try:
+                while not self._stopping and (seconds is None or self._clock() - began < seconds):
+                    self.tick()
+                    left = self._origin + (self._step + 1) * period - self._clock()
+                    self._sleep(min(period, max(0.0, left)))  # a clock that jumps must not make it wait
+                failed = False
+            finally:
+                self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
+                try:
+                    self.robot.stop()
+                except Exception:
+                    log.exception("the robot failed to stop")
+                    if not failed:  # else what went wrong first is raised
+                        raise
 
     def close(self) -> None:
         """End the background thread; a wait for a reply ends with the connection."""
         self.client.close()
         self._executor.shutdown()
+        self.client.close()  # what it opened meanwhile
 
     def end(self) -> None:
         """Let `run` return after the control step under way; from any thread."""
@@ -153,7 +141,7 @@ class ControlLoop:
     def reset(self) -> None:
         """A new episode: no action of the old one is executed any more, and what moves by itself is stopped."""
         if self._last is not None and not self._holds_position:
-            self.robot.act(self._rest(self._last))
+            self._command(self._rest(self._last))
         self._forget()
         self.why = "a new episode"
 
@@ -162,8 +150,14 @@ class ControlLoop:
         self._last, self._reset, self._holding = None, True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
-        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays."""
-        return last if self._holds_position else zero_action(self._embodiment, last)
+        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
+        `max_step` does not delay it."""
+        rest = last if self._holds_position else zero_action(self._embodiment, last)
+        return self.gate.check_chunk(rest[None], 1, clamp=True)[0]
+
+    def _command(self, action: np.ndarray) -> None:
+        self._last = action
+        self.robot.act(action.copy())  # what a robot does to its own is not what was commanded
 
     def tick(self) -> Tick:
         """One control step, now."""
@@ -178,7 +172,7 @@ class ControlLoop:
         if planned is not None:
             try:
                 action = self.gate.check_action(
-                    planned.action, self._last, age_steps=planned.age_steps, max_age=self.buffer.max_age
+                    planned.action, self._last, age_steps=planned.age_steps, max_age=planned.max_age
                 )
             except UnsafeActionError as error:
                 self.buffer.reset()
@@ -189,8 +183,7 @@ class ControlLoop:
         if self._holding:
             self._holding = False
             self._event("resume", f"step {step}")
-        self.robot.act(action)
-        self._last = action
+        self._command(action)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
     def _after_observing(self, step: int) -> int:
@@ -198,7 +191,7 @@ class ControlLoop:
         now = self._clock()
         passed = int((now - self._origin) * self.rate_hz + 1e-6) - step
         if passed > 0:
-            self.counts["skipped"] += passed
+            self._skip(passed)
             self._step, self._now = step + passed, now
         return self._step
 
@@ -209,14 +202,21 @@ class ControlLoop:
             self._origin = now
         elif now < self._now:  # nobody knows how long ago the last observation was
             self._origin = now - (self._step + 1) / self.rate_hz
-            self._retry_at = now
+            self._retry_at, self._pace = now, Pace(self.rate_hz)
             self.buffer.reset()
             self._event("clock", f"it went back by {self._now - now:.3f} s")
         step = max(self._step + 1, int((now - self._origin) * self.rate_hz + 1e-6))
         if step > self._step + 1:
-            self.counts["skipped"] += step - self._step - 1
+            self._skip(step - self._step - 1)
         self._step, self._now = step, now
         return step
+
+    def _skip(self, steps: int) -> None:
+        """Count control steps without a command, and say so where they are more than a few."""
+        self.counts["skipped"] += steps
+        slow = self._pace.skipped(self._now, steps)
+        if slow:
+            self._event("slow", slow)
 
     def _request(self, step: int) -> bool:
         """Ask for the next chunk, or for a connection, when it is time. Returns: whether something was asked."""
@@ -238,10 +238,15 @@ class ControlLoop:
             return False
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
+        if self._reads_text and not str(observation.get("prompt") or "").strip():
+            raise ClientError(
+                "the policy reads an instruction, and there is none: give ControlLoop(prompt=...), or the robot's "
+                "observe() a 'prompt'"
+            )
         if len(self._ask.prefix):
             observation["action_prefix"] = self._ask.prefix
         if self._extended:
-            use = self._ask.delay if len(self._ask.prefix) else self.buffer.max_age
+            use = self._ask.delay if len(self._ask.prefix) else max(self.buffer.delay, self.buffer.max_age)
             observation.update(
                 step=step,
                 sent_at=self._now,
@@ -303,6 +308,8 @@ class ControlLoop:
         self._reset &= discarded == "out of order"  # the answer to a request from before the reset
         if discarded is not None:
             self._event("discarded", discarded)
+        elif self.buffer.delay >= self.buffer.horizon:
+            self.why = f"an answer takes {self.buffer.delay} control steps, a chunk has {self.buffer.horizon}"
 
     def _refused(self, error: RefusedError, ask: Ask | None, step: int) -> None:
         if error.code in _STOP_CODES:
@@ -327,22 +334,22 @@ class ControlLoop:
 
     def _hold(self, step: int, asked: bool) -> Tick:
         self.counts["held"] += 1
+        if self._last is None:
+            self.counts["waited"] += 1
         if not self._holding:
             self._holding = True
             self._event("hold", f"step {step}: {self.why}")
         if self._last is None:
             return Tick(step, None, True, asked)  # nothing was commanded yet, so there is nothing to take back
         action = self._rest(self._last)
-        self.robot.act(action)
-        self._last = action
+        self._command(action)
         return Tick(step, action.copy(), True, asked)
 
     def _event(self, kind: str, detail: str) -> None:
         self.counts[kind] += 1
-        if kind not in ("hold", "resume", "connected"):
+        quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
+        if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        log.log(
-            logging.INFO if kind in ("resume", "connected", "discarded") else logging.WARNING, "%s: %s", kind, detail
-        )
+        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

@@ -137,14 +137,15 @@ class MmseqPolicy(PreTrainedPolicy):
                 return torch.from_numpy(self._hold(error))
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         action = self._queue.popleft()
-        self._last = action.numpy()
+        self._last = action.numpy().copy()  # LeRobot may change what it is given
         return action
 
     def _hold(self, error: RefusedError) -> np.ndarray:
         """(B, axes): the last action again, or zeros where actions are changes; the gripper keeps its value."""
         if self._last is None:  # nothing was commanded, so nothing is known that keeps it where it is
             raise error
-        return self._last.copy() if holds_position(self.contract) else zero_action(self.contract, self._last)
+        rest = self._last if holds_position(self.contract) else zero_action(self.contract, self._last)
+        return self.gate.check_chunk(rest, len(rest), clamp=True)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:
         raise NotImplementedError("LeRobot does not train this policy; use `mmseq train` or `mmseq finetune`")
