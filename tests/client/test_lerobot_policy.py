@@ -302,9 +302,9 @@ def test_export_refuses_what_lerobot_cannot_drive(checkpoint, exported, tmp_path
     with pytest.raises(ConfigError, match="1 to 4"):
         export_lerobot(checkpoint, tmp_path / "a", execute=9)
     for server in ("foo", "http://gpu:80", "gpu:99999999", ":80"):
-        with pytest.raises(ConfigError, match="write HOST:PORT"):
+        with pytest.raises(ConfigError, match="Write HOST:PORT"):
             export_lerobot(checkpoint, tmp_path / "a", server=server)
-    with pytest.raises(ConfigError, match="passes is the server's"):
+    with pytest.raises(ConfigError, match="passes is the server"):
         export_lerobot(checkpoint, tmp_path / "a", server="gpu:80", passes=4)
     with pytest.raises(ConfigError, match="not learned to decode"):
         export_lerobot(checkpoint, tmp_path / "a", passes=4)
