@@ -156,6 +156,11 @@ class SafetyGate:
         limits = self._of(embodiment)
         return np.clip(at, limits.low, limits.high)
 
+    def counted_twice(self, *, clamped: bool) -> None:
+        """One chunk went through `check` before and after it was averaged. clamped: both times."""
+        self.counts.chunks -= 1
+        self.counts.chunks_clamped -= int(clamped)
+
     def well_formed(self, actions: Any, embodiment: Embodiment, horizon: int | None) -> np.ndarray:
         """A copy as float32 (horizon, axes), finite. Raises: RequestError `unsafe_action`."""
         axes = embodiment.action

@@ -195,6 +195,8 @@ class Service:
         reply["actions"], safety = self.gate.check(
             actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before
         )
+        if mode == "ensemble" and step is not None:
+            self.gate.counted_twice(clamped=bool(first and safety))
         took = time.monotonic() - arrived
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])

@@ -22,7 +22,7 @@ import ray
 from ray import serve
 
 from mmseq.config import load_config
-from mmseq.errors import ConfigError, MMSeqError
+from mmseq.errors import ConfigError, MMSeqError, ServeError
 from mmseq.serving.app import build_app
 from mmseq.serving.launch import ServeSettings, loader, server_config
 from mmseq.serving.service import Service
@@ -63,6 +63,8 @@ class Replica:
         )
         self.service.start()
         while not self.service.warm:
+            if self.service.broken:
+                raise ServeError(self.service.cold)
             await asyncio.sleep(0.05)
         self.sharing = asyncio.create_task(self._share())
 

@@ -98,9 +98,13 @@ def test_what_waiting_cannot_cure_is_said_at_once(certificates, ca_file, words):
         assert time.monotonic() - began < 5
 
 
-def test_tls_to_a_server_without_it_is_said_at_once(certificates, embodiment):
+def replayed(embodiment):
     rows = {"proprio": np.zeros((4, 3), np.float32), "action": np.zeros((4, 4), np.float32)}
-    policy = ReplayPolicy(Episode.from_arrays("one", 50, rows, texts=["go"], embodiment="arm"), embodiment)
+    return ReplayPolicy(Episode.from_arrays("one", 50, rows, texts=["go"], embodiment="arm"), embodiment)
+
+
+def test_tls_to_a_server_without_it_is_said_at_once(certificates, embodiment):
+    policy = replayed(embodiment)
     words, trusted = "does not speak TLS: leave ca_file", str(certificates / "ours.pem")
     with Server(policy, ServerConfig(port=0, grace_s=0)) as server, pytest.raises(ClientError, match=words):
         Client("127.0.0.1", server.port, ca_file=trusted, connect_timeout_s=20)
@@ -231,3 +235,58 @@ def test_settings_that_cannot_be_are_refused_by_name(server, robot):
     robot.contract = lambda: None
     with pytest.raises(ContractError, match=r"contract\(\) gave NoneType"):
         ControlLoop(server, robot)
+
+
+def test_a_loop_connects_again_over_a_link_that_is_slower_than_its_first_try(embodiment):
+    """Each try that was too short doubles the next, so a slow link is not given up for ever."""
+    with (
+        Server(replayed(embodiment), ServerConfig(port=0, grace_s=0)) as server,
+        slow_link(server.port, 0.4) as port,  # 0.8 s to shake hands
+        Client("127.0.0.1", port) as client,
+    ):
+        client.close()
+        tries = 0
+        while client._socket is None:
+            tries += 1
+            assert tries <= 4
+            with contextlib.suppress(ClientError):
+                client.connect(0.0)
+        assert tries > 1
+
+
+def test_a_place_that_is_not_free_yet_is_waited_for(embodiment):
+    with Server(replayed(embodiment), ServerConfig(port=0, grace_s=0, max_connections=1)) as server:
+        first = Client("127.0.0.1", server.port)
+        threading.Timer(0.5, first.close).start()
+        with Client("127.0.0.1", server.port, connect_timeout_s=10):
+            with pytest.raises(RefusedError, match="robots are connected") as caught:
+                Client("127.0.0.1", server.port, connect_timeout_s=0.1)
+            assert caught.value.code == "busy"
+
+
+@contextlib.contextmanager
+def slow_link(port, delay_s):
+    """A proxy that hands on what comes, each piece `delay_s` later. Yields its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def hand_on(source, sink):
+        with contextlib.suppress(OSError):
+            while part := source.recv(1 << 16):
+                time.sleep(delay_s)
+                sink.sendall(part)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=hand_on, args=ends, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.close()

@@ -286,6 +286,7 @@ def test_an_operators_hold_keeps_the_robot_and_it_goes_on_by_itself(remote, serv
     try:
         held = act(batch)[0]  # actions are changes: zeros, and the gripper as it was
         assert held.tolist() == [0, 0, 0, moving[3].item()]
+        assert policy._last[0].tolist() == held.tolist()  # where the limit of the step begins then
         policy.reset()
         with pytest.raises(RefusedError, match="held"):
             act(batch)

@@ -386,6 +386,7 @@ def test_a_gripper_is_never_averaged(start, echo, observation):
         actions = ask(s, seen(observation, 1, step=1))["actions"]
     assert abs(actions[0, 0]) < 0.1
     assert actions[0, 3] == 1
+    assert server.service.gate.counts.chunks == 2  # checked before and after it was averaged, it is one chunk
 
 
 def test_after_a_pause_nothing_of_the_old_motion_is_committed(start, echo, observation):

@@ -29,6 +29,7 @@ log = logging.getLogger("mmseq_client")
 _MAX_REPLY_BYTES = 64 << 20
 _SEND_TIMEOUT_S = 2  # that a part of a message may wait for a server that does not read
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
+_FIRST_TRY_S, _LONGEST_TRY_S = 0.5, 8.0
 _CLOSE_TIMEOUT_S = 0.5  # a frozen server must not hold up what comes after it
 
 
@@ -94,6 +95,7 @@ class Client:
         require_seconds("timeout_s", timeout_s)
         self.host, self.port, self._token, self._ca_file = host.strip("[]"), port, token, ca_file
         self._tls = _trusting(ca_file) if ca_file else None
+        self._try_s = _FIRST_TRY_S  # that one opening handshake may take when a control loop connects again
         self._closes = 0  # calls of `close`: what was begun before one must not stay open after it
         self._busy = threading.Lock()
         self._connect_timeout_s, self._timeout_s, self._reconnect = connect_timeout_s, timeout_s, reconnect
@@ -114,26 +116,33 @@ class Client:
         timeout_s = self._connect_timeout_s if timeout_s is None else timeout_s
         deadline, pause, closes = time.monotonic() + timeout_s, 0.05, self._closes
         while True:
+            try_s = max(_FIRST_TRY_S, min(10.0, deadline - time.monotonic())) if timeout_s else self._try_s
             try:
-                opened = self._socket = self._open(max(0.5, min(10.0, deadline - time.monotonic())))
+                opened = self._socket = self._open(try_s)
                 self._require_open(closes)
                 metadata = require_metadata(self._unpack(opened.recv(timeout=min(10.0, self._timeout_s))))
                 break
             except websockets.exceptions.InvalidStatus as error:
                 body = getattr(error.response, "body", None) or b""
-                raise _refusal(body.decode("utf-8", "replace"), error.response.status_code) from error
+                refusal = _refusal(body.decode("utf-8", "replace"), error.response.status_code)
+                wait_s = 0.001 * (refusal.retry_after_ms or 0.0)
+                if refusal.code != "busy" or time.monotonic() + wait_s >= deadline:
+                    raise refusal from error
+                time.sleep(wait_s)  # all places are taken, perhaps by this robot's own connection from before
             except ClientError:
                 self._drop()
                 raise
             except (OSError, EOFError, TimeoutError, websockets.exceptions.WebSocketException) as error:
                 self._drop()
                 self._require_open(closes)
+                if isinstance(error, TimeoutError):
+                    self._try_s = min(_LONGEST_TRY_S, 2 * self._try_s)  # a slow link, or a server that is silent
                 hopeless = self._hopeless(error)
                 if hopeless is not None:
                     raise ClientError(f"{self.host}:{self.port} {hopeless}") from error
                 if time.monotonic() + pause >= deadline:
                     raise ClientError(
-                        f"no server at {self.host}:{self.port} within {timeout_s:.0f} s: {error}"
+                        f"no server at {self.host}:{self.port} within {timeout_s or try_s:.3g} s: {error}"
                     ) from error
                 if pause == 0.05:  # once
                     log.warning("waiting for the server at %s:%d: %s", self.host, self.port, error)

@@ -76,7 +76,7 @@ class Served:
         asked, until = {**observation, "chunking": "plain"}, time.monotonic() + _BUSY_S
         if step is not None:
             asked["step"] = step
-        if step is None or self.fresh[row]:  # else it would limit the change from an action that it only supposes
+        if step is None or self.fresh[row]:  # whose steps may begin again at 0
             asked["reset"] = True
         while True:
             try:

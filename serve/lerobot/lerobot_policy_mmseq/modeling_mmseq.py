@@ -134,7 +134,8 @@ class MmseqPolicy(PreTrainedPolicy):
                 if error.code not in ("held", "late"):
                     raise
                 log.warning("holding: %s", error)
-                return torch.from_numpy(self._hold(error))
+                self._last = self._hold(error)  # what follows is limited from there
+                return torch.from_numpy(self._last.copy())
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         action = self._queue.popleft()
         self._last = action.numpy().copy()  # LeRobot may change what it is given
