@@ -47,8 +47,9 @@ class SchedulerConfig:
 class Job:
     """One request. key: jobs with the same key may share a batch. Times are of the monotonic clock, in seconds.
 
-    order: when its answer should be there. expires: when an answer is of no use any more. outcome: a result, or
-    what it failed with. begun, ended: when the model began with its batch and ended it; batch: requests in it.
+    order: when its answer should be there. expires: when an answer is of no use any more. queued: whether it waits for
+    the model. outcome: a result, or what it failed with. begun, ended: when the model began with its batch and ended it;
+    batch: requests in it.
     """
 
     call: str
@@ -59,6 +60,7 @@ class Job:
     order: float
     expires: float | None = None
     background: bool = False
+    queued: bool = False
     timer: asyncio.TimerHandle | None = None
     begun: float = 0.0
     ended: float = 0.0
@@ -134,6 +136,7 @@ class Scheduler:
             self._heap = [item for item in self._heap if not item[2].future.done()]
             heapq.heapify(self._heap)
         heapq.heappush(self._heap, (job.order, next(self._arrivals), job))
+        job.queued = True
         self.waiting += 1
         if self.stats.busy_since is None:
             self._next()
@@ -143,13 +146,14 @@ class Scheduler:
 
         What the model has begun is not stopped; its outcome is thrown away.
         """
-        if job.future.done():
-            return
-        if not job.begun:
+        if job.queued:
+            job.queued = False
             self.waiting -= 1
             job.arguments = ()  # half a megabyte, and it may stay in the heap for a while
             if job.timer is not None:
                 job.timer.cancel()
+        if job.future.done():  # such as cancelled with the task that waited for it
+            return
         if error is None:
             job.future.cancel()
         else:
@@ -196,7 +200,7 @@ class Scheduler:
         self.waiting -= len(batch)
         self.stats.busy_since = now
         for job in batch:
-            job.begun, job.batch = now, len(batch)
+            job.begun, job.batch, job.queued = now, len(batch), False
             if job.timer is not None:
                 job.timer.cancel()
         self._calls.put((asyncio.get_running_loop(), batch))

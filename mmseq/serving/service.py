@@ -270,9 +270,9 @@ class Service:
             session.job = job
         self.in_flight += 1
         try:
-            result = await asyncio.shield(job.future)
+            result = await job.future
         except asyncio.CancelledError:
-            self.scheduler.cancel(job)  # not the future alone: the queue counts those that wait
+            self.scheduler.cancel(job)  # not its future alone: the queue counts those that wait
             raise
         finally:
             self.in_flight -= 1
