@@ -48,8 +48,8 @@ class Job:
     """One request. key: jobs with the same key may share a batch. Times are of the monotonic clock, in seconds.
 
     order: when its answer should be there. expires: when an answer is of no use any more. queued: whether it waits for
-    the model. outcome: a result, or what it failed with. begun, ended: when the model began with its batch and ended it;
-    batch: requests in it.
+    the model. outcome: a result, or what it failed with. begun, ended: when the model began with its batch and ended
+    it; batch: requests in it.
     """
 
     call: str
