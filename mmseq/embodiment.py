@@ -13,6 +13,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Axes:
                     f"axis {name!r}: max_step is {step}", fix="give a positive change per control step"
                 )
 
+    @cached_property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         """minimum and maximum as float32 (axes,), rounded inward: what is between them is also within the stated ones.
 
@@ -85,7 +87,10 @@ class Axes:
         inward_low = np.where(low.astype(np.float64) < self.minimum, np.nextafter(low, np.float32(np.inf)), low)
         inward_high = np.where(high.astype(np.float64) > self.maximum, np.nextafter(high, np.float32(-np.inf)), high)
         crossed = inward_low > inward_high
-        return np.where(crossed, low, inward_low), np.where(crossed, low, inward_high)
+        found = np.where(crossed, low, inward_low), np.where(crossed, low, inward_high)
+        for limit in found:
+            limit.flags.writeable = False
+        return found
 
     def __len__(self) -> int:
         return len(self.names)

@@ -122,7 +122,7 @@ def test_the_largest_step_is_part_of_the_contract_only_where_it_is_stated(tmp_pa
 def test_float32_limits_are_within_the_stated_ones(least, width):
     most = least + width
     axes = dataclasses.replace(tiny.axes("x"), minimum=(least,), maximum=(most,))
-    low, high = axes.limits()
+    low, high = axes.limits
     assert low.dtype == high.dtype == np.float32
     assert low <= high
     nearest = np.float32(least)

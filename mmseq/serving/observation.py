@@ -195,7 +195,7 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = axes.limits()
+    low, high = axes.limits
     slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":

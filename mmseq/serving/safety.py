@@ -79,7 +79,7 @@ class _Limits:
     def of(cls, embodiment: Embodiment, config: GateConfig) -> _Limits:
         axes = embodiment.action
         assert axes is not None
-        low, high = axes.limits()
+        low, high = axes.limits
         slack = config.tolerance * np.maximum(high - low, 1e-6)
         step = None if axes.max_step is None else np.asarray(axes.max_step, np.float32)
         g = embodiment.gripper
