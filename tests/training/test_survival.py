@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import product
 
 import psutil
 import pytest
@@ -23,12 +24,20 @@ def whole(trainer, tmp_path_factory):
     return trainer.done(tmp_path_factory.mktemp("whole") / "run", 1, *FP32)
 
 
+NOT_FINITE = [
+    ("loss", "fp32", 3),
+    ("gradient", "fp32", 0),
+    ("gradient", "fp32", 2),
+    ("gradient", "bf16", 1),
+]  # not slow
+
+
 def same_as(whole, out, losses) -> None:
     assert losses(out) == losses(whole)
     assert (out / "checkpoint/model.safetensors").read_bytes() == (whole / "checkpoint/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 12, 20])
+@pytest.mark.parametrize("count", [2, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 7, 20))])
 def test_killed_inside_a_checkpoint_write(trainer, losses, whole, tmp_path, count):
     out = tmp_path / "run"
     killed = trainer.run(out, 1, *FP32, fault=KillAt(str(out / "checkpoints"), count))
@@ -165,9 +174,13 @@ def test_old_checkpoints_go_and_milestones_stay(trainer, tmp_path):
     assert [p.name for p in complete_checkpoints(out / "checkpoints")] == [f"step_{n:08d}" for n in (4, 8, 10)]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("where", "dtype", "stage"),
+    [
+        pytest.param(where, dtype, stage, marks=[] if (where, dtype, stage) in NOT_FINITE else pytest.mark.slow)
+        for where, dtype, stage in product(("loss", "gradient"), ("fp32", "bf16"), range(4))
+    ],
+)
 def test_a_step_that_is_not_finite_changes_nothing(trainer, metrics, tmp_path, stage, dtype, where):
     if (stage in (1, 2) or dtype == "bf16") and where == "loss":
         pytest.skip("the same as its gradient")
