@@ -289,13 +289,17 @@ class _Run:
             codes = np.asarray(codes).reshape(shape) if shape else np.asarray(codes)
             row.out.append(Decoded(segment, camera, codes, expectation))
 
+    def _committed(self, segment: PlacedSegment, shape: tuple[int, ...]) -> list[list[int]]:
+        """Begin the chunk of every row with its committed codes, and return these."""
+        chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
+        for row, codes in zip(self.rows, chosen):
+            row.draft.write(np.asarray(codes, dtype=np.int64))
+        return chosen
+
     def predict_chunk(self, segment: PlacedSegment, passes: int) -> None:
         """Fill the final chunk of every row in `passes` passes at most, equally many steps in each."""
         steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
-        prefixes = [self.decoder._prefix(segment, r, shape) for r in self.requests]
-        chosen = [list(p) for p in prefixes]
-        for row, codes in zip(self.rows, chosen):
-            row.draft.write(np.asarray(codes, dtype=np.int64))
+        chosen = self._committed(segment, shape)
         fresh, width = max(map(len, chosen)), steps * axes  # of the chunk: tokens that the next pass computes, at most
         for left in range(passes, 0, -1):
             rest = [steps - len(codes) // axes for codes in chosen]
@@ -319,9 +323,7 @@ class _Run:
         middle of every axis. What a check says after its first correction is the next guess.
         """
         steps, axes = shape = self.decoder._shape(segment, self.requests[0].tokens)
-        chosen = [list(self.decoder._prefix(segment, r, shape)) for r in self.requests]
-        for row, codes in zip(self.rows, chosen):
-            row.draft.write(np.asarray(codes, dtype=np.int64))
+        chosen = self._committed(segment, shape)
         rest = [steps * axes - len(codes) for codes in chosen]
         window = max(CHECKED // len(self.rows), LEAST_CHECKED)
         if masks:

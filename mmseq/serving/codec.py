@@ -50,15 +50,9 @@ class Limits:
     max_dims: int = 8
 
     def __post_init__(self):
-        for name, least in (
-            ("max_message_bytes", 1),
-            ("max_array_bytes", 1),
-            ("max_depth", 1),
-            ("max_items", 1),
-            ("max_dims", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"limits.{name} is {getattr(self, name)}", fix=f"use {least} or more")
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"limits.{name} is {value}", fix="use 1 or more")
 
 
 DEFAULT_LIMITS = Limits()

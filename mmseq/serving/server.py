@@ -191,7 +191,6 @@ class Server:
             if self.service.stopping:
                 return
             self.service.replace(policy)
-            log.info("serving %s as it is now", self.service.contract.name)
             with suppress(InvalidStateError):  # the server stops meanwhile
                 loading.set_result(None)
         except BaseException as error:
