@@ -109,3 +109,25 @@ def test_a_robot_may_be_allowed_less_than_its_contract(contract):
     for wrong in (0, float("nan"), [1, 2]):
         with pytest.raises(ContractError, match="max_step is"):
             ActionGate(contract, max_step=wrong)
+
+
+@pytest.mark.parametrize("form", ["absolute", "delta"])
+def test_both_ends_say_the_same_of_where_a_robot_stands(form):
+    body = tiny.embodiment()
+    proprio = dataclasses.replace(body.proprio, names=("y", "x", "other"))
+    body = dataclasses.replace(body, proprio=proprio, action_form=form)
+    server, client = SafetyGate(GateConfig()), ActionGate(body.to_dict())
+    for state in ([0.2, -0.3, 0.5], [9, -9, 0]):
+        theirs, ours = server.observed(np.float32(state), body), client.observed({"observation.state": state})
+        assert (ours is None) == (theirs is None) == (form == "delta")
+        if ours is not None:
+            np.testing.assert_array_equal(ours, theirs)
+            assert np.isnan(ours).tolist() == [False, False, True, True]
+    for wrong in ([1, 2], "here", None, [[1, 2, 3]]):
+        assert client.observed({"observation.state": wrong}) is None
+
+
+def test_what_is_not_known_of_where_a_robot_stands_is_not_limited(contract):
+    actions = np.ones((2, 4), np.float32)
+    ActionGate(contract).limit_steps(actions, np.float32([np.nan, 0, np.nan, np.nan]))
+    np.testing.assert_allclose(actions, [[1, 0.5, 1, 1], [1, 1, 1, 1]])

@@ -135,8 +135,10 @@ def test_a_thousand_calls_through_the_plug_in(remote, server):
 
 
 def test_the_limit_of_the_step_holds_from_chunk_to_chunk(checkpoint, tmp_path):
-    """A robot that executes 2 of 4 actions: the server limits within a chunk, the gate here from what was executed."""
-    robot = replace(tiny.embodiment(), action=replace(tiny.axes("xyzg"), max_step=(0.05,) * 4))
+    """A robot that executes 2 of 4 actions: the server limits within a chunk, the gate here from what was executed,
+    and before anything was from where the robot stands."""
+    axes = replace(tiny.axes("xyzg"), max_step=(0.05,) * 4)
+    robot = replace(tiny.embodiment(), action_form="absolute", action=axes)
     model = tiny.model(tiny.tokenizers((robot,)))
     model.tasks = {"policy": ARROW}
     model.save_pretrained(tmp_path / "checkpoint")
@@ -146,6 +148,7 @@ def test_the_limit_of_the_step_holds_from_chunk_to_chunk(checkpoint, tmp_path):
         actions = np.concatenate([act(seen(step)[0]).numpy() for step in range(12)])
         assert np.abs(np.diff(actions, axis=0)).max() <= 0.05 + 1e-5
         assert np.abs(np.diff(actions, axis=0)).max() > 0.04
+        assert 0.04 < np.abs(actions[0, :3] - seen(0)[1]["observation.state"]).max() <= 0.05 + 1e-5
         assert policy.gate.counts["clamped_step"] > 0
 
 

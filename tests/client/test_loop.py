@@ -330,6 +330,25 @@ def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server
 
 
 @pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+def test_an_absolute_robot_begins_from_where_it_stands_in_each_episode_and_run(server, robot, embodiment, mode):
+    body = embodiment.to_dict()
+    body["action"]["max_step"] = [0.5, 0.5, 0.5, 2.0]
+    robot._contract = body
+    server.metadata["embodiments"] = {"arm": body}
+    stands, began = np.float32([0.25, -0.5, 0.75]), []
+    robot.observe = lambda: {"observation.state": stands.copy()}
+    loop, clock, _ = simulate(server, robot, lambda: 0.07, Chunking(mode, 6), sleep=lambda s: clock.sleep(s))
+    for begin in (lambda: None, loop.reset, lambda: loop.run(seconds=0.5)):
+        begin()
+        ticks = drive(loop, clock, 30)
+        first = next(tick.action for tick in ticks if tick.action is not None)
+        began.append(np.abs(first[:3] - stands).max())
+        stands += 0.125  # somebody moves the arm meanwhile
+    assert len(began) == 3
+    assert 0 < max(began) <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
 @pytest.mark.parametrize("execute", [4, 8])
 def test_many_control_steps(server, robot, mode, execute):
     """180,000 in all, an hour at 50 Hz: delays of 0 to 500 ms that drift and jitter, 5 % of replies lost."""

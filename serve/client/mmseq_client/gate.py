@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mmseq_client.contract import holds_position
 from mmseq_client.errors import ContractError, UnsafeActionError
 
 _SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
@@ -56,7 +57,27 @@ class ActionGate:
         self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
         if gripper:
             self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
+        self._sensed = _sensed(embodiment) if holds_position(embodiment) else {}
+        self._state = len((embodiment.get("proprio") or {}).get("names", ()))
         self.counts: Counter[str] = Counter()
+
+    def observed(self, observation: dict[str, Any]) -> np.ndarray | None:
+        """Where an absolute robot that has not been sent anything stands, as an action, float32 (axes,).
+
+        Of each axis that its `observation.state` has under the same name and unit. NaN for the others, and for the
+        gripper: closed on something it is not where it was sent. None where nothing is known.
+        """
+        try:
+            state = np.asarray(observation.get("observation.state"), np.float32)
+        except (TypeError, ValueError):
+            return None  # the server says what is wrong with it
+        if not self._sensed or state.shape != (self._state,):
+            return None
+        at = np.full(len(self.names), np.nan, np.float32)
+        for axis, sensed in self._sensed.items():
+            if axis != self.gripper and np.isfinite(state[sensed]):
+                at[axis] = state[sensed]
+        return np.clip(at, self.low, self.high)
 
     def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
         """A reply's actions as float32 (horizon, axes) within the limits. clamp: even if it is configured to refuse.
@@ -88,13 +109,14 @@ class ActionGate:
     def limit_steps(self, actions: np.ndarray, previous: np.ndarray | None) -> None:
         """Keep each axis' change per control step within `max_step`, from `previous` (axes,) on; in place.
 
+        previous: the action before, or where the robot stands; NaN for an axis of which it is not known.
         Raises: UnsafeActionError when it is configured to refuse.
         """
         if self.max_step is None:
             return
         for row, action in enumerate(actions):
             if previous is not None:
-                low, high = previous - self.max_step, previous + self.max_step
+                known = np.isfinite(previous)
                 rounding = _ROUNDING * np.maximum(np.abs(action), np.abs(previous))
                 outside = np.abs(action - previous) > self.max_step * (1 + _SLACK) + rounding
                 if outside.any():
@@ -107,7 +129,7 @@ class ActionGate:
                             f"more than {self.max_step[axis]:.5g}",
                         )
                     self.counts["clamped_step"] += int(outside.sum())
-                np.clip(action, low, high, out=action)
+                np.clip(action, previous - self.max_step, previous + self.max_step, out=action, where=known)
             previous = action
 
     def check_action(
@@ -126,6 +148,16 @@ class ActionGate:
     def _withhold(self, reason: str, what: str) -> None:
         self.counts[reason] += 1
         raise UnsafeActionError(f"the gate withheld it ({reason}): {what}")
+
+
+def _sensed(embodiment: dict[str, Any]) -> dict[int, int]:
+    """The axes of an action that the state has as well, by name and unit: axis -> index in the state."""
+    proprio = embodiment.get("proprio")
+    if not proprio:
+        return {}
+    place = {key: i for i, key in enumerate(zip(proprio["names"], proprio["units"]))}
+    axes = enumerate(zip(embodiment["action"]["names"], embodiment["action"]["units"]))
+    return {axis: place[key] for axis, key in axes if key in place}
 
 
 def _inward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,7 @@ class ControlLoop:
         self._ask: Ask | None = None  # that the job is for; None: it connects
         self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
         self._last: np.ndarray | None = None  # commanded
+        self._stands: np.ndarray | None = None  # where it was observed before anything was commanded
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self._pace = Pace(self.rate_hz)
@@ -147,13 +148,19 @@ class ControlLoop:
 
     def _forget(self) -> None:
         self.buffer.reset()
-        self._last, self._reset, self._holding = None, True, False
+        self._last = self._stands = None
+        self._reset, self._holding = True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
         """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
         `max_step` does not delay it."""
         rest = last if self._holds_position else zero_action(self._embodiment, last)
         return self.gate.check_chunk(rest[None], 1, clamp=True)[0]
+
+    @property
+    def _before(self) -> np.ndarray | None:
+        """What the next action is limited from, (axes,)."""
+        return self._stands if self._last is None else self._last
 
     def _command(self, action: np.ndarray) -> None:
         self._last = action
@@ -172,7 +179,7 @@ class ControlLoop:
         if planned is not None:
             try:
                 action = self.gate.check_action(
-                    planned.action, self._last, age_steps=planned.age_steps, max_age=planned.max_age
+                    planned.action, self._before, age_steps=planned.age_steps, max_age=planned.max_age
                 )
             except UnsafeActionError as error:
                 self.buffer.reset()
@@ -236,6 +243,8 @@ class ControlLoop:
             self._ask = None
             self._event("blind", str(error))
             return False
+        if self._last is None:
+            self._stands = self.gate.observed(observation)
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
         if self._reads_text and not str(observation.get("prompt") or "").strip():
@@ -296,7 +305,7 @@ class ControlLoop:
             of = reply.get("step", ask.step) if self._extended else ask.step
             if not isinstance(of, int) or of != ask.step:
                 raise UnsafeActionError(f"the reply is for control step {of!r:.40}, asked was {ask.step}")
-            previous = self._last
+            previous = self._before
             discarded = self.buffer.accept(
                 ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous)
             )

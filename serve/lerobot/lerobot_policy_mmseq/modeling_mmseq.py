@@ -116,7 +116,8 @@ class MmseqPolicy(PreTrainedPolicy):
         chunks = []
         for row, actions in enumerate(self.backend.infer(observations, step)):
             checked = self.gate.check_chunk(actions, self.config.horizon)
-            before = None if self._last is None or row >= len(self._last) else self._last[row]
+            known = self._last is not None and row < len(self._last)
+            before = self._last[row] if known else self.gate.observed(observations[row])
             self.gate.limit_steps(checked[len(prefix) :], checked[len(prefix) - 1] if len(prefix) else before)
             chunks.append(checked)
         return torch.from_numpy(np.stack(chunks))
