@@ -193,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--policy", metavar="ARROW", help="the arrow, or the mix's task, that answers `infer`")
     c.add_argument("--embodiment", metavar="NAME", help="the one robot to serve; default: all it knows")
     c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk, of a policy trained for it")
-    c.add_argument("--device", help="default: cpu")
+    c.add_argument("--device", help="default: cuda where there is one")
 
     c = add(commands, "eval", _eval, "drive the simulator through the server")
     c.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--passes", type=int, metavar="N", help="forward passes per chunk, of a policy trained for it")
     c.add_argument("--spread", type=float, help="of the layouts; default: the demo's")
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
-    c.add_argument("--device", default="cpu")
+    c.add_argument("--device", help="default: cuda where there is one")
     c.add_argument("--json", type=_file_to_write, metavar="FILE", help="write the results there")
 
     c = add(
@@ -602,14 +602,12 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    import torch
-
     from mmseq.data.sources import open_source
     from mmseq.inference.output import to_json, write_prediction
+    from mmseq.model.device import default_device
     from mmseq.model.sequence_model import SequenceModel
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = SequenceModel.from_pretrained(args.checkpoint, device=device)
+    model = SequenceModel.from_pretrained(args.checkpoint, device=args.device or default_device())
     assert model.tokenizers is not None
     path, index = _episode_address(args.episode)
     source = open_source(path, rate_hz=args.rate_hz, embodiments=model.tokenizers.embodiments)

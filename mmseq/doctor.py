@@ -54,6 +54,7 @@ def _torch() -> list[Finding]:
     import torch
 
     from mmseq.model.attention import BACKENDS, choose_backend, why_not
+    from mmseq.model.device import default_device
 
     found = [Finding("torch", "info", f"{torch.__version__}, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
@@ -72,7 +73,7 @@ def _torch() -> list[Finding]:
         fast = bool(supported and supported())
         text = "avx512_bf16, several times faster than fp32" if fast else "emulated: deepspeed.dtype=fp32 is faster"
         found.append(Finding("bf16", "ok" if fast else "info", text))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     backend, why = choose_backend(device)
     able = [name for name in BACKENDS if why_not(name, device) is None]
     unable = [f"{name} needs {why_not(name, device)}" for name in BACKENDS if name not in able]

@@ -19,6 +19,7 @@ from mmseq.errors import ConfigError, DataError
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel
 from mmseq.inference.prefixes import Prefixes
+from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -36,7 +37,7 @@ class Config:
     passes: int = 0
     batch: int = 1
     moments: int = 8
-    device: str = "cpu"
+    device: str | None = None  # a GPU where there is one
     seconds: float = 60.0
     seed: int = 0
 
@@ -48,7 +49,7 @@ class Config:
 def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     """Rows, and what else there is to say. Raises: ConfigError, or what reading the checkpoint or the data raises."""
     config.check()
-    model = SequenceModel.from_pretrained(config.checkpoint, device=config.device)
+    model = SequenceModel.from_pretrained(config.checkpoint, device=config.device or default_device())
     task = Task.parse(model.tasks.get(config.policy, config.policy))
     if task.final_chunk is None:
         raise ConfigError(f"{task} does not end with a chunk of actions", fix="name another with policy=")

@@ -29,6 +29,7 @@ from mmseq.errors import ConfigError, MMSeqError, require
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.config import ModelConfig
+from mmseq.model.device import default_device
 from mmseq.model.export import export_hf
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
@@ -68,7 +69,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     """Rows, and what else there is to say. Raises: ConfigError, DependencyError."""
     config.check()
     require("transformers", "hf")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     ours = Ours(config, device)
     theirs = Theirs(ours, device)
     apart = float(np.abs(theirs.logits() - ours.logits()).max())

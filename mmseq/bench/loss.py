@@ -16,6 +16,7 @@ import torch
 
 from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.worker import Worker, peak_allocated, synchronised_clock
+from mmseq.model.device import default_device
 from mmseq.model.range_loss import range_loss
 
 SIDES = ("range_loss", "full_logits")
@@ -68,7 +69,7 @@ class Side:
 
     def __init__(self, config: Config, side: str):
         generator = torch.Generator().manual_seed(config.seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         self.side = side
         self.hidden_ND = torch.randn(config.positions, config.width, generator=generator).to(device).requires_grad_()
         self.weight_VD = torch.randn(config.vocabulary, config.width, generator=generator).to(device).requires_grad_()

@@ -31,6 +31,7 @@ from mmseq.bench.worker import PeakMemory, Worker, synchronised_clock
 from mmseq.data.mixture import Mixture, Sample, load_mix
 from mmseq.errors import ConfigError, require
 from mmseq.model.config import ModelConfig
+from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate, pack
 from mmseq.sequence import Layout, TokenSequence
@@ -159,7 +160,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config = config
         deepspeed = start_deepspeed(ALONE)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(default_device())
         assert config.tokenizers is not None
         self.tokenizers = Tokenizers.load(config.tokenizers)
         self.tokenizers.layout = Layout(self.tokenizers.vision.grid, 1)

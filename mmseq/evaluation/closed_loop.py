@@ -81,10 +81,12 @@ def evaluate_checkpoint(
     checkpoint: str | Path,
     config: ClosedLoopConfig,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Rollout]:
     """Run every controller on every task; rollouts in the order (controller, task, seed).
+
+    device: default a GPU where there is one.
 
     Raises: ConfigError for an unknown task or controller, before anything starts.
     """

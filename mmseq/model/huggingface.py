@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmseq.errors import ConfigError, require
 from mmseq.model.attention import choose_backend, documents_of
+from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.weights import SHARD_BYTES
 
@@ -65,7 +66,7 @@ class MMSeqModel(PreTrainedModel):
                 raise ConfigError(f"device_map {device}: a checkpoint of mmseq goes to one device")
             device = next(iter(device.values()))
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
         sequence = SequenceModel.from_pretrained(directory, device=device or "cpu", dtype=dtype)
         return cls(config or MMSeqConfig.from_pretrained(str(directory)), sequence).eval()
 

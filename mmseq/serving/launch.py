@@ -29,16 +29,17 @@ class ServeSettings:
     """What `mmseq serve` can be told, by a YAML file and `key=value`.
 
     checkpoint: a directory; or replay: `DATASET:EPISODE`, whose recorded actions are sent in chunks of
-    replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the one
-    robot to serve. passes: forward passes per chunk, of a policy trained for it. speculate: without passes, guess
-    chunks and check the guesses. compile: compile what control steps repeat, on a GPU as CUDA graphs, before the server
-    is ready. token_file: a file with the token that clients must send. The rest is described at `ServerConfig`.
+    replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the
+    one robot to serve. device: default a GPU where there is one. passes: forward passes per chunk, of a policy
+    trained for it. speculate: without passes, guess chunks and check the guesses. compile: compile what control
+    steps repeat, on a GPU as CUDA graphs, before the server is ready. token_file: a file with the token that
+    clients must send. The rest is described at `ServerConfig`.
     """
 
     checkpoint: str | None = None
     replay: str | None = None
     replay_horizon: int = 16
-    device: str = "cpu"
+    device: str | None = None
     policy: str | None = None
     embodiment: str | None = None
     passes: int | None = None

@@ -25,6 +25,7 @@ from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
+from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.serving.observation import example_observation
 from mmseq.tasks import ALIASES, VISION_STREAMS, Group, Task, parse_offset
@@ -196,11 +197,12 @@ class ModelPolicy:
         self.horizon = next(iter(horizons.values()))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: str = "cpu", **options: Any) -> ModelPolicy:
-        """Load a checkpoint directory."""
+    def from_pretrained(cls, directory: str | Path, *, device: str | None = None, **options: Any) -> ModelPolicy:
+        """Load a checkpoint directory. device: default a GPU where there is one."""
         path = Path(directory).resolve()
         checkpoint = checkpoint_id(path)  # before: what is replaced while it loads is not what it says
-        model = SequenceModel.from_pretrained(directory, device=device)
+        model = SequenceModel.from_pretrained(directory, device=device or default_device())
+        log.info("%s is on %s", directory, model.device)
         return cls(model, name=f"{path.parent.name}/{path.name}", checkpoint=checkpoint, **options)
 
     def contract(self) -> dict[str, Any]:

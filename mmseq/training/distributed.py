@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 
 from mmseq.errors import ConfigError, require
+from mmseq.model.device import default_device
 from mmseq.training.ranks import Ranks
 
 LOCK_FILE = ".lock"
@@ -49,7 +50,7 @@ def start_deepspeed(ranks: Ranks) -> Any:
 
     DeepSpeed and libraries below it read the variables of torchrun, so these are set for every launcher.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", default_device())
     deepspeed = require("deepspeed", "train")
     import logging
 
@@ -77,8 +78,7 @@ def start_deepspeed(ranks: Ranks) -> Any:
 
 def most(number: int) -> int:
     """The largest `number` of all ranks."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.tensor([number], device=device)
+    found = torch.tensor([number], device=default_device())
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return int(found.item())
 

@@ -24,6 +24,7 @@ from mmseq.config import changes, to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
 from mmseq.model.attention import choose_backend
+from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import Batch
 from mmseq.tokenization.bundle import Tokenizers
@@ -229,8 +230,7 @@ def _trained(model: SequenceModel) -> str:
 
 def _over_ranks(*numbers: float) -> list[float]:
     """The sums of numbers over all ranks."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sums = torch.tensor([float(n) for n in numbers], device=device, dtype=torch.float64)
+    sums = torch.tensor([float(n) for n in numbers], device=default_device(), dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
 

@@ -79,7 +79,11 @@ class LeRobotRobot:
                 log.warning("stopping at the last command, for the robot cannot say where it is: %s", error)
                 seen = {} if self._last is None else dict(zip(self.action_names, self._last.tolist()))
             if all(name in seen for name in self.action_names):
-                self.robot.send_action({name: float(seen[name]) for name in self.action_names})
+                here = {name: float(seen[name]) for name in self.action_names}
+                gripper = (self._contract.get("gripper") or {}).get("axis")
+                if gripper is not None and self._last is not None:  # it keeps its grip: closed on something it is less
+                    here[gripper] = float(self._last[self.action_names.index(gripper)])  # far than it was sent
+                self.robot.send_action(here)
         else:
             rest = zero_action(self._contract, self._last)
             self.robot.send_action(dict(zip(self.action_names, rest.tolist())))

@@ -24,6 +24,7 @@ import numpy as np
 from mmseq_client import (
     Chunking,
     Client,
+    ClientError,
     ContractError,
     ControlLoop,
     NoObservationError,
@@ -108,8 +109,10 @@ class Ros2Robot:
             f"observation.images.{name}": fit(image_to_array(self._latest(f"camera {name!r}")), *size)
             for name, size in self.sizes.items()
         }
-        joints = [self._latest(f"joint {name!r}") for name in self._contract["proprio"]["names"]]
-        observation["observation.state"] = np.array(joints, np.float32)
+        names = (self._contract.get("proprio") or {}).get("names", ())
+        if names:
+            joints = [self._latest(f"joint {name!r}") for name in names]
+            observation["observation.state"] = np.array(joints, np.float32)
         return observation
 
     def act(self, action: np.ndarray) -> None:
@@ -127,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contract", type=Path, required=True, help="JSON of the embodiment")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--camera", action="append", default=[], metavar="NAME=TOPIC")
+    parser.add_argument("--camera", type=_pair, action="append", default=[], metavar="NAME=TOPIC")
     parser.add_argument("--states", default="/joint_states")
     parser.add_argument("--commands", default="/forward_position_controller/commands")
     parser.add_argument("--silent-s", type=float, default=0.5)
@@ -140,7 +143,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        drive(args)
+    except (ClientError, FileNotFoundError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except ImportError as error:
+        raise SystemExit(f"{error}; ROS 2 is not there: source /opt/ros/DISTRO/setup.bash before this") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, topic = text.partition("=")
+    if not (name and equals and topic):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TOPIC")
+    return name, topic
+
+
+def drive(args: argparse.Namespace) -> None:
     token = args.token_file.read_text().strip() if args.token_file else None
+    contract = json.loads(args.contract.read_text())
     import types
 
     import rclpy
@@ -152,8 +172,7 @@ def main() -> None:
     # else Ctrl-C ends ROS before the robot could be told to stop
     rclpy.init(signal_handler_options=rclpy.signals.SignalHandlerOptions.NO)
     node = rclpy.create_node("mmseq_client")
-    contract, cameras = json.loads(args.contract.read_text()), dict(pair.split("=", 1) for pair in args.camera)
-    robot = Ros2Robot(node, contract, cameras, args.states, args.commands, messages, args.silent_s)
+    robot = Ros2Robot(node, contract, dict(args.camera), args.states, args.commands, messages, args.silent_s)
     threading.Thread(target=rclpy.spin, args=(node,), daemon=True).start()
     try:
         with Client(args.host, args.port, token, ca_file=args.ca_file) as client:

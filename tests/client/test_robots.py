@@ -118,6 +118,16 @@ class TestLeRobot:
         rest = [1, 2, 3] if form == "absolute" else [0, 0, 3]
         assert lerobot_arm.sent[-1] == dict(zip(JOINTS, rest, strict=True))
 
+    def test_it_stops_where_it_is_and_keeps_its_grip(self, lerobot_arm):
+        from lerobot_robot import LeRobotRobot
+
+        gripper = Gripper(axis=JOINTS[2], open=9.0, closed=-9.0)
+        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), gripper=gripper).to_dict())
+        robot.act(np.float32([10, 20, -9]))
+        lerobot_arm.positions.update(dict(zip(JOINTS, [8.0, 19.0, -4.0], strict=True)))  # it lags, and holds a cup
+        robot.stop()
+        assert lerobot_arm.sent[-1] == dict(zip(JOINTS, [8.0, 19.0, -9.0], strict=True))
+
     @pytest.mark.parametrize(
         ("contract", "words"),
         [
@@ -243,6 +253,16 @@ class TestRos2:
         robot.act(np.float32([1, 2, 3]))
         robot.stop()
         assert node.published == [("/commands", Float64MultiArray([1.0, 2.0, 3.0]))]
+
+    def test_a_robot_without_proprio_observes_its_cameras(self):
+        from ros2_robot import Ros2Robot
+
+        node = Node()
+        messages = SimpleNamespace(Image=Image, JointState=JointState, Float64MultiArray=Float64MultiArray)
+        body = dataclasses.replace(arm(), proprio=None)
+        robot = Ros2Robot(node, body.to_dict(), {"front": "/camera"}, "/joints", "/commands", messages)
+        node.subscriptions["/camera"](self.image(np.full((16, 16, 3), 7, np.uint8)))
+        assert set(robot.observe()) == {"observation.images.front"}
 
     def test_a_velocity_robot_is_stopped_with_zeros_and_keeps_its_grip(self):
         from ros2_robot import Ros2Robot
