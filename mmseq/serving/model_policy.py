@@ -27,6 +27,7 @@ from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.serving.keys import IMAGES
 from mmseq.serving.observation import example_observation
 from mmseq.tasks import ALIASES, VISION_STREAMS, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
@@ -36,7 +37,6 @@ log = logging.getLogger("mmseq.serving")
 _FUTURE = 1 << 20  # an observation has no end
 PROMPT_TOKENS = 128  # by which a prompt may be longer than that of the warm-up for compiled passes to fit it
 SERVED_TOKENS = 2048  # of one request: no client may keep the model from the others for long
-_IMAGES = "observation.images."
 
 
 class ObservationTokens:
@@ -48,7 +48,7 @@ class ObservationTokens:
             tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
         )
         self._observation = observation
-        images = {k.removeprefix(_IMAGES): _stack(v) for k, v in observation.items() if k.startswith(_IMAGES)}
+        images = {k.removeprefix(IMAGES): _stack(v) for k, v in observation.items() if k.startswith(IMAGES)}
         self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
         self.now = max((len(f) for f in self._frames.values()), default=1) - 1
         self._futures: dict[tuple[str, int], np.ndarray] = {}  # by camera and step
@@ -57,11 +57,11 @@ class ObservationTokens:
             try:
                 offset = parse_offset(at)
             except TaskError as error:
-                fix = f"write it as the arrow does: {_IMAGES}{camera}@+16, @+0.8s or @end"
-                raise TaskError(f"'{_IMAGES}{name}' has no readable offset", fix=fix) from error
+                fix = f"write it as the arrow does: {IMAGES}{camera}@+16, @+0.8s or @end"
+                raise TaskError(f"'{IMAGES}{name}' has no readable offset", fix=fix) from error
             step = self.now + (_FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz))
             if (camera, step) in self._futures:
-                raise TaskError(f"'{_IMAGES}{name}' is given a second time, under another offset of the same step")
+                raise TaskError(f"'{IMAGES}{name}' is given a second time, under another offset of the same step")
             self._futures[camera, step] = images[name]
 
     def __len__(self) -> int:
@@ -91,11 +91,11 @@ class ObservationTokens:
             if future is None or stop - start > 1:
                 raise TaskError(
                     f"this arrow is given a future image of camera {camera!r} that the observation lacks",
-                    fix=f"send {_IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
+                    fix=f"send {IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
                 )
             return self.tokenizers.vision.encode(future[-1:])
         if camera not in self._frames:
-            raise TaskError(f"the observation has no image of camera {camera!r}", fix=f"send {_IMAGES}{camera}")
+            raise TaskError(f"the observation has no image of camera {camera!r}", fix=f"send {IMAGES}{camera}")
         frames = self._frames[camera]
         first = start - (self.now + 1 - len(frames))
         if first < 0:
@@ -246,7 +246,7 @@ class ModelPolicy:
 
     def batch_key(self, observation: dict[str, Any]) -> Hashable:
         """Observations with equal keys can be decoded together: one robot's, the same cameras, one temperature."""
-        images = tuple(sorted((key, value.shape) for key, value in observation.items() if key.startswith(_IMAGES)))
+        images = tuple(sorted((key, value.shape) for key, value in observation.items() if key.startswith(IMAGES)))
         return observation.get("embodiment"), images, (observation.get("options") or {}).get("temperature", 0.0)
 
     def warm_up(self) -> None:
@@ -290,7 +290,7 @@ class ModelPolicy:
         if name is not None and name not in self.robots:
             raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
         if self.blank_images:
-            observation = {k: np.full_like(v, 128) if k.startswith(_IMAGES) else v for k, v in observation.items()}
+            observation = {k: np.full_like(v, 128) if k.startswith(IMAGES) else v for k, v in observation.items()}
         for segment in task.given:
             if segment.stream == "demo" or segment.repeat:
                 raise TaskError(f"{task} is given {segment}, which no observation holds", fix="predict on an episode")
@@ -302,7 +302,7 @@ class ModelPolicy:
         if past > tokens.now:
             raise TaskError(
                 f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
-                fix=f"send {_IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
+                fix=f"send {IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
             )
         prefix = observation.get("action_prefix")
         if prefix is not None and len(prefix):
@@ -346,7 +346,7 @@ def required_keys(task: Task, body: Embodiment) -> list[str]:
             if segment.camera and segment.camera not in cameras:
                 raise ConfigError(f"{task} is given {segment}; robot {body.name!r} has the cameras {cameras}")
             for camera in [segment.camera] if segment.camera else cameras:
-                keys[f"{_IMAGES}{camera}" + (f"@{at}" if at else "")] = None
+                keys[f"{IMAGES}{camera}" + (f"@{at}" if at else "")] = None
         elif segment.stream == "proprio":
             keys["observation.state"] = None
     return list(keys)

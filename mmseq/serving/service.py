@@ -6,15 +6,17 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mmseq.embodiment import Embodiment
-from mmseq.errors import MMSeqError, ModelError, ServeError
+from mmseq.errors import ServeError
+from mmseq.serving.answers import answer, broken
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import Holds
-from mmseq.serving.observation import ObservationRules, check_aliases, check_given, check_observation
+from mmseq.serving.keys import check_aliases
+from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
@@ -50,7 +52,7 @@ class Service:
         self.rules = rules or ObservationRules()
         check_aliases(self.rules.aliases, self.contract)
         self.gate = SafetyGate(gate or GateConfig())
-        self.scheduler = Scheduler(self._answer, scheduling or SchedulerConfig())
+        self.scheduler = Scheduler(lambda batch: answer(self.policy, batch), scheduling or SchedulerConfig())
         self.on_reply: Callable[[float, float, int], None] | None = None
         self.started_at = time.monotonic()
         self.requests: Counter[str] = Counter()
@@ -177,7 +179,7 @@ class Service:
         job = self._job("infer", (checked,), arrived, turn)
         result = await self._run(job, session)
         if "actions" not in result:
-            raise self._broken("infer", TypeError(f"no 'actions' in {sorted(result)}"))
+            raise broken("infer", TypeError(f"no 'actions' in {sorted(result)}"))
         actions, prefix = result["actions"], checked.get("action_prefix")
         # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
@@ -288,42 +290,6 @@ class Service:
     def _timing(job: Job) -> dict[str, float]:
         queue_ms, infer_ms = 1000 * (job.begun - job.arrived), 1000 * (job.ended - job.begun)
         return {"infer_ms": infer_ms, "queue_ms": queue_ms, "batch": job.batch}
-
-    # In the model's thread
-
-    def _answer(self, batch: Sequence[Job]) -> None:
-        policy = self.policy  # one for the whole batch, also when another takes its place meanwhile
-        if len(batch) > 1:
-            try:
-                results = policy.infer_many([job.arguments[0] for job in batch])  # type: ignore[attr-defined]
-                if len(results) != len(batch):
-                    raise ServeError(f"infer_many gave {len(results)} results for {len(batch)} observations")
-                for job, result in zip(batch, results):
-                    job.outcome = self._outcome(job.call, result)
-                return
-            except Exception as error:  # one of them may be at fault: each by itself then
-                log.warning("a batch of %d failed, answering one by one: %s", len(batch), error)
-        for job in batch:
-            try:
-                job.outcome = self._outcome(job.call, getattr(policy, job.call)(*job.arguments))
-            except BaseException as error:
-                job.outcome = self._outcome(job.call, error)
-
-    def _outcome(self, call: str, result: Any) -> Any:
-        """A policy's result as a dict, or the RequestError that it amounts to."""
-        if isinstance(result, dict | RequestError):
-            return result
-        if isinstance(result, MMSeqError) and not isinstance(result, ModelError):
-            return RequestError("refused", str(result))
-        if not isinstance(result, BaseException):
-            result = TypeError(f"returned {type(result).__name__}")
-        return self._broken(call, result)
-
-    def _broken(self, call: str, error: BaseException) -> RequestError:
-        log.error("the policy failed in %s", call, exc_info=error)
-        return RequestError(
-            "policy_failed", f"the policy failed in {call} with {type(error).__name__}", fix="see the server's log"
-        )
 
     # Its life
 

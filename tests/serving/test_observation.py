@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError
 from mmseq.serving import Contract, ObservationRules, RequestError
-from mmseq.serving.observation import check_aliases, check_given, check_observation
+from mmseq.serving.keys import check_aliases
+from mmseq.serving.observation import check_given, check_observation
 
 
 @pytest.fixture
