@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
 MODES = ("plain", "ensemble", "realtime")
-TURN_KEYS = ("step", "sent_at", "deadline_ms", "delay", "reset", "chunking")
+TURN_KEYS = ("step", "executed", "sent_at", "deadline_ms", "delay", "reset", "chunking")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,7 @@ class Turn:
     """What an observation says of its place in the session, all of it optional. See `serve/README.md`."""
 
     step: int | None = None
+    executed: int | None = None
     sent_at: float | None = None
     deadline_ms: float | None = None
     delay: int | None = None
@@ -74,7 +74,7 @@ def take_turn(observation: dict[str, Any]) -> tuple[Turn, dict[str, Any]]:
     rest = {key: value for key, value in observation.items() if key not in TURN_KEYS}
     for key, value in given.items():
         number = type(value) in (int, float)
-        if key in ("step", "delay"):
+        if key in ("step", "executed", "delay"):
             good, wanted = type(value) is int and 0 <= value < 1 << 53, "a whole number from 0 on"
         elif key == "sent_at":
             good, wanted = number and math.isfinite(value), "a finite number"
@@ -97,10 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 class ChunkMemory:
-    """What one session was sent, and so what its robot executes now.
-
-    Its control steps count on while the robot stands still; `place` does not.
-    """
+    """What one session was sent, and so what its robot executes now."""
 
     def __init__(self, chunking: Chunking, horizon: int):
         self.chunking, self.horizon = chunking, horizon
@@ -108,8 +105,6 @@ class ChunkMemory:
         self._predicted: deque[tuple[int, np.ndarray]] = deque()  # of the ensemble, before averaging
         self._before: np.ndarray | None = None  # the action of the control step before that
         self._asked: int | None = None
-        self._still = 0  # control steps for which there were no actions
-        self._until: int | None = None  # the control step up to which there were some
         self._next = 0  # the control step of a client that does not say
 
     def forget(self) -> None:
@@ -128,12 +123,8 @@ class ChunkMemory:
         if turn.step is None:
             if self.chunking.execute is None:
                 return None
-            if turn.reset:
-                self._still, self._until = 0, 0
             self._asked = self._next
             return self._asked
-        if turn.reset and self._until is not None:  # not with the first request of a connection: it may be broken anew
-            self._still = self._until = turn.step
         if self._asked is not None and turn.step < self._asked:
             raise RequestError(
                 "refused",
@@ -143,29 +134,6 @@ class ChunkMemory:
             )
         self._asked = turn.step
         return turn.step
-
-    @property
-    def begun(self) -> bool:
-        return self._until is not None
-
-    def place(self, step: int) -> int:
-        """`step` without the control steps for which this session had no actions: how far a recording is executed."""
-        if self._until is not None and step > self._until:
-            self._still += step - self._until
-            self._until = step
-        return max(0, step - self._still)
-
-    def stop(self, step: int) -> None:
-        """The robot was told to hold at control step `step`: it executes no more of what it was sent."""
-        if self._until is not None:
-            self._until = min(self._until, step)
-
-    def follow(self, step: int, others: Iterable[ChunkMemory]) -> None:
-        """Be at the place of the one of `others` that was at `step` last."""
-        told = [other for other in others if other._until is not None and other._until <= step + self.horizon]
-        if told:
-            last = max(told, key=lambda other: other._until or 0)
-            self._still, self._until = last._still, last._until
 
     def prefix(self, step: int, delay: int) -> np.ndarray | None:
         """Rows (n, A) of the last chunk for control steps `step` to `step + delay`; None when there are none."""
@@ -206,7 +174,7 @@ class ChunkMemory:
         self._before = None if step is None else self.before(step)
         self._sent = None if step is None else (step, chunk)
         if step is not None:
-            self._until, self._next = step + self.horizon, step + (self.chunking.execute or self.horizon)
+            self._next = step + (self.chunking.execute or self.horizon)
 
 
 class Delays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -40,8 +41,8 @@ class Policy(Protocol):
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """`{"actions": float32 (horizon, axes), ...}` for a checked observation.
 
-        With `action_prefix` float32 (n, axes) the chunk begins with these n actions. `step`, if there, is the
-        session's control step, not counting those in which its robot had no actions to execute.
+        With `action_prefix` float32 (n, axes) the chunk begins with these n actions. `step`, if there, is how
+        many control steps of the episode the robot has executed.
         """
         ...
 
@@ -160,14 +161,17 @@ def image_keys(embodiment: Embodiment) -> list[str]:
 
 
 MAX_REPLAYED = 4096  # control steps of one answer
-_TERM = re.compile(r"(?P<stream>[a-z]+)(\.(?P<camera>\w+))?(\[(?P<length>\d+)\])?(@\+(?P<offset>\d+)|@(?P<end>end))?")
+MAX_STEP = 1 << 53
+_TERM = re.compile(
+    r"(?P<stream>[a-z]+)(\.(?P<camera>\w+))?(\[(?P<length>\d{1,9})\])?(@\+(?P<offset>\d{1,9})|@(?P<end>end))?"
+)
 
 
 class ReplayPolicy:
     """Replays the actions of one episode: a dry run of a robot's whole loop without a model.
 
     horizon, execute: control steps of a chunk, and of it until the client asks again (default: all), by
-    which each `infer` moves on. A client that says its `step` is given the actions from there, and
+    which each `infer` moves on. A client that says how far it is is given the actions from there, and
     `options: {"step": t}` replays from step t. After the last action an absolute robot holds it and any other
     gets zeros, the gripper as it was; the reply says `episode_over` when nothing else is left.
     """
@@ -193,6 +197,7 @@ class ReplayPolicy:
             "tasks": {"policy": f"text, image, proprio -> action[{self.horizon}]"},
             "horizon": self.horizon,
             "prefix": True,
+            "fingerprint": hashlib.sha256(self.actions.tobytes()).hexdigest()[:16],  # another episode is another policy
         }
 
     def chunk(self, step: int, length: int) -> np.ndarray:
@@ -206,8 +211,10 @@ class ReplayPolicy:
 
     def _start(self, observation: dict[str, Any]) -> int:
         step = observation.get("options", {}).get("step", observation.get("step", self.step))
-        if type(step) is not int or step < 0:
-            raise RequestError("out_of_range", f"options.step is {step!r}, expected a step from 0 on", key="options")
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise RequestError(
+                "out_of_range", f"options.step is {step!r:.40}, expected a step from 0 to {MAX_STEP}", key="options"
+            )
         return step
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:

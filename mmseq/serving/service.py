@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +58,6 @@ class Service:
         self.requests: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.sessions: dict[int, Session] = {}
-        self._left: deque[Session] = deque(maxlen=64)
         self.delays = Delays()
         self.in_flight = 0
         self._jobs: set[Job] = set()  # that somebody waits for
@@ -81,7 +80,6 @@ class Service:
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
         if self.sessions.pop(session.number, None) is not None:
-            self._left.append(session)
             name = session.embodiment or "which asked nothing"
             log.info("robot gone: %s (%s), %d requests", session.peer, name, session.requests)
         self.scheduler.robots = len(self.sessions)
@@ -144,15 +142,6 @@ class Service:
 
         Raises: RequestError.
         """
-        try:
-            return await self._infer(observation, session)
-        except RequestError as error:
-            step = observation.get("step")
-            if error.code == "held" and type(step) is int:
-                session.memory.stop(step)
-            raise
-
-    async def _infer(self, observation: dict[str, Any], session: Session) -> dict[str, Any]:
         arrived = time.monotonic()
         self.requests["infer"] += 1
         session.requests += 1
@@ -166,16 +155,15 @@ class Service:
             session.forget()  # all that was sent is executed: what this robot did since nobody knows
         session.standing |= turn.reset
         step = memory.begin(turn)
-        if turn.step and not memory.begun:
-            session.follow(turn.step, (*self._left, *self.sessions.values()))
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = self.delays.steps(embodiment.rate_hz) if turn.delay is None else turn.delay
             prefix = memory.prefix(step, delay)
             if prefix is not None:
                 checked["action_prefix"] = prefix
-        if step is not None:
-            checked["step"] = memory.place(step)
+        place = step if turn.executed is None else turn.executed
+        if place is not None:
+            checked["step"] = place
         job = self._job("infer", (checked,), arrived, turn)
         result = await self._run(job, session)
         if "actions" not in result:

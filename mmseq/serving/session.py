@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from mmseq.serving.chunking import Chunking, ChunkMemory
@@ -37,12 +36,6 @@ class Session:
         if self.embodiment != embodiment:
             self.memory, self.standing = ChunkMemory(self.memory.chunking, self.memory.horizon), True
             self.embodiment = embodiment
-
-    def follow(self, step: int, others: Iterable[Session]) -> None:
-        """Be where one of the `others` of the same machine was: a connection that broke has another session now."""
-        machine = self.peer.rpartition(":")[0]
-        same = [o for o in others if o.peer.rpartition(":")[0] == machine and o.embodiment == self.embodiment]
-        self.memory.follow(step, [other.memory for other in same if other is not self])
 
     def status(self) -> dict[str, Any]:
         now = time.monotonic()

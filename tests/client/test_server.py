@@ -76,3 +76,33 @@ def test_a_restarted_server_is_found_again(driven):
     assert all(tick.held for tick in drive(loop, 60)[40:])
     with Server(policy, ServerConfig(port=server.port)):
         assert goes_on(loop)
+
+
+def rows(robot) -> np.ndarray:
+    """Which rows of the episode were commanded."""
+    return np.round(np.stack(robot.actions)[:, 0] * 399)
+
+
+def test_a_replay_begins_at_its_beginning_and_goes_on_where_the_robot_is(driven, robot):
+    server, policy, loop = driven
+    assert ask(server, "POST", "/v1/hold") == 200
+    drive(loop, 40)
+    assert ask(server, "DELETE", "/v1/hold") == 200
+    assert goes_on(loop)
+    assert rows(robot)[0] == 0
+    server.stop()
+    drive(loop, 60)
+    with Server(policy, ServerConfig(port=server.port)) as again:
+        assert goes_on(loop)
+        assert ask(again, "POST", "/v1/hold") == 200
+        drive(loop, 30)
+        assert ask(again, "DELETE", "/v1/hold") == 200
+        assert goes_on(loop)
+        moved = np.diff(rows(robot))
+        assert moved.min() >= 0
+        assert moved.max() < 40  # a busy machine skips some; the server was away for 60
+        loop.client.close()  # and an episode begins while the link is away
+        loop.reset()
+        before = len(robot.actions)
+        assert goes_on(loop)
+        assert rows(robot)[before] == 0

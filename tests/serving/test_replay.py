@@ -4,8 +4,10 @@ import time
 import numpy as np
 import pytest
 
+from mmseq.episode import Episode
 from mmseq.errors import ServeError
 from mmseq.serving import Chunking, Contract, ReplayPolicy
+from mmseq.serving.errors import RequestError
 from mmseq.testing.wire import ask, dial, http
 
 
@@ -24,24 +26,41 @@ def test_after_the_end_an_absolute_robot_holds_and_others_stop(policy, episode, 
     assert [policy.infer({"step": step})["episode_over"] for step in (39, 40, 41, 0)] == [False, True, True, False]
 
 
-def test_a_robot_that_stood_still_goes_on_where_it_stopped(start, policy, episode, observation):
+def test_a_robot_goes_on_where_it_says_that_it_is(start, policy, episode, observation):
     server, action = start(policy, chunking=Chunking(execute=8)), episode["action"]
+    at = lambda s, step, **more: ask(s, {**observation, "step": step, **more}).get("actions")
     with dial(server) as s:
         s.recv()
-        at = lambda step, **more: ask(s, {**observation, "step": step, **more}).get("actions")
-        np.testing.assert_array_equal(at(0, reset=True), action[:8])
-        np.testing.assert_array_equal(at(4), action[4:12])
+        np.testing.assert_array_equal(at(s, 60, executed=0, reset=True), action[:8])  # held before the first answer
+        np.testing.assert_array_equal(at(s, 64, executed=4), action[4:12])
         http(server, "POST", "/v1/hold")
-        assert [at(step) for step in (7, 8, 40)] == [None] * 3  # it learns of the hold at step 7
+        assert at(s, 67, executed=7) is None
         http(server, "DELETE", "/v1/hold")
-        np.testing.assert_array_equal(at(50), action[7:15])
-        np.testing.assert_array_equal(at(54), action[11:19])
-        np.testing.assert_array_equal(at(90), action[19:27])  # nothing came to the end of the chunk
+        np.testing.assert_array_equal(at(s, 110, executed=7), action[7:15])
+        with dial(server) as another:  # of the same machine, and further
+            another.recv()
+            np.testing.assert_array_equal(at(another, 111, executed=30), action[30:38])
+        np.testing.assert_array_equal(at(s, 114, executed=11), action[11:19])
     with dial(server) as s:  # a broken connection, told as the client tells it
         s.recv()
-        np.testing.assert_array_equal(at(200, reset=True), action[27:35])
-        np.testing.assert_array_equal(at(202, reset=True), action[:8])  # an episode begins
-        np.testing.assert_array_equal(at(206), action[4:12])
+        np.testing.assert_array_equal(at(s, 200, executed=15, reset=True), action[15:23])
+        np.testing.assert_array_equal(at(s, 202, executed=0, reset=True), action[:8])  # an episode begins
+        np.testing.assert_array_equal(at(s, 206), policy.chunk(206, 8))  # nothing else is known
+
+
+def test_another_episode_is_another_policy(policy, episode, embodiment):
+    other = ReplayPolicy(Episode.from_arrays("down", 20, {"action": -episode["action"]}), embodiment, horizon=8)
+    again = ReplayPolicy(episode, embodiment, horizon=8)
+    assert policy.contract()["fingerprint"] == again.contract()["fingerprint"] != other.contract()["fingerprint"]
+
+
+@pytest.mark.parametrize("step", [-1, 1 << 54, 2.0, True, None])
+def test_a_step_that_no_episode_has_is_refused(policy, step):
+    with pytest.raises(RequestError, match=r"options\.step is"):
+        policy.infer({"options": {"step": step}})
+    for arrow in (f"image -> image@+{1 << 70}", f"image -> action[{1 << 70}]"):
+        with pytest.raises(RequestError, match="cannot replay"):
+            policy.predict(arrow, {})
 
 
 def test_a_client_without_steps_goes_on_too(start, policy, episode, observation):

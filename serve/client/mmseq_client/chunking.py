@@ -61,10 +61,12 @@ class Chunking:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request to send now. prefix: float32 (n, axes), the actions that will be executed meanwhile, n <= delay."""
+    """A request to send now. prefix: float32 (n, axes), the actions that will be executed meanwhile, n <= delay.
+    executed: control steps of the episode that have been executed before this one."""
 
     sequence: int
     step: int
+    executed: int
     delay: int
     prefix: np.ndarray
 
@@ -84,6 +86,7 @@ class Planned:
 class _Chunk:
     sequence: int
     step: int  # of its observation
+    executed: int  # of the episode, before row 0
     first: int  # the control step of row 0: `step`, later by the steps the robot has held since
     actions: np.ndarray
     late: bool = False  # older than allowed, for a robot that has stood still since: only row 0 is executed
@@ -118,10 +121,15 @@ class ChunkBuffer:
         self._delays: deque[int] = deque(maxlen=_DELAYS)
         self._warm = False
         self._sequence = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """A new episode, of which nothing has been executed."""
+        self._executed = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget all chunks and the request under way; what is known of the delay stays."""
+        """Forget all chunks and the request under way; what is known of the delay and of the episode stays."""
         self._chunks: list[_Chunk] = []
         self._flight: Ask | None = None
         self._played: dict[int, np.ndarray] = {}  # since the request under way, by control step
@@ -133,6 +141,11 @@ class ChunkBuffer:
         if not self._delays:
             return 0
         return sorted(self._delays)[math.ceil(_DELAY_QUANTILE * len(self._delays)) - 1]
+
+    def executed(self, step: int) -> int:
+        """How many control steps of the episode have been executed before `step`: while nothing valid is left, none."""
+        live = [chunk for chunk in self._chunks if step < self._until(chunk)]
+        return live[-1].executed + step - live[-1].first if live else self._executed
 
     def left(self, step: int) -> int:
         """How many actions there are from `step` on."""
@@ -156,7 +169,7 @@ class ChunkBuffer:
             newest = self._chunks[-1]
             row = step - newest.first
             prefix = newest.actions[row : row + min(self.delay, self.left(step), self.horizon - 1)]
-        self._flight = Ask(self._sequence, step, min(self.delay, self.horizon), prefix)
+        self._flight = Ask(self._sequence, step, self.executed(step), min(self.delay, self.horizon), prefix)
         self._played, self._held_from = {}, None
         return self._flight
 
@@ -187,7 +200,7 @@ class ChunkBuffer:
             return "late"  # longer than committed: the robot went on along the old chunk, elsewhere than the new one
         held = 0 if self._held_from is None else step - self._held_from
         first = step if late else ask.step + held
-        chunk = _Chunk(sequence, ask.step, first, np.array(actions, np.float32), late)
+        chunk = _Chunk(sequence, ask.step, ask.executed, first, np.array(actions, np.float32), late)
         if limit is not None:
             limit(chunk.actions[step - chunk.first :])
         kept = [old for old in self._chunks if self._until(old) > step] if self.chunking.mode == "ensemble" else []
@@ -219,7 +232,7 @@ class ChunkBuffer:
         if self.gripper is not None:
             action[self.gripper] = rows[-1][self.gripper]  # half open is neither
         self._played[step] = action
-        newest = live[-1]
+        newest, self._executed = live[-1], self.executed(step) + 1
         allowed = step - newest.step + 1 if newest.late else self.max_age
         return Planned(action.copy(), newest.sequence, step - newest.step, allowed)
 

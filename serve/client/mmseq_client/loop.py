@@ -147,7 +147,7 @@ class ControlLoop:
         self.why = "a new episode"
 
     def _forget(self) -> None:
-        self.buffer.reset()
+        self.buffer.restart()
         self._last = self._stands = None
         self._reset, self._holding = True, False
 
@@ -258,6 +258,7 @@ class ControlLoop:
             use = self._ask.delay if len(self._ask.prefix) else max(self.buffer.delay, self.buffer.max_age)
             observation.update(
                 step=step,
+                executed=self._ask.executed,
                 sent_at=self._now,
                 delay=self._ask.delay,
                 deadline_ms=1000.0 * max(1, use) / self.rate_hz,

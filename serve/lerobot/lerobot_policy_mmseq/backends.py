@@ -20,7 +20,7 @@ class Backend(Protocol):
     def infer(self, observations: list[dict[str, Any]], step: int | None) -> list[np.ndarray]:
         """Of each observation the chunk, float32 (horizon, axes); row i always belongs to the same robot.
 
-        step: control steps since the episode began, where they are known.
+        step: control steps of the episode that were executed, where they are known.
         """
         ...
 

@@ -86,7 +86,7 @@ class MmseqPolicy(PreTrainedPolicy):
         """A new episode."""
         self._queue: deque[Tensor] = deque()
         self._last: np.ndarray | None = None  # (B, axes), what was commanded last
-        self._step = 0  # actions that were commanded
+        self._step = 0  # of the episode, that were executed: holding is none
         self.backend.reset()
 
     def supports_rtc(self) -> bool:
@@ -127,10 +127,9 @@ class MmseqPolicy(PreTrainedPolicy):
         """The action of this control step, float32 (B, axes). While an operator holds every robot, the one that keeps
         it where it is; it goes on by itself, from what it sees then.
         """
-        step, self._step = self._step, self._step + 1
         if not self._queue:
             try:
-                chunk = self._chunk(batch, _prefix(None, 0), step)
+                chunk = self._chunk(batch, _prefix(None, 0), self._step)
             except RefusedError as error:
                 if error.code not in ("held", "late"):
                     raise
@@ -139,6 +138,7 @@ class MmseqPolicy(PreTrainedPolicy):
                 return torch.from_numpy(self._last.copy())
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         action = self._queue.popleft()
+        self._step += 1
         self._last = action.numpy().copy()  # LeRobot may change what it is given
         return action
 
