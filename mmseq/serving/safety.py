@@ -137,7 +137,7 @@ class SafetyGate:
         self._gripper(free, n, limits, embodiment, found)
         np.clip(free, limits.low, limits.high, out=free)
         if limits.max_step is not None:
-            self._rate(actions, n, limits.max_step, before, embodiment, found)
+            self._rate(actions, n, limits, before, embodiment, found)
         return actions, self._explain(found, embodiment)
 
     def observed(self, state: Any, embodiment: Embodiment) -> np.ndarray | None:
@@ -153,8 +153,7 @@ class SafetyGate:
         for i, (name, unit) in enumerate(zip(axes.names, axes.units)):
             if (name, unit) in place and (gripper is None or name != gripper.axis):
                 at[i] = state[place[name, unit]]
-        limits = self._of(embodiment)
-        return np.clip(at, limits.low, limits.high)
+        return at
 
     def counted_twice(self, *, clamped: bool) -> None:
         """One chunk went through `check` before and after it was averaged. clamped: both times."""
@@ -209,12 +208,18 @@ class SafetyGate:
         self,
         actions: np.ndarray,
         n: int,
-        max_step: np.ndarray,
+        limits: _Limits,
         before: np.ndarray | None,
         body: Embodiment,
         found: dict[str, np.ndarray],
     ) -> None:
-        """Rows from `n` on, each against the row before it."""
+        """Rows from `n` on, each against the row before it.
+
+        Raises: RequestError for a robot that stands so far outside of its limits that one step cannot take it back.
+        """
+        max_step, axes = limits.max_step, body.action
+        assert max_step is not None
+        assert axes is not None
         previous = actions[n - 1] if n else before
         rows = actions[n:] if previous is None else np.concatenate([previous[None], actions[n:]])
         allowed = max_step * (1 + 1e-5) + ROUNDING * np.nan_to_num(np.abs(rows)).max(0)  # no breach
@@ -225,8 +230,7 @@ class SafetyGate:
             if previous is not None:
                 mask[i] = np.abs(row - previous) > allowed
                 if mask[i].any() and self.config.too_fast == "refuse":
-                    axis, axes = int(np.argmax(mask[i])), body.action
-                    assert axes is not None
+                    axis = int(np.argmax(mask[i]))
                     self._violated(
                         found,
                         body,
@@ -234,6 +238,16 @@ class SafetyGate:
                         f"{n + i}; its max_step is {max_step[axis]:.5g} {axes.units[axis]} per control step",
                     )
                 np.clip(row, previous - max_step, previous + max_step, out=row, where=mask[i])
+                beyond = (row < limits.low) | (row > limits.high)
+                if beyond.any():
+                    axis = int(np.argmax(beyond))
+                    self._violated(
+                        found,
+                        body,
+                        f"action axis {axes.names[axis]!r} stands at {previous[axis]:.5g}, outside of its limits "
+                        f"{axes.minimum[axis]:.5g}..{axes.maximum[axis]:.5g} by more than its max_step "
+                        f"{max_step[axis]:.5g} {axes.units[axis]}: move it back by hand",
+                    )
             previous = row
 
     def _explain(self, found: dict[str, np.ndarray], embodiment: Embodiment) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mmseq_client import ActionGate, ContractError, UnsafeActionError
 
+from mmseq.serving.errors import RequestError
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.testing import tiny
 
@@ -131,3 +132,24 @@ def test_what_is_not_known_of_where_a_robot_stands_is_not_limited(contract):
     actions = np.ones((2, 4), np.float32)
     ActionGate(contract).limit_steps(actions, np.float32([np.nan, 0, np.nan, np.nan]))
     np.testing.assert_allclose(actions, [[1, 0.5, 1, 1], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("configured", ["clamp", "refuse"])
+def test_an_arm_far_outside_of_its_limits_is_not_sent_anywhere_by_either_end(configured):
+    body = tiny.embodiment()
+    limited = dataclasses.replace(body.action, max_step=(0.05,) * 4)
+    body = dataclasses.replace(body, action=limited, action_form="absolute")
+    server, client = SafetyGate(GateConfig(out_of_range=configured)), ActionGate(body.to_dict(), configured)
+    for state, words in (([1.04, 0, 0], None), ([1.06, 0, 0], "'x' stands at 1.06"), ([0, 0, -9], "'z' stands at -9")):
+        chunk = np.zeros((8, 4), np.float32)
+        chunk[:, 0] = np.clip(state[0], -1, 1)
+        before = server.observed(np.float32(state), body)
+        if words is None:
+            assert server.check(chunk, body, horizon=8, before=before)[0][0, 0] == 1
+            client.limit_steps(chunk, before)
+            assert chunk[0, 0] == 1
+            continue
+        with pytest.raises(RequestError, match=words + ".*move it back by hand"):
+            server.check(chunk, body, horizon=8, before=before)
+        with pytest.raises(UnsafeActionError, match=words if configured == "clamp" else "max_step"):
+            client.limit_steps(chunk, before)

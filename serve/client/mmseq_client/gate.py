@@ -77,7 +77,7 @@ class ActionGate:
         for axis, sensed in self._sensed.items():
             if axis != self.gripper and np.isfinite(state[sensed]):
                 at[axis] = state[sensed]
-        return np.clip(at, self.low, self.high)
+        return at
 
     def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
         """A reply's actions as float32 (horizon, axes) within the limits. clamp: even if it is configured to refuse.
@@ -110,7 +110,8 @@ class ActionGate:
         """Keep each axis' change per control step within `max_step`, from `previous` (axes,) on; in place.
 
         previous: the action before, or where the robot stands; NaN for an axis of which it is not known.
-        Raises: UnsafeActionError when it is configured to refuse.
+        Raises: UnsafeActionError when it is configured to refuse, and for a robot that stands so far outside of its
+        limits that one step cannot take it back.
         """
         if self.max_step is None:
             return
@@ -130,6 +131,15 @@ class ActionGate:
                         )
                     self.counts["clamped_step"] += int(outside.sum())
                 np.clip(action, previous - self.max_step, previous + self.max_step, out=action, where=known)
+                beyond = (action < self.low) | (action > self.high)
+                if beyond.any():
+                    axis = int(np.argmax(beyond))
+                    self._withhold(
+                        "max_step",
+                        f"axis {self.names[axis]!r} stands at {previous[axis]:.5g}, outside of its limits "
+                        f"{self.low[axis]:.5g}..{self.high[axis]:.5g} by more than its max_step "
+                        f"{self.max_step[axis]:.5g}: move it back by hand",
+                    )
             previous = action
 
     def check_action(
