@@ -158,7 +158,7 @@ def build_app(
         return Response(page_of(describe(service.contract, token=token is not None)), media_type="text/html")
 
     async def hold(request: Request) -> Response:
-        id, said = request.query_params.get("id"), {}
+        id, said = request.query_params.get("id") or None, {}
         if request.method == "DELETE":
             every = request.query_params.get("all", "false")
             if set(request.query_params) - {"id", "all"} or every not in ("true", "false"):

@@ -1,17 +1,18 @@
 """The operators' holds: each with an id and a reason, ended one by one, kept in a file where one is named.
 
 A robot moves again when none is left. With a file they are in force again after the process ended in whatever way;
-a file that cannot be read is a hold by itself.
+a file that cannot be read is a hold by itself. A file belongs to one server, which locks `FILE.lock` beside it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mmseq.errors import ServeError
 from mmseq.serving.errors import RequestError
@@ -21,6 +22,7 @@ log = logging.getLogger("mmseq.serving")
 NO_REASON = "no reason given"
 REASON_LENGTH = 500  # characters
 READ = 1 << 16  # bytes of a body in which the reason is looked for
+READ_FILE = 16 << 20
 MOST = 1000  # holds with an id of their own
 SHARED = "more"  # the id of those beyond
 
@@ -43,19 +45,50 @@ def clean(reason: str) -> str:
     return reason or NO_REASON
 
 
+_WRITABLE = "name a hold_file in a folder that may be written"
+
+
+def _locked(path: Path) -> IO[str]:
+    """The lock of a file of holds, while it is open. Raises: ServeError."""
+    if path.exists() and not path.is_file():
+        raise ServeError(f"hold_file {path} is no file", fix=_WRITABLE)
+    try:
+        lock = open(path.with_name(f"{path.name}.lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise ServeError(f"hold_file {path} cannot be written: {error.strerror}", fix=_WRITABLE) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ServeError(
+            f"hold_file {path} is used by another server, and each would end the other's holds",
+            fix="name another one, or stop that server",
+        ) from error
+    except OSError as error:  # a file system without locks
+        log.warning("hold_file %s cannot be locked: %s; no other server may use it", path, error.strerror)
+    return lock
+
+
 class Holds:
     """Those in force. begun: how many since the start; what was asked before the last one is not answered after it.
 
-    path: where they are written. Raises: ServeError when they cannot be.
+    path: where they are written. Raises: ServeError when they cannot be, or when it is another server's.
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(os.path.realpath(path))  # a link stays one
+        self._lock: IO[str] | None = None
         self.reasons: dict[str, str] = {}  # by id, the oldest first
         self.begun = 0
         self.problem: str | None = None  # why the file does not say what is in force
         if self.path is not None:
+            self._lock = _locked(self.path)
             self._read(self.path)
+
+    def close(self) -> None:
+        """Another server may have the file."""
+        if self._lock is not None:
+            self._lock.close()
 
     def __str__(self) -> str:
         """The reasons, as a robot is told them."""
@@ -92,8 +125,9 @@ class Holds:
 
     def _read(self, path: Path) -> None:
         try:
-            found: Any = json.loads(path.read_text())["holds"]
-            self.reasons = {str(id): clean(reason) for id, reason in found.items()}
+            with open(path) as file:
+                found: Any = json.loads(file.read(READ_FILE))["holds"]
+            self.reasons = {clean(str(id)): clean(reason) for id, reason in found.items()}
         except FileNotFoundError:
             pass  # the first start
         except Exception as error:  # whatever it is, what it said is not known
@@ -104,7 +138,7 @@ class Holds:
             return  # and keep it as it is until an operator has decided
         self._write()
         if self.problem is not None:
-            raise ServeError(self.problem, fix="name a hold_file in a folder that may be written")
+            raise ServeError(self.problem, fix=_WRITABLE)
         for id, reason in self.reasons.items():
             log.warning("held as before this start: %s (%s)", reason, id)
 

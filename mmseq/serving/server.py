@@ -253,6 +253,7 @@ class Server:
                 log.warning("requests under way were cut off")
         self._uvicorn.should_exit = True
         self._thread.join(self.config.grace_s + 5)
+        self.service.holds.close()
         if not self.service.scheduler.stop(1.0):
             log.warning("the policy is still busy; its thread is left behind")
 

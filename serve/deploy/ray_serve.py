@@ -24,6 +24,7 @@ from ray import serve
 from mmseq.config import load_config
 from mmseq.errors import ConfigError, MMSeqError, ServeError
 from mmseq.serving.app import build_app
+from mmseq.serving.holds import Holds
 from mmseq.serving.launch import ServeSettings, loader, server_config
 from mmseq.serving.service import Service
 
@@ -34,17 +35,19 @@ log = logging.getLogger("mmseq.serving")
 
 @ray.remote(num_cpus=0)
 class Hold:
-    """The operators' holds of all replicas, by id."""
+    """The operators' holds of all replicas, by id. hold_file: on the machine where this runs."""
 
-    def __init__(self):
-        self.reasons: dict[str, str] = {}
+    def __init__(self, hold_file: str | None = None):
+        self.holds = Holds(hold_file)
 
     def share(self, begun: dict[str, str], ended: list[str]) -> dict[str, str]:
         """All of them, after what changed on one replica."""
-        self.reasons |= begun
+        for id, reason in begun.items():
+            self.holds.begin(reason, id)
         for id in ended:
-            self.reasons.pop(id, None)
-        return self.reasons
+            if id in self.holds.reasons:
+                self.holds.end(id)
+        return self.holds.reasons
 
 
 class Replica:
@@ -59,7 +62,6 @@ class Replica:
             gate=settings.gate,
             scheduling=settings.scheduling,
             chunking=settings.chunking,
-            hold_file=settings.hold_file,
         )
         self.service.start()
         while not self.service.warm:
@@ -118,7 +120,7 @@ def start(settings: ServeSettings, *, replicas: int, gpus: float, robots: int) -
         graceful_shutdown_timeout_s=config.grace_s,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
     )
-    serve.run(deployment.bind(settings, Hold.remote()), name="mmseq", route_prefix="/")
+    serve.run(deployment.bind(settings, Hold.remote(settings.hold_file)), name="mmseq", route_prefix="/")
 
 
 def main() -> int:

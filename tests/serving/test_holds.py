@@ -1,6 +1,8 @@
 """Operators' holds: begun by any POST, ended one by one, kept over a restart."""
 
 import json
+import os
+import shutil
 import socket
 import threading
 import time
@@ -127,18 +129,42 @@ class TestFile:
             s.recv()
             assert ask(s, observation)["reason"] == "a person"
         assert http(server, "DELETE", f"/v1/hold?id={begun['id']}").json()["held"] is False
-        assert Holds(path).reasons == {}
+        assert json.loads(path.read_text()) == {"holds": {}}
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"holds": []}', b'{"holds": {"a": 5}}', b"\xff", None])
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"holds": []}', b'{"holds": {"a": 5}}', b"\xff"])
     def test_what_cannot_be_read_is_a_hold(self, tmp_path, content):
         path = tmp_path / "holds.json"
-        path.mkdir() if content is None else path.write_bytes(content)
+        path.write_bytes(content)
         holds = Holds(path)
         assert "cannot be read" in str(holds)
-        if content is not None:
-            assert path.read_bytes() == content
-            holds.end()
-            assert json.loads(path.read_text()) == {"holds": {}}
+        assert path.read_bytes() == content
+        holds.end()
+        assert json.loads(path.read_text()) == {"holds": {}}
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_what_is_no_file_is_refused(self, tmp_path, make):
+        make(tmp_path / "holds.json")
+        with pytest.raises(ServeError, match="is no file"):
+            Holds(tmp_path / "holds.json")
+
+    def test_a_file_belongs_to_one_server(self, start, policy, tmp_path):
+        path = tmp_path / "holds.json"
+        server = start(policy, hold_file=str(path))
+        with pytest.raises(ServeError, match=r"holds.json is used by another server"):
+            Holds(path)
+        server.stop()
+        Holds(path)
+
+    def test_a_link_stays_one_and_names_stay_in_their_line(self, tmp_path):
+        path, link = tmp_path / "volume" / "holds.json", tmp_path / "holds.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"holds": {"a\nb": "c\nd"}}))
+        link.symlink_to(path)
+        holds = Holds(link)
+        assert holds.reasons == {"a b": "c d"}
+        holds.end()
+        assert link.is_symlink()
+        assert json.loads(path.read_text()) == {"holds": {}}
 
     def test_a_file_that_cannot_be_written_is_told_and_the_hold_is_in_force(self, start, policy, tmp_path):
         folder = tmp_path / "state"
@@ -146,18 +172,21 @@ class TestFile:
             Holds(folder / "holds.json")
         folder.mkdir()
         server = start(policy, hold_file=str(folder / "holds.json"))
-        (folder / "holds.json").unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
         reply = http(server, "POST", "/v1/hold").json()
         assert (reply["held"], "cannot be written" in reply["warning"]) == (True, True)
 
     def test_ends_and_reasons_are_written(self, tmp_path):
-        holds = Holds(tmp_path / "holds.json")
+        path = tmp_path / "holds.json"
+        written = lambda: json.loads(path.read_text())["holds"]
+        holds = Holds(path)
         a, b = holds.begin("a"), holds.begin("b")
         holds.begin("another", a)
-        assert Holds(holds.path).reasons == {a: "another", b: "b"}
+        assert written() == {a: "another", b: "b"}
         with pytest.raises(RequestError):
             holds.end()
         holds.end(b)
-        assert Holds(holds.path).reasons == {a: "another"}
-        assert [p.name for p in tmp_path.iterdir()] == ["holds.json"]
+        assert written() == {a: "another"}
+        assert {p.name for p in tmp_path.iterdir()} == {"holds.json", "holds.json.lock"}
+        holds.close()
+        assert Holds(path).reasons == {a: "another"}
