@@ -254,6 +254,49 @@ def test_a_loop_connects_again_over_a_link_that_is_slower_than_its_first_try(emb
         assert tries > 1
 
 
+def test_closing_does_not_wait_for_a_server_that_is_silent(embodiment):
+    with Server(replayed(embodiment), ServerConfig(port=0, grace_s=0)) as server:
+        client = Client("127.0.0.1", server.port)
+    with socket.create_server(("127.0.0.1", server.port)):  # it takes connections and says nothing
+        client.close()
+        client._try_s = 60.0  # as after many breaks
+        errors = []
+
+        def connect():
+            try:
+                client.connect(0.0)
+            except ClientError as error:
+                errors.append(str(error))
+
+        connecting = threading.Thread(target=connect)
+        connecting.start()
+        while client._opening is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        client.close()
+        connecting.join(10)
+        assert errors == ["it was closed while it connected"]
+
+
+@pytest.mark.parametrize("hint", ["", ', "retry_after_ms": 0'])
+def test_a_busy_server_that_does_not_say_when_is_asked_more_and_more_rarely(hint):
+    asked, body = [], f'{{"error": {{"code": "busy", "message": "full"{hint}}}}}'.encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+
+    def answer(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as peer:
+                    asked.append(peer.recv(1 << 16))
+                    peer.sendall(head + body)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        with pytest.raises(RefusedError, match="full"):
+            Client("127.0.0.1", listener.getsockname()[1], connect_timeout_s=1.0)
+    assert 2 <= len(asked) <= 6
+
+
 def test_a_place_that_is_not_free_yet_is_waited_for(embodiment):
     with Server(replayed(embodiment), ServerConfig(port=0, grace_s=0, max_connections=1)) as server:
         first = Client("127.0.0.1", server.port)

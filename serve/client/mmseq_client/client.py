@@ -96,6 +96,7 @@ class Client:
         self.host, self.port, self._token, self._ca_file = host.strip("[]"), port, token, ca_file
         self._tls = _trusting(ca_file) if ca_file else None
         self._try_s = _FIRST_TRY_S  # that one opening handshake may take when a control loop connects again
+        self._opening: socket.socket | None = None  # the same connection, to end its opening handshake from `close`
         self._closes = 0  # calls of `close`: what was begun before one must not stay open after it
         self._busy = threading.Lock()
         self._connect_timeout_s, self._timeout_s, self._reconnect = connect_timeout_s, timeout_s, reconnect
@@ -118,17 +119,20 @@ class Client:
         while True:
             try_s = max(_FIRST_TRY_S, min(10.0, deadline - time.monotonic())) if timeout_s else self._try_s
             try:
+                began = time.monotonic()
                 opened = self._socket = self._open(try_s)
                 self._require_open(closes)
+                self._try_s = max(_FIRST_TRY_S, min(self._try_s, 4 * (time.monotonic() - began)))
                 metadata = require_metadata(self._unpack(opened.recv(timeout=min(10.0, self._timeout_s))))
                 break
             except websockets.exceptions.InvalidStatus as error:
                 body = getattr(error.response, "body", None) or b""
                 refusal = _refusal(body.decode("utf-8", "replace"), error.response.status_code)
-                wait_s = 0.001 * (refusal.retry_after_ms or 0.0)
+                wait_s = max(pause, 0.001 * (refusal.retry_after_ms or 0.0))
                 if refusal.code != "busy" or time.monotonic() + wait_s >= deadline:
                     raise refusal from error
                 time.sleep(wait_s)  # all places are taken, perhaps by this robot's own connection from before
+                pause = min(2.0, 2 * pause)
             except ClientError:
                 self._drop()
                 raise
@@ -182,19 +186,26 @@ class Client:
         known = inspect.signature(websockets.sync.client.connect).parameters
         if "proxy" in known:
             options["proxy"] = None  # a robot talks to its server directly
+        if "legacy" in known:
+            options["legacy"] = True  # a connection, not what will connect
         if self._token:
             options["additional_headers"] = {"Authorization": f"Api-Key {self._token}"}
         if self._tls is not None:
             options["ssl" if "ssl" in known else "ssl_context"] = self._tls
         host = f"[{self.host}]" if ":" in self.host else self.host
-        opened = websockets.sync.client.connect(
-            f"{'ws' if self._tls is None else 'wss'}://{host}:{self.port}/",
-            compression=None,
-            max_size=_MAX_REPLY_BYTES,
-            open_timeout=timeout_s,
-            close_timeout=_CLOSE_TIMEOUT_S,
-            **options,
-        )
+        connection = socket.create_connection((self.host, self.port), timeout_s)
+        connection.settimeout(None)
+        with connection.dup() as self._opening:
+            opened = websockets.sync.client.connect(
+                f"{'ws' if self._tls is None else 'wss'}://{host}:{self.port}/",
+                sock=connection,
+                compression=None,
+                max_size=_MAX_REPLY_BYTES,
+                open_timeout=timeout_s,
+                close_timeout=_CLOSE_TIMEOUT_S,
+                **options,
+            )
+        self._opening = None
         # a server that stops reading must not block the sender for ever; other systems have no such option
         if sys.platform == "linux":
             opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
@@ -289,6 +300,10 @@ class Client:
     def close(self) -> None:
         """End the connection, also one that another thread is opening; the next `infer` opens it again."""
         self._closes += 1
+        opening = self._opening
+        if opening is not None:
+            with contextlib.suppress(OSError):  # it has just been opened, or has failed
+                opening.shutdown(socket.SHUT_RDWR)
         self._drop()
 
     def _drop(self) -> None:
