@@ -330,7 +330,9 @@ def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server
 
 
 @pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
-def test_an_absolute_robot_begins_from_where_it_stands_in_each_episode_and_run(server, robot, embodiment, mode):
+def test_an_absolute_robot_begins_from_where_it_stands_also_after_a_hold(
+    server, robot, embodiment, mode
+):
     body = embodiment.to_dict()
     body["action"]["max_step"] = [0.5, 0.5, 0.5, 2.0]
     robot._contract = body
@@ -338,13 +340,23 @@ def test_an_absolute_robot_begins_from_where_it_stands_in_each_episode_and_run(s
     stands, began = np.float32([0.25, -0.5, 0.75]), []
     robot.observe = lambda: {"observation.state": stands.copy()}
     loop, clock, _ = simulate(server, robot, lambda: 0.07, Chunking(mode, 6), sleep=lambda s: clock.sleep(s))
-    for begin in (lambda: None, loop.reset, lambda: loop.run(seconds=0.5)):
+    answer = server.infer
+
+    def hold():
+        server.infer = refuse
+        drive(loop, clock, 30)
+        server.infer = answer
+
+    def refuse(*_):
+        raise RefusedError("held", "an operator holds every robot", None, 20.0)
+
+    for begin in (lambda: None, loop.reset, lambda: loop.run(seconds=0.5), hold):
         begin()
         ticks = drive(loop, clock, 30)
-        first = next(tick.action for tick in ticks if tick.action is not None)
+        first = next(tick.action for tick in ticks if not tick.held)
         began.append(np.abs(first[:3] - stands).max())
         stands += 0.125  # somebody moves the arm meanwhile
-    assert len(began) == 3
+    assert len(began) == 4
     assert 0 < max(began) <= 0.5 + 1e-4
 
 

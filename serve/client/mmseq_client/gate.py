@@ -61,19 +61,20 @@ class ActionGate:
         self._state = len((embodiment.get("proprio") or {}).get("names", ()))
         self.counts: Counter[str] = Counter()
 
-    def observed(self, observation: dict[str, Any]) -> np.ndarray | None:
-        """Where an absolute robot that has not been sent anything stands, as an action, float32 (axes,).
+    def observed(self, observation: dict[str, Any], last: np.ndarray | None = None) -> np.ndarray | None:
+        """Where an absolute robot stands that executes nothing, as an action, float32 (axes,).
 
-        Of each axis that its `observation.state` has under the same name and unit. NaN for the others, and for the
-        gripper: closed on something it is not where it was sent. None where nothing is known.
+        Of each axis that its `observation.state` has under the same name and unit. Of the others, and of the gripper
+        (closed on something it is not where it was sent), what was commanded `last`, (axes,), else NaN. `last` where
+        nothing is known.
         """
         try:
             state = np.asarray(observation.get("observation.state"), np.float32)
         except (TypeError, ValueError):
-            return None  # the server says what is wrong with it
+            return last  # the server says what is wrong with it
         if not self._sensed or state.shape != (self._state,):
-            return None
-        at = np.full(len(self.names), np.nan, np.float32)
+            return last
+        at = np.full(len(self.names), np.nan, np.float32) if last is None else last.copy()
         for axis, sensed in self._sensed.items():
             if axis != self.gripper and np.isfinite(state[sensed]):
                 at[axis] = state[sensed]

@@ -97,7 +97,8 @@ class ControlLoop:
         self._ask: Ask | None = None  # that the job is for; None: it connects
         self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
         self._last: np.ndarray | None = None  # commanded
-        self._stands: np.ndarray | None = None  # where it was observed before anything was commanded
+        self._stands: np.ndarray | None = None  # where it was observed while it executed nothing
+        self._stopped = True  # by an operator, or it has not begun: somebody may move it by hand
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self._pace = Pace(self.rate_hz)
@@ -149,7 +150,7 @@ class ControlLoop:
     def _forget(self) -> None:
         self.buffer.restart()
         self._last = self._stands = None
-        self._reset, self._holding = True, False
+        self._reset, self._stopped, self._holding = True, True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
         """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
@@ -160,7 +161,7 @@ class ControlLoop:
     @property
     def _before(self) -> np.ndarray | None:
         """What the next action is limited from, (axes,)."""
-        return self._stands if self._last is None else self._last
+        return self._stands if self._stopped else self._last
 
     def _command(self, action: np.ndarray) -> None:
         self._last = action
@@ -190,6 +191,7 @@ class ControlLoop:
         if self._holding:
             self._holding = False
             self._event("resume", f"step {step}")
+        self._stopped = False
         self._command(action)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
@@ -243,8 +245,8 @@ class ControlLoop:
             self._ask = None
             self._event("blind", str(error))
             return False
-        if self._last is None:
-            self._stands = self.gate.observed(observation)
+        if self._stopped:
+            self._stands = self.gate.observed(observation, self._last)
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
         if self._reads_text and not str(observation.get("prompt") or "").strip():
@@ -324,6 +326,7 @@ class ControlLoop:
     def _refused(self, error: RefusedError, ask: Ask | None, step: int) -> None:
         if error.code in _STOP_CODES:
             self.buffer.reset()
+            self._stopped, self._stands = True, self._last
         if ask is None or error.code in ("stopping", "policy_failed", "internal"):
             self._connected = False  # the server ends the connection with these
         pause = self._back_off()

@@ -86,6 +86,7 @@ class MmseqPolicy(PreTrainedPolicy):
         """A new episode."""
         self._queue: deque[Tensor] = deque()
         self._last: np.ndarray | None = None  # (B, axes), what was commanded last
+        self._held = False  # by an operator: somebody may move the robot by hand
         self._step = 0  # of the episode, that were executed: holding is none
         self.backend.reset()
 
@@ -116,8 +117,9 @@ class MmseqPolicy(PreTrainedPolicy):
         chunks = []
         for row, actions in enumerate(self.backend.infer(observations, step)):
             checked = self.gate.check_chunk(actions, self.config.horizon)
-            known = self._last is not None and row < len(self._last)
-            before = self._last[row] if known else self.gate.observed(observations[row])
+            before = None if self._last is None or row >= len(self._last) else self._last[row]
+            if before is None or self._held:
+                before = self.gate.observed(observations[row], before)
             self.gate.limit_steps(checked[len(prefix) :], checked[len(prefix) - 1] if len(prefix) else before)
             chunks.append(checked)
         return torch.from_numpy(np.stack(chunks))
@@ -134,11 +136,12 @@ class MmseqPolicy(PreTrainedPolicy):
                 if error.code not in ("held", "late"):
                     raise
                 log.warning("holding: %s", error)
-                self._last = self._hold(error)  # what follows is limited from there
+                self._last, self._held = self._hold(error), True
                 return torch.from_numpy(self._last.copy())
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         action = self._queue.popleft()
         self._step += 1
+        self._held = False
         self._last = action.numpy().copy()  # LeRobot may change what it is given
         return action
 
