@@ -126,6 +126,11 @@ def questionnaire(robot: Embodiment) -> str:
         lines += ["  # limits:"]
         rows = zip(axes.names, axes.minimum, axes.maximum)
         lines += [f"  #   {_quoted(name)}: [{low:g}, {high:g}]" for name, low, high in rows]
+        if part == "action":
+            lines += ["  # the most that an axis may change in a control step, here a tenth of its range; uncomment to"]
+            lines += ["  # limit how fast the robot moves, which nothing else does", "  # max_step:"]
+            ranges = zip(axes.names, axes.low, axes.high)
+            lines += [f"  #   {_quoted(name)}: {(high - low) / 10:.3g}" for name, low, high in ranges]
     return "\n".join(lines) + "\n"
 
 

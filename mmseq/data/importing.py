@@ -72,6 +72,10 @@ def detect_format(src: str | Path) -> str:
         return "lerobot"
     if (src / "manifest.json").is_file() and (src / "index.parquet").is_file():
         raise DataError(f"{src} holds shards already", fix="use it as it is")
+    inner = [p.parent.parent.name for p in sorted(src.glob("*/meta/info.json"))]
+    inner += [p.parent.name for p in sorted(src.glob("*/manifest.json"))]
+    if inner:
+        raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}
     for path in src.rglob("*"):
         found["hdf5"] += path.suffix.lower() in hdf5.SUFFIXES

@@ -108,17 +108,20 @@ class Holds:
         self._write()
         return id
 
-    def end(self, id: str | None = None, *, every: bool = False) -> None:
-        """The hold `id`, without one the only hold, or every one. Raises: RequestError that lists those in force."""
+    def end(self, id: str | None = None, *, every: bool = False) -> dict[str, str]:
+        """End the hold `id`, without one the only hold, or every one. Returns: what was ended.
+
+        Raises: RequestError that lists those in force.
+        """
         if id is not None and id not in self.reasons:
             raise self._refusal("not_found", f"there is no hold {id[:40]!r}", "use an id of `holds`")
         if id is None and not every and len(self.reasons) > 1:
             listed = ", ".join(f"{id} ({reason[:60]})" for id, reason in list(self.reasons.items())[:8])
             what = f"{len(self.reasons)} holds are in force: {listed}"
             raise self._refusal("ambiguous", what, "end one with ?id=ID, or every one with ?all=true")
-        for ended in [id] if id is not None else list(self.reasons):
-            del self.reasons[ended]
+        ended = {id: self.reasons.pop(id) for id in ([id] if id is not None else list(self.reasons))}
         self._write()
+        return ended
 
     def _refusal(self, code: str, message: str, fix: str) -> RequestError:
         return RequestError(code, message, key="id", fix=fix, details={"holds": self.listed()})

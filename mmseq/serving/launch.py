@@ -156,8 +156,11 @@ def _tell(policy: Policy, settings: ServeSettings) -> None:
     contract = policy.contract()
     rates = ", ".join(f"{name} at {body['rate_hz']:g} Hz" for name, body in contract["embodiments"].items())
     arrow, horizon = contract.get("policy") or contract["tasks"].get("policy"), contract["horizon"]
-    passes = "as many as it takes" if settings.passes is None else settings.passes
-    log.info("%s: %s; horizon %d; %s; passes: %s", contract["name"], arrow, horizon, rates, passes)
+    passes = "" if settings.replay else f"; passes: {settings.passes or 'as many as it takes'}"
+    log.info("%s: %s; horizon %d; %s%s", contract["name"], arrow, horizon, rates, passes)
+    free = [name for name, body in contract["embodiments"].items() if not body["action"].get("max_step")]
+    if free:
+        log.info("no max_step in the contract of %s: how fast it moves is not limited", ", ".join(free))
     tokens = horizon * max(len(body["action"]["names"]) for body in contract["embodiments"].values())
     if settings.passes is not None and settings.passes >= tokens:
         log.warning("passes is %d and a chunk has %d numbers: one pass per number is as fast", settings.passes, tokens)

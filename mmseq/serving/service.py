@@ -14,7 +14,7 @@ from mmseq.errors import ServeError
 from mmseq.serving.answers import answer, broken
 from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
 from mmseq.serving.errors import RequestError
-from mmseq.serving.holds import Holds
+from mmseq.serving.holds import NO_REASON, Holds
 from mmseq.serving.keys import check_aliases
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
@@ -80,7 +80,7 @@ class Service:
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
         if self.sessions.pop(session.number, None) is not None:
-            name = session.embodiment or "which asked nothing"
+            name = session.embodiment or "which was answered nothing"
             log.info("robot gone: %s (%s), %d requests", session.peer, name, session.requests)
         self.scheduler.robots = len(self.sessions)
         if session.job is not None:
@@ -99,7 +99,10 @@ class Service:
         id: of a hold of another replica, or of one in force that gets this reason.
         """
         begun, id = self.holds.begun, self.holds.begin(reason, id)
-        log.warning("held by an operator: %s (%s)", reason, id)
+        if begun == self.holds.begun:
+            log.warning("the reason of hold %s: %s", id, reason)
+        else:
+            log.warning("held by an operator (%s)%s", id, "" if reason == NO_REASON else f": {reason}")
         if begun != self.holds.begun:
             for session in self.sessions.values():
                 session.forget()  # a robot that was stopped does not go on with what it was sent
@@ -110,8 +113,8 @@ class Service:
     def release(self, id: str | None = None, *, every: bool = False) -> None:
         """End a hold, see `Holds.end`; robots are held while one is left. Raises: RequestError."""
         if id is not None or self.holds.reasons:
-            self.holds.end(id, every=every)
-            log.warning("a hold was ended; robots are %s", "free" if self.held is None else f"held: {self.held}")
+            ended = ", ".join(f"{id} ({reason})" for id, reason in self.holds.end(id, every=every).items())
+            log.warning("ended: %s; robots are %s", ended, "free" if self.held is None else f"held: {self.held}")
 
     def unless_held(self, begun: int) -> None:
         """Raises: RequestError `held` when a hold was begun after the first `begun` ones."""
@@ -129,10 +132,10 @@ class Service:
         )
 
     def _admit(self) -> None:
+        if self.held is not None:  # also by a server that stops: else its robots go on to the end of their chunks
+            raise self._held()
         if self.stopping:
             raise RequestError("stopping", "the server is stopping")
-        if self.held is not None:
-            raise self._held()
 
     # Requests
 

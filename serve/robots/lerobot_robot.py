@@ -1,6 +1,7 @@
 """Drive any LeRobot robot with an mmseq server.
 
     python serve/robots/lerobot_robot.py --robot.type=so101_follower --robot.port=/dev/ttyACM0 --robot.id=arm \
+      --robot.disable_torque_on_disconnect=false \
       --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}" \
       --contract=CHECKPOINT/tokenizers/embodiments/arm.json --prompt="pick up the cup"
 
@@ -71,7 +72,8 @@ class LeRobotRobot:
         self.robot.send_action(dict(zip(self.action_names, action.tolist())))
 
     def stop(self) -> None:
-        """Command the position where the arm is, where actions are positions; torque stays on, so it does not fall."""
+        """Command the position where the arm is, where actions are positions. Nothing is disconnected here, so the
+        torque stays on."""
         if holds_position(self._contract):
             try:
                 seen = self.robot.get_observation()
@@ -108,11 +110,13 @@ class DriveConfig:
 
 @parser.wrap()
 def main(config: DriveConfig) -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)  # lerobot has set it to warnings
     try:
         drive(config)
     except (ClientError, FileNotFoundError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def drive(config: DriveConfig) -> None:
@@ -120,14 +124,21 @@ def drive(config: DriveConfig) -> None:
     token = config.token_file.read_text().strip() if config.token_file else None
     ca_file = str(config.ca_file) if config.ca_file else None
     chunking = Chunking(config.mode, config.execute)
+    if getattr(config.robot, "disable_torque_on_disconnect", False):
+        log.warning(
+            "the arm's torque goes off when this ends, so it falls; "
+            "--robot.disable_torque_on_disconnect=false keeps it where it is"
+        )
     # the server first: an arm with its torque on does not wait for it
     with (
         Client(config.host, config.port, token, ca_file=ca_file) as client,
         make_robot_from_config(config.robot) as robot,
     ):
         loop = ControlLoop(client, LeRobotRobot(robot, contract), chunking, prompt=config.prompt)
-        loop.run(seconds=config.seconds)
-        print(dict(loop.counts))
+        try:
+            loop.run(seconds=config.seconds)
+        finally:
+            print(dict(loop.counts))
 
 
 def register() -> None:

@@ -330,9 +330,7 @@ def test_the_gate_limits_what_is_committed_so_that_it_is_what_is_executed(server
 
 
 @pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
-def test_an_absolute_robot_begins_from_where_it_stands_also_after_a_hold(
-    server, robot, embodiment, mode
-):
+def test_an_absolute_robot_begins_from_where_it_stands_also_after_a_hold(server, robot, embodiment, mode):
     body = embodiment.to_dict()
     body["action"]["max_step"] = [0.5, 0.5, 0.5, 2.0]
     robot._contract = body

@@ -30,8 +30,11 @@ class Robot(RecordingRobot):
         print("stopped after", len(self.actions), flush=True)
 
 {more}
-ControlLoop(CountingServer(arm), Robot(arm.to_dict()), Chunking("plain")).run(seconds={seconds})
-print("went on", flush=True)
+try:
+    ControlLoop(CountingServer(arm), Robot(arm.to_dict()), Chunking("plain")).run(seconds={seconds})
+    print("went on", flush=True)
+finally:
+    print("ended", flush=True)
 """
 
 
@@ -42,14 +45,14 @@ def run(more: str, seconds: float) -> subprocess.CompletedProcess:
 
 def test_the_robot_stops_and_the_process_ends_as_by_sigterm():
     done = run("", 30)
-    assert done.stdout == "stopped after 3\n", done.stderr
-    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "stopped after 3\nended\n", done.stderr
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 def test_a_handler_of_the_users_is_left_alone():
     done = run("signal.signal(signal.SIGTERM, lambda *_: print('mine', flush=True))", 0.3)
     assert done.stdout.startswith("mine\nstopped after"), done.stderr
-    assert done.stdout.endswith("went on\n")
+    assert done.stdout.endswith("went on\nended\n")
     assert done.returncode == 0
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -48,6 +49,11 @@ def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_pa
     text = form.read_text().replace("name: ???", "name: arm").replace("open: ???", "open: 1")
     form.write_text(text.replace("closed: ???", "closed: 0").replace(": ???", ": m"))
     assert complete(ROBOT, read_answers(form), where=str(form)).gripper.closed == 0
+    text = form.read_text()
+    at = text.index("# max_step:")
+    form.write_text(text[:at] + text[at:].replace("# ", "", 1).replace("  #   ", "    "))
+    spans = np.subtract(ROBOT.action.high, ROBOT.action.low)
+    np.testing.assert_allclose(complete(ROBOT, read_answers(form), where="form").action.max_step, spans / 10, rtol=0.01)
 
 
 @pytest.mark.parametrize(

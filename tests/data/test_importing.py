@@ -112,6 +112,7 @@ def test_a_damaged_video_in_a_shard_is_named(written, tmp_path):
     ("files", "message"),
     [
         (["x.txt"], "holds no dataset that is known"),
+        (["arm/manifest.json", "b/meta/info.json", "c.mp4"], "a folder of datasets. Name one of them: b, arm"),
         (["train-00000-of-00001.tfrecord", "features.json"], "RLDS.*not supported yet.*LeRobot v3"),
         (["a.hdf5", "b.mp4"], "format='hdf5' or format='video'"),
         (["manifest.json", "index.parquet"], "holds shards already"),
@@ -119,6 +120,7 @@ def test_a_damaged_video_in_a_shard_is_named(written, tmp_path):
 )
 def test_what_cannot_be_imported_is_said(tmp_path, files, message):
     for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     with pytest.raises(DataError, match=message):
         detect_format(tmp_path)

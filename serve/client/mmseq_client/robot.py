@@ -74,7 +74,8 @@ class Pace:
 
 @contextlib.contextmanager
 def ended_by_sigterm(end: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM calls `end`; after the block the process ends as by SIGTERM. A second one ends it at once.
+    """SIGTERM calls `end`; after the block it raises SystemExit(143), so `with` and `finally` run as after Ctrl-C.
+    A second SIGTERM ends the process at once.
 
     Only on the main thread, and where nobody has installed a handler.
     """
@@ -96,4 +97,4 @@ def ended_by_sigterm(end: Callable[[], None]) -> Iterator[None]:
         if signal.getsignal(signal.SIGTERM) is handle:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if came:
-            signal.raise_signal(signal.SIGTERM)
+            raise SystemExit(128 + signal.SIGTERM)
