@@ -335,7 +335,11 @@ def _serve(args: argparse.Namespace) -> None:
     what = settings.checkpoint or f"the recorded actions of {settings.replay}"
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("mmseq").setLevel(logging.INFO)
-    launch(settings, on_ready=lambda server: print(f"serving {what} at {server.url}", flush=True))
+    if not launch(settings, on_ready=lambda server: print(f"serving {what} at {server.url}", flush=True)):
+        logging.shutdown()
+        sys.stdout.flush()
+        # a thread that is still inside C++ while the interpreter is taken down aborts the process
+        os._exit(0)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -136,8 +136,8 @@ def replay_policy(
     return ReplayPolicy(episode, robots[name], horizon=horizon, execute=execute)
 
 
-def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. SIGHUP loads what is served again.
+def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None = None) -> bool:
+    """Serve until SIGTERM or SIGINT. SIGHUP loads what is served again. Returns whether all threads have ended.
 
     Raises: ConfigError, ServeError, or what loading raises.
     """
@@ -146,13 +146,11 @@ def launch(settings: ServeSettings, *, on_ready: Callable[[Server], None] | None
     ):  # each session has its own place in the episode
         settings = replace(settings, chunking=replace(settings.chunking, execute=settings.replay_horizon))
     config, load = server_config(settings), loader(settings)  # mistakes are told before anything is loaded
-    policy = load()
-    _tell(policy, settings)
-    serve(policy, config, load=load, on_ready=on_ready)
+    return serve(_tell(load(), settings), config, load=load, on_ready=on_ready)
 
 
-def _tell(policy: Policy, settings: ServeSettings) -> None:
-    """What is served, for the log."""
+def _tell(policy: Policy, settings: ServeSettings) -> Policy:
+    """Log what is served. Returns the policy, so that `launch` has no name of what a reload frees."""
     contract = policy.contract()
     rates = ", ".join(f"{name} at {body['rate_hz']:g} Hz" for name, body in contract["embodiments"].items())
     arrow, horizon = contract.get("policy") or contract["tasks"].get("policy"), contract["horizon"]
@@ -166,6 +164,7 @@ def _tell(policy: Policy, settings: ServeSettings) -> None:
         log.warning("passes is %d and a chunk has %d numbers: one pass per number is as fast", settings.passes, tokens)
     if settings.token_file is None and not is_loopback(settings.host):
         log.warning("anybody who reaches %s:%d can drive the robots: set token_file", settings.host, settings.port)
+    return policy
 
 
 def _token(path: str | None) -> str | None:

@@ -94,7 +94,8 @@ class ServerConfig:
 class Server:
     """A server in a background thread, with the model in a second one.
 
-    load: makes what is served once more from where it came from, for a reload.
+    load: makes what is served once more from where it came from, for a reload. ended: whether all its threads have,
+    once it was stopped: it waits neither for a long call of the model nor for loading.
     """
 
     def __init__(self, policy: Policy, config: ServerConfig | None = None, *, load: Callable[[], Policy] | None = None):
@@ -110,6 +111,8 @@ class Server:
         self._load = load
         self._loading: Future[None] = Future()  # of the last reload
         self._loading.set_result(None)
+        self._loader: threading.Thread | None = None
+        self.ended = True
         self.port = self.config.port
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -177,11 +180,16 @@ class Server:
                 "a compiled policy is not loaded again beside itself: its graphs belong to one thread",
                 fix="start another server and move the robots there",
             )
+        if self.service.stopping:
+            raise RequestError("stopping", "the server is stopping")
         if not self._loading.done():
             raise RequestError("busy", "what is served is being loaded already", fix="ask again when that is done")
         self._loading = loading = Future()
         loading.set_running_or_notify_cancel()  # it goes on when nobody waits for it
-        threading.Thread(target=self._reload, args=(self._load, loading), name="mmseq-reload", daemon=True).start()
+        self._loader = threading.Thread(
+            target=self._reload, args=(self._load, loading), name="mmseq-reload", daemon=True
+        )
+        self._loader.start()
         return loading
 
     def _reload(self, load: Callable[[], Policy], loading: Future[None]) -> None:
@@ -242,20 +250,22 @@ class Server:
         """Answer what is under way, at most `grace_s`, then close every connection. May be called twice."""
         if self._thread is None:
             return
-        if not self._loading.done():
-            with suppress(InvalidStateError):  # it has just ended
-                self._loading.set_exception(RequestError("stopping", "the server stops before all is loaded"))
         if self._thread.is_alive() and self._loop is not None:
             try:
                 drained = asyncio.run_coroutine_threadsafe(self.service.drain(self.config.grace_s), self._loop)
                 drained.result(self.config.grace_s + 1)
             except (RuntimeError, TimeoutError):
                 log.warning("requests under way were cut off")
+        if not self._loading.done():  # and no other begins any more
+            with suppress(InvalidStateError):  # it has just ended
+                self._loading.set_exception(RequestError("stopping", "the server stops before all is loaded"))
         self._uvicorn.should_exit = True
         self._thread.join(self.config.grace_s + 5)
         self.service.holds.close()
-        if not self.service.scheduler.stop(1.0):
+        idle = self.service.scheduler.stop(1.0)
+        if not idle:
             log.warning("the policy is still busy; its thread is left behind")
+        self.ended = idle and not self.alive and not (self._loader is not None and self._loader.is_alive())
 
     def __enter__(self) -> Server:
         return self.start()
@@ -279,15 +289,18 @@ def serve(
     *,
     load: Callable[[], Policy] | None = None,
     on_ready: Callable[[Server], None] | None = None,
-) -> None:
+) -> bool:
     """Serve until SIGTERM or SIGINT, then stop cleanly and return. Call from the main thread. systemd is told.
 
+    Returns whether all threads have ended. One that is left inside the model or loading is a daemon, and Python
+    aborts when it exits meanwhile: leave with `os._exit`.
     Raises: ServeError when the policy fails to warm up; what started this process may start it again.
 
-    load: what SIGHUP and `POST /v1/reload` serve from then on. on_ready: called once requests are accepted, e.g.
-    to print the address.
+    policy: a caller that keeps no name of it lets it go once another has taken its place. load: what SIGHUP and
+    `POST /v1/reload` serve from then on. on_ready: called once requests are accepted, e.g. to print the address.
     """
     server, woken = Server(policy, config, load=load), threading.Event()
+    del policy  # a reload frees it
     asked: set[int] = set()
 
     def note(number: int, _: object) -> None:
@@ -322,3 +335,4 @@ def serve(
         gc.unfreeze()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return server.ended

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import numpy as np
@@ -51,8 +52,8 @@ def command(tmp_path):
     started = []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
-    def begin(*arguments):
-        line = [sys.executable, "-m", "mmseq", "serve", *map(str, arguments), "--port", "0"]
+    def begin(*arguments, how=("-m", "mmseq")):
+        line = [sys.executable, *how, "serve", *map(str, arguments), "--port", "0"]
         with open(tmp_path / "log.txt", "ab") as log:
             process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         started.append(process)
@@ -120,6 +121,33 @@ def test_a_checkpoint_with_settings_reloads_and_drains(command, checkpoint, tmp_
         assert (before != after).any()
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
+
+
+def test_sigterm_while_a_thread_is_in_torch_is_a_clean_end(command, shards):
+    program = """
+import sys, torch
+from mmseq.cli import main
+from mmseq.serving import ReplayPolicy
+def predict(self, arrow, observation):
+    while True:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+ReplayPolicy.predict = predict
+sys.exit(main(sys.argv[1:]))
+"""
+    process, url = command("--replay", shards, "grace_s=0", how=["-c", program])
+    body, headers = codec.to_json({"arrow": "image -> action", "observation": {}}), {"Content-Type": "application/json"}
+    found = []
+    ask = lambda: found.append(httpx.post(f"{url}/v1/predict", content=body, headers=headers, trust_env=False))
+    asking = Thread(target=ask)
+    asking.start()
+    until = time.monotonic() + 20
+    while httpx.get(f"{url}/v1/status", trust_env=False).json()["in_flight"] != 1:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0
+    asking.join()
+    assert found[0].json()["error"]["code"] == "stopping"
 
 
 def test_a_dry_run_with_a_recorded_episode(command, shards):

@@ -1,15 +1,19 @@
 """Loading once more what is served: nothing waits for it, and it happens once at a time."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
 from mmseq.serving import ReplayPolicy, Server, ServerConfig
+from mmseq.serving.launch import ServeSettings, launch
+from mmseq.testing import tiny
 from mmseq.testing.wire import http
 
 
@@ -55,6 +59,33 @@ def test_one_at_a_time_and_requests_do_not_wait(loading):
     assert http(loading, "POST", "/v1/reload", timeout=5).json()["reloads"] == 2
 
 
+def test_what_was_served_is_freed(tmp_path):
+    """By `launch`, and without the garbage collector: what was there at first is frozen."""
+    model = tiny.model()
+    model.tasks = {"policy": "text, image, proprio -> action[4]"}
+    model.save_pretrained(tmp_path)
+    policies, found = [], []
+
+    def drive(server):
+        def reload():
+            try:
+                for _ in range(3):
+                    policies.append(weakref.ref(server.service.policy.model))
+                    found.append(http(server, "POST", "/v1/reload", timeout=20).json().get("reloads"))
+                found.append([policy() is None for policy in policies])
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=reload).start()
+
+    gc.disable()
+    try:
+        assert launch(ServeSettings(checkpoint=str(tmp_path), port=0, grace_s=1), on_ready=drive)
+    finally:
+        gc.enable()
+    assert found == [1, 2, 3, [True] * 3]
+
+
 def test_a_server_stops_without_waiting_for_it(loading):
     thread, found = posted(loading)
     begun = time.monotonic()
@@ -78,8 +109,8 @@ policy = ReplayPolicy(Episode.from_arrays("e", 10, {"action": values}), robot)
 def load():
     print("loading", flush=True)
     threading.Event().wait()
-serve(policy, ServerConfig(port=0), load=load, on_ready=lambda server: print("ready", flush=True))
-print("done", flush=True)
+ended = serve(policy, ServerConfig(port=0), load=load, on_ready=lambda server: print("ready", flush=True))
+print("done", ended, flush=True)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, env=environment)
@@ -89,7 +120,7 @@ print("done", flush=True)
         assert process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=8)
-        assert (process.returncode, out) == (0, "done\n"), errors
+        assert (process.returncode, out) == (0, "done False\n"), errors
     finally:
         process.kill()
         process.wait()
