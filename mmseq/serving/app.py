@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ from mmseq.serving import codec, media
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
-from mmseq.serving.service import Service
+from mmseq.serving.service import TOLD_S, Service
 
 log = logging.getLogger("mmseq.serving")
 
@@ -58,9 +59,20 @@ def peer_of(connection: Any) -> str:
     return f"{connection.client.host}:{connection.client.port}" if connection.client else ""
 
 
+_told = {"Invalid HTTP request received.": -math.inf, "Unsupported upgrade request.": -math.inf}
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """uvicorn takes a refused websocket for a mistake of ours; the log has the reason already."""
-    return "without completing handshake" not in record.getMessage()
+    """uvicorn takes a refused websocket for a mistake of ours; the log has the reason already. What any stranger can
+    make it say is said once in `TOLD_S`."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False  # an answer that its peer did not read until the server stopped
+    message, now = record.getMessage(), time.monotonic()
+    if message in _told:
+        if now - _told[message] < TOLD_S:
+            return False
+        _told[message] = now
+    return "without completing handshake" not in message
 
 
 async def unless_gone[Result](request: Any, answer: Coroutine[Any, Any, Result]) -> Result:
@@ -127,6 +139,8 @@ def build_app(
                 return await handler(request)
             except ClientDisconnect:
                 return Response(status_code=499)  # which nobody reads
+            except asyncio.CancelledError:  # by the end of `grace_s`
+                return error_response(RequestError("stopping", "the server stops before the answer is ready"))
             except Exception as error:
                 return error_response(error)
 
@@ -262,12 +276,12 @@ def build_app(
         except RequestError as error:
             await socket.send_denial_response(error_response(error))
             return
-        await socket.accept()
         session = service.open(peer_of(socket))
         connection = socket.scope.get("mmseq.connection")
         if connection is not None:
             connection.on_lost = lambda: service.close(session)
         try:
+            await socket.accept()
             await socket.send_bytes(codec.pack(service.contract.to_dict()))
             previous_ms: float | None = None
             while True:

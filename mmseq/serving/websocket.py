@@ -146,13 +146,26 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.transport.abort()
         return True
 
+    def _abort_soon(self) -> None:
+        """The connection is closed, but its peer may neither read what it is told nor close."""
+        self.loop.call_later(ABORT_S, self.transport.abort)
+
     def handle_parser_exception(self) -> None:
         super().handle_parser_exception()
-        self.loop.call_later(ABORT_S, self.transport.abort)  # it may not read what it is told
+        self._abort_soon()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
-        self.loop.call_later(ABORT_S, self.transport.abort)
+        self._abort_soon()
+
+    def handle_close(self, event: Any) -> None:
+        super().handle_close(event)
+        self._abort_soon()
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.close":
+            self._abort_soon()
 
     def handle_text(self, event: Any) -> None:
         self._begin("text", event)

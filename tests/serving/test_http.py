@@ -1,6 +1,7 @@
 """Connections that say nothing, say it slowly, or leave before their answer."""
 
 import json
+import math
 import resource
 import select
 import socket
@@ -12,7 +13,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from mmseq.serving import ReplayPolicy, app, codec, http, sockets
+from mmseq.serving import ReplayPolicy, Server, ServerConfig, app, codec, http, sockets
 
 BODY = codec.pack({"arrow": "image -> action[2]", "observation": {}})
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: robot\r\n\r\n"
@@ -113,6 +114,106 @@ def test_an_endless_head_is_refused(start, policy):
     with dial(server) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 70_000)
         assert until_closed(connection).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("at_once", [1, 50], ids=["all answered", "under way"])
+def test_a_connection_that_reads_no_answers_is_closed(start, policy, quick, at_once):
+    server = start(policy)
+    with dial(server) as connection:
+        read_nothing(server, connection, at_once)
+        wait_until(lambda: not server._uvicorn.server_state.connections)
+
+
+def test_a_connection_that_reads_no_answers_is_no_news_when_the_server_stops(policy, caplog):
+    server = Server(policy, ServerConfig(port=0, grace_s=0)).start()
+    with dial(server) as connection:
+        read_nothing(server, connection, 50)
+        server.stop()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def read_nothing(server, connection: socket.socket, at_once: int) -> None:
+    """Ask for answers until they pile up in the server, which has one connection."""
+    requests = at_once * REQUEST.replace(b"/healthz", b"/openapi.json")
+    connection.sendall(requests)
+    wait_until(lambda: server._uvicorn.server_state.connections)
+    (held,) = server._uvicorn.server_state.connections
+    held.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    while not left(held):
+        connection.sendall(requests)
+        time.sleep(0.005)
+    assert server._uvicorn.server_state.connections
+
+
+def test_a_slow_reader_gets_all_of_a_long_answer(start, episode, embodiment, quick):
+    class Long(ReplayPolicy):
+        def predict(self, arrow, observation):
+            return {"text": "x" * 20_000_000}
+
+    server = start(Long(episode, embodiment, horizon=8))
+    received = 0
+    with dial(server) as connection:
+        connection.sendall(post(BODY))
+        begun = time.monotonic()
+        while time.monotonic() - begun < 6 * http.HEAD_S:
+            received += len(connection.recv(300_000))
+            time.sleep(0.02)
+        (held,) = server._uvicorn.server_state.connections
+        assert left(held)  # it has been looked at while there was more to read
+        while received < 20_000_000:
+            part = connection.recv(1 << 20)
+            assert part, received
+            received += len(part)
+
+
+def left(connection) -> int:
+    return connection.transport.get_write_buffer_size()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_body_that_is_no_http_is_refused_once(start, policy, caplog, late):
+    server = start(policy)
+    for path in (b"/healthz", b"/v1/status"):
+        with dial(server) as connection:
+            connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path)
+            if late:
+                assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"zz\r\n")
+            received = until_closed(connection)
+        assert received.startswith(b"HTTP/1.1 400 ") or late
+        assert received.count(b"HTTP/1.1 ") == (not late)
+    server.stop()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_what_strangers_make_it_say_is_said_now_and_then(start, policy, caplog, monkeypatch):
+    monkeypatch.setattr(app, "_told", dict.fromkeys(app._told, -math.inf))
+    server = start(policy)
+    upgrade = REQUEST[:-2] + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n"
+
+    def both() -> list[int]:
+        for sent in (b"G\r\n\r\n", upgrade, upgrade):
+            with dial(server) as connection:
+                connection.sendall(sent)
+                assert connection.recv(65536)
+        return [sum(record.getMessage() == text for record in caplog.records) for text in app._told]
+
+    assert both() == both() == [1, 1]
+    monkeypatch.setattr(app, "TOLD_S", 0.0)
+    assert both() == [2, 3]
+
+
+def test_a_prediction_is_told_that_the_server_stops(slow, caplog):
+    server = Server(slow, ServerConfig(port=0, grace_s=0)).start()
+    with dial(server) as connection:
+        connection.sendall(post(BODY))
+        assert slow.entered.wait(5)
+        server.stop()
+        assert not server.ended
+        reply = until_closed(connection)
+    assert reply.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "stopping"
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_request_under_way_and_a_quiet_robot_are_left_alone(start, slow, observation, quick):
@@ -231,7 +332,11 @@ def status(server) -> dict:
 
 
 def wait_for(server, **wanted) -> None:
+    wait_until(lambda: {key: status(server)[key] for key in wanted} == wanted)
+
+
+def wait_until(done) -> None:
     deadline = time.monotonic() + 5
-    while (found := {key: status(server)[key] for key in wanted}) != wanted:
-        assert time.monotonic() < deadline, found
+    while not done():
+        assert time.monotonic() < deadline
         time.sleep(0.01)

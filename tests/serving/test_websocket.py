@@ -1,12 +1,13 @@
 """Frames as they may come: large ones in place, all others as the library reads them."""
 
+import socket
 import struct
 import time
 
 import numpy as np
 import pytest
 
-from mmseq.serving import codec
+from mmseq.serving import codec, websocket
 from mmseq.serving.websocket import LARGE, WebSocketProtocol
 from mmseq.testing.wire import Raw, ask, dial, frame, http
 
@@ -26,6 +27,31 @@ def raw(server):
     made = Raw(server)
     yield made
     made.socket.close()
+
+
+@pytest.mark.parametrize("closed_by", ["server", "client"])
+def test_a_connection_that_is_closed_ends(start, policy, observation, monkeypatch, closed_by):
+    monkeypatch.setattr(websocket, "ABORT_S", 0.1)
+    monkeypatch.setattr(policy, "infer", lambda observation: {})
+    server = start(policy)
+    raw = Raw(server)
+    if closed_by == "server":
+        raw.socket.sendall(frame(codec.pack(observation)))
+        assert b"policy_failed" in raw.receive()[1]
+        assert raw.receive()[0] == 8
+    else:
+        (held,) = server._uvicorn.server_state.connections
+        held.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        monkeypatch.setattr(websocket, "CONTROLS", 1 << 30)
+        while held.transport.get_write_buffer_size() < 65_536:  # it does not read the pongs
+            raw.socket.sendall(50 * frame(bytes(125), opcode=9))
+            time.sleep(0.005)
+        raw.socket.sendall(frame(b"", opcode=8))
+    until = time.monotonic() + 5
+    while server._uvicorn.server_state.connections:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    raw.socket.close()
 
 
 @pytest.mark.parametrize("size", [0, LARGE - 2000, LARGE, 70_000, 1_000_003])
