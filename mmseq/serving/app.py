@@ -277,6 +277,7 @@ def build_app(
             await socket.send_denial_response(error_response(error))
             return
         session = service.open(peer_of(socket))
+        session.hang_up = socket.close
         connection = socket.scope.get("mmseq.connection")
         if connection is not None:
             connection.on_lost = lambda: service.close(session)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mmseq.embodiment import Embodiment
@@ -26,6 +27,7 @@ log = logging.getLogger("mmseq.serving")
 
 MAX_ARROW = 2000  # characters
 TOLD_S = 10.0  # between two lines of the log about one machine that is refused
+HELD_CLOSE, HANG_UP_S = 1012, 0.5  # "service restart"; within which it is told
 HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
 
@@ -352,9 +354,14 @@ class Service:
         }
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those under way."""
+        """Refuse new requests and wait for those under way; tell robots of a hold that is in force."""
         self.stopping = True
         log.info("stopping: %d requests under way get %.0f s, %d robots", self.in_flight, timeout_s, len(self.sessions))
         deadline = time.monotonic() + timeout_s
         while self.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        if self.held is not None:  # a robot that has not asked since must not take this for a broken connection
+            reason = f"held: {self.held}".encode()[:120].decode("utf-8", "ignore")
+            told = [s.hang_up(HELD_CLOSE, reason) for s in self.sessions.values() if s.hang_up is not None]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*told, return_exceptions=True), HANG_UP_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mmseq.serving.chunking import Chunking, ChunkMemory
@@ -14,7 +15,7 @@ _numbers = itertools.count(1)
 
 class Session:
     """job: the request that waits or is computed; a session has one at a time, since a connection is read one
-    message after the other.
+    message after the other. hang_up: closes its connection with a code and a reason.
     """
 
     def __init__(self, chunking: Chunking, horizon: int, *, peer: str = ""):
@@ -25,6 +26,7 @@ class Session:
         self.requests = 0
         self.standing = True  # as far as is known: it was sent nothing that it still executes
         self.job: Job | None = None
+        self.hang_up: Callable[[int, str], Awaitable[None]] | None = None
 
     def forget(self) -> None:
         """What the robot was to execute."""

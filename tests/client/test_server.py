@@ -69,6 +69,25 @@ def test_an_operators_hold_stops_it_at_once_and_its_release_lets_it_go_on(driven
     assert goes_on(loop)
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_hold_is_not_forgotten_by_a_server_that_stops(driven, robot, asks):
+    server, _, loop = driven
+    drive(loop, 30)
+    assert ask(server, "POST", "/v1/hold", '{"reason": "a person is near"}') == 200
+    if asks:  # while it drains
+        server.service.stopping = True
+    else:
+        server.stop()
+    before = len(robot.actions)
+    ticks = drive(loop, 30)
+    moved = [tick for tick in ticks if not tick.held]
+    assert len(moved) <= loop.buffer.execute + loop.buffer.delay + 2  # when it asks next, it holds
+    assert len(robot.actions) == before + 30
+    assert loop.counts["refused"] >= 1
+    assert "a person is near" in loop.why or "no server" in loop.why
+    assert not any(tick.held is False for tick in ticks[len(moved) :])
+
+
 def test_a_restarted_server_is_found_again(driven):
     server, policy, loop = driven
     drive(loop, 30)

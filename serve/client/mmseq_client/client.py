@@ -274,6 +274,9 @@ class Client:
                 raise ClientError(f"no reply within {timeout_s:.1f} s") from error
             except (OSError, EOFError, websockets.exceptions.ConnectionClosed) as error:
                 self._drop()
+                reason = getattr(getattr(error, "rcvd", None), "reason", "")
+                if reason.startswith("held"):
+                    raise RefusedError("held", f"the server has stopped meanwhile: {reason}", closed=True) from error
                 if attempt or not reconnect:
                     raise ClientError(f"the connection to {self.host}:{self.port} broke: {error}") from error
                 log.warning("the connection broke (%s); connecting again", error)

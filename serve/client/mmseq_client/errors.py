@@ -27,18 +27,26 @@ class RefusedError(ClientError):
     """The server refused a request.
 
     code: a short word, as `missing_key`. key: the key at fault, if one is. retry_after_ms: when to ask again,
-    where the server says it (`busy`, `held`).
+    where the server says it (`busy`, `held`). closed: whether it has ended the connection.
     """
 
-    def __init__(self, code: str, message: str, key: str | None = None, retry_after_ms: float | None = None):
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        key: str | None = None,
+        retry_after_ms: float | None = None,
+        closed: bool = False,
+    ):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
         self.key = key
         self.retry_after_ms = retry_after_ms
+        self.closed = closed
 
     def __reduce__(self):
-        return type(self), (self.code, self.message, self.key, self.retry_after_ms)
+        return type(self), (self.code, self.message, self.key, self.retry_after_ms, self.closed)
 
 
 def require_seconds(name: str, value: Any) -> None:

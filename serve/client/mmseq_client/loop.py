@@ -327,7 +327,7 @@ class ControlLoop:
         if error.code in _STOP_CODES:
             self.buffer.reset()
             self._stopped, self._stands = True, self._last
-        if ask is None or error.code in ("stopping", "policy_failed", "internal"):
+        if ask is None or error.closed or error.code in ("stopping", "policy_failed", "internal"):
             self._connected = False  # the server ends the connection with these
         pause = self._back_off()
         if error.retry_after_ms is not None:
