@@ -289,7 +289,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         name = unknown[0].partition("=")[0]
         if name.startswith("--local_rank"):
             raise _Usage("the deepspeed launcher adds --local_rank, which is not read: give it --no_local_rank")
-        raise _Usage(f"unknown option {name!r} of `{args.parser.prog}`: {did_you_mean(name, args.parser.options())}")
+        hint = did_you_mean(name, args.parser.options())
+        if hasattr(args, "overrides"):
+            hint += f"; a setting is written without dashes, {name.lstrip('-').replace('-', '_')}=VALUE"
+        raise _Usage(f"unknown option {name!r} of `{args.parser.prog}`: {hint}")
     if rest and hasattr(args, "overrides"):  # argparse stops at the first option between positionals
         args.overrides = [*args.overrides, *rest]
     elif rest:

@@ -38,16 +38,20 @@ class Chunking:
     execute: int | None = None
     decay: float = 0.01
 
-    def resolve(self, horizon: int, *, prefix: bool) -> Chunking:
-        """With `execute` filled in. Raises: ConfigError for what a policy of this horizon cannot do."""
+    def __post_init__(self):
         if self.mode not in MODES:
             raise ConfigError(f"chunking.mode is {self.mode!r}", fix=f"use one of {', '.join(MODES)}")
+        if self.execute is not None and self.execute < 1:
+            raise ConfigError(f"chunking.execute is {self.execute}", fix="use 1 or more, up to the policy's horizon")
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise ConfigError(f"chunking.decay is {self.decay}", fix="use 0 or more; ACT's is 0.01")
+
+    def resolve(self, horizon: int, *, prefix: bool) -> Chunking:
+        """With `execute` filled in. Raises: ConfigError for what a policy of this horizon cannot do."""
         default = {"plain": None, "ensemble": 1, "realtime": max(1, horizon // 2)}[self.mode]
         execute = default if self.execute is None else self.execute
         if execute is not None and not 1 <= execute <= horizon:
             raise ConfigError(f"chunking.execute is {execute}", fix=f"use 1 to {horizon}, the policy's horizon")
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise ConfigError(f"chunking.decay is {self.decay}", fix="use 0 or more; ACT's is 0.01")
         if self.mode == "realtime" and not prefix:
             raise ConfigError("chunking.mode is realtime, and the policy takes no action_prefix", fix="use plain")
         return Chunking(mode=self.mode, execute=execute, decay=self.decay)

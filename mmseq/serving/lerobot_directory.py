@@ -49,10 +49,9 @@ def export_lerobot(
             raise ConfigError("passes is the server's, which answers here", fix="give it to `mmseq serve`")
     served = ModelPolicy.from_pretrained(checkpoint, arrow=policy, embodiment=embodiment, passes=passes)
     if len(served.robots) > 1:
-        names = ", ".join(served.robots)
         raise ConfigError(
-            f"the checkpoint drives several robots: {names}",
-            fix=f"name one with --embodiment, such as --embodiment {next(iter(served.robots))}",
+            f"the checkpoint drives several robots, and a policy of LeRobot one: {', '.join(served.robots)}",
+            fix="name yours with --embodiment",
         )
     robot = next(iter(served.robots.values()))
     wanted = required_keys(served.arrow, robot)

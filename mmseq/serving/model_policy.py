@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +263,23 @@ class ModelPolicy:
                 except MMSeqError as error:  # such as a goal that no random observation has
                     if not turn:
                         log.info("no warm-up for %s: %s", name, error)
+        for name, robot in self.robots.items():
+            with suppress(MMSeqError):  # as above
+                self._time_chunk(name, robot)
         if self.extend is not None:
             self.extend.freeze()
             self.prefixes.freeze()
+
+    def _time_chunk(self, name: str, robot: Embodiment) -> None:
+        """Say how long a chunk takes, and whether robots wait for the next one."""
+        began = time.perf_counter()
+        self.infer(example_observation(robot, seed=1))
+        took, lasts = time.perf_counter() - began, self.horizon / robot.rate_hz
+        log.info("%s: a chunk takes %.0f ms and lasts %.0f ms", name, 1000 * took, 1000 * lasts)
+        if took > lasts / 2:
+            log.warning(
+                "%s will stand still between chunks: use a GPU, fewer passes, or a policy of a longer action[...]", name
+            )
 
     def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
         request = self._request(task, observation)

@@ -130,7 +130,8 @@ def page_of(document: dict[str, Any]) -> str:
     properties = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     properties = properties["properties"]
     lines += [f"<li><code>{say(arrow)}</code>" for arrow in properties["arrow"]["examples"]]
-    lines += ["</ul><p>Keys of an observation:</p><ul>"]
+    lines += ["</ul><p>All of them are in <code>GET /v1/contract</code>; any other arrow can be asked for too."]
+    lines += ["<p>Keys of an observation:</p><ul>"]
     lines += [f"<li><code>{say(key)}</code>" for key in properties["observation"]["properties"]]
     lines += ['</ul><p><a href="/openapi.json">openapi.json</a>']
     return "\n".join(lines) + "\n"

@@ -313,7 +313,7 @@ def test_export_refuses_what_lerobot_cannot_drive(checkpoint, exported, tmp_path
     with pytest.raises(ConfigError, match="not learned to decode"):
         export_lerobot(checkpoint, tmp_path / "a", passes=4)
     tiny.model(tiny.tokenizers((tiny.embodiment("one"), tiny.embodiment("two")))).save_pretrained(tmp_path / "two")
-    with pytest.raises(ConfigError, match="--embodiment one"):
+    with pytest.raises(ConfigError, match="one, two. Name yours with --embodiment"):
         export_lerobot(tmp_path / "two", tmp_path / "a", policy=ARROW)
     assert not (tmp_path / "a").exists()
 

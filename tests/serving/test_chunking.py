@@ -87,7 +87,7 @@ def test_forgetting_the_ensemble():
     ("options", "message"),
     [
         ({"mode": "rtc"}, "use one of|Use one of"),
-        ({"execute": 0}, "1 to 8"),
+        ({"execute": 0}, "execute is 0"),
         ({"execute": 9}, "1 to 8"),
         ({"decay": -1}, "decay is -1"),
         ({"decay": float("nan")}, "decay is nan"),

@@ -35,6 +35,7 @@ log = logging.getLogger("mmseq_client")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
+_SAID_S = 10.0  # between two lines of the log that say the same, such as each try during a hold
 _NOT_YET = "no chunk yet"
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
@@ -102,6 +103,7 @@ class ControlLoop:
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self._pace = Pace(self.rate_hz)
+        self._said: dict[str, tuple[str, float]] = {}  # by kind of event: the last line of the log, and when
         self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
 
     def run(self, seconds: float | None = None) -> None:
@@ -363,6 +365,9 @@ class ControlLoop:
         quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
         if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
+        said, at = self._said.get(kind, ("", -_SAID_S))
+        if detail != said or not 0 <= self._now - at < _SAID_S:
+            self._said[kind] = detail, self._now
+            log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

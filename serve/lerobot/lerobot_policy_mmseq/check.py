@@ -84,7 +84,10 @@ def main(config: CheckConfig) -> None:
         raise SystemExit(
             f"{error}; give --policy the folder that `mmseq export CHECKPOINT lerobot OUT` wrote"
         ) from None
-    robot = make_robot_from_config(config.robot)
+    try:
+        robot = make_robot_from_config(config.robot)
+    except ImportError as error:
+        raise SystemExit(f"LeRobot knows this robot's axes and cameras only with its drivers: {error}") from None
     found = differences(contract, robot.observation_features, robot.action_features, config.fps, config.rename_map)
     if found:
         raise SystemExit("\n".join(["the robot and the policy do not fit:", *found]))
