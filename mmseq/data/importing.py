@@ -73,7 +73,7 @@ def detect_format(src: str | Path) -> str:
     if (src / "manifest.json").is_file() and (src / "index.parquet").is_file():
         raise DataError(f"{src} holds shards already", fix="use it as it is")
     inner = [p.parent.parent.name for p in sorted(src.glob("*/meta/info.json"))]
-    inner += [p.parent.name for p in sorted(src.glob("*/manifest.json"))]
+    inner += [p.parent.name for p in sorted(src.glob("*/manifest.json")) if (p.parent / "index.parquet").is_file()]
     if inner:
         raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}

@@ -110,7 +110,7 @@ def build_app(
     fastapi = require("fastapi", "serve")
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse, Response
-    from starlette.websockets import WebSocket, WebSocketDisconnect
+    from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
     from mmseq.serving.openapi import describe, page_of
 
@@ -303,6 +303,8 @@ def build_app(
                 except WebSocketDisconnect:
                     return
                 except Exception as error:
+                    if socket.application_state is WebSocketState.DISCONNECTED:  # hung up meanwhile
+                        return
                     refusal = service.refused(error)
                     await socket.send_text(refusal.to_json())
                     if refusal.closes:

@@ -50,9 +50,9 @@ _WRITABLE = "name a hold_file in a folder that may be written"
 
 def _locked(path: Path) -> IO[str]:
     """The lock of a file of holds, while it is open. Raises: ServeError."""
-    if path.exists() and not path.is_file():
-        raise ServeError(f"hold_file {path} is no file", fix=_WRITABLE)
     try:
+        if path.exists() and not path.is_file():
+            raise ServeError(f"hold_file {path} is no file", fix=_WRITABLE)
         lock = open(path.with_name(f"{path.name}.lock"), "w")  # noqa: SIM115
     except OSError as error:
         raise ServeError(f"hold_file {path} cannot be written: {error.strerror}", fix=_WRITABLE) from error

@@ -105,11 +105,13 @@ class SafetyGate:
         horizon: int | None,
         prefix: np.ndarray | None = None,
         before: np.ndarray | None = None,
+        stood: bool = False,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """The chunk as float32 (horizon, axes) within the limits, and what was clamped: {} or `clamped` and `axes`.
 
         prefix: float32 (n, axes), committed already; the chunk begins with exactly these. before: float32 (axes,),
-        the action of the control step before the chunk, where it is known; NaN for an axis of which it is not.
+        the action of the control step before the chunk, where it is known; NaN for an axis of which it is not. stood:
+        that is where the robot stands, which lags behind what it is to do: the step is limited and not refused.
         Raises: RequestError `unsafe_action`.
         """
         self.counts.chunks += 1
@@ -137,7 +139,7 @@ class SafetyGate:
         self._gripper(free, n, limits, embodiment, found)
         np.clip(free, limits.low, limits.high, out=free)
         if limits.max_step is not None:
-            self._rate(actions, n, limits, before, embodiment, found)
+            self._rate(actions, n, limits, before, embodiment, found, stood)
         return actions, self._explain(found, embodiment)
 
     def observed(self, state: Any, embodiment: Embodiment) -> np.ndarray | None:
@@ -212,6 +214,7 @@ class SafetyGate:
         before: np.ndarray | None,
         body: Embodiment,
         found: dict[str, np.ndarray],
+        stood: bool,
     ) -> None:
         """Rows from `n` on, each against the row before it.
 
@@ -229,7 +232,7 @@ class SafetyGate:
         for i, row in enumerate(actions[n:]):
             if previous is not None:
                 mask[i] = np.abs(row - previous) > allowed
-                if mask[i].any() and self.config.too_fast == "refuse":
+                if mask[i].any() and self.config.too_fast == "refuse" and not stood:
                     axis = int(np.argmax(mask[i]))
                     self._violated(
                         found,

@@ -82,7 +82,7 @@ class Service:
     def close(self, session: Session) -> None:
         """Its robot is gone: nobody waits for what it asked."""
         if self.sessions.pop(session.number, None) is not None:
-            name = session.embodiment or "which was answered nothing"
+            name = session.embodiment or "no valid observation"
             log.info("robot gone: %s (%s), %d requests", session.peer, name, session.requests)
         self.scheduler.robots = len(self.sessions)
         if session.job is not None:
@@ -176,7 +176,8 @@ class Service:
         actions, prefix = result["actions"], checked.get("action_prefix")
         # a client that splices chunks itself limits from what its robot did: what it was sent says nothing of that
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
-        if before is None and turn.chunking != "plain" and (session.standing or step is not None):
+        stood = before is None and turn.chunking != "plain" and (session.standing or step is not None)
+        if stood:
             before = self.gate.observed(checked.get("observation.state"), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
@@ -188,7 +189,7 @@ class Service:
                 actions[:, axis] = chunk[:, axis]  # half open is neither
         reply = dict(result)
         reply["actions"], safety = self.gate.check(
-            actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before
+            actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before, stood=stood
         )
         if mode == "ensemble" and step is not None:
             self.gate.counted_twice(clamped=bool(first and safety))

@@ -40,14 +40,14 @@ class Hold:
     def __init__(self, hold_file: str | None = None):
         self.holds = Holds(hold_file)
 
-    def share(self, begun: dict[str, str], ended: list[str]) -> dict[str, str]:
-        """All of them, after what changed on one replica."""
+    def share(self, begun: dict[str, str], ended: list[str]) -> tuple[dict[str, str], str | None]:
+        """All of them, after what changed on one replica; and why the file does not have them."""
         for id, reason in begun.items():
             self.holds.begin(reason, id)
         for id in ended:
             if id in self.holds.reasons:
                 self.holds.end(id)
-        return self.holds.reasons
+        return self.holds.reasons, self.holds.problem
 
 
 class Replica:
@@ -68,6 +68,8 @@ class Replica:
             if self.service.broken:
                 raise ServeError(self.service.cold)
             await asyncio.sleep(0.05)
+        self.known: dict[str, str] = {}  # holds, by all
+        await self._exchange()  # what was in force before this start is so with the first answer
         self.sharing = asyncio.create_task(self._share())
 
     def __serve_build_asgi_app__(self) -> Any:  # called by Ray once the replica is made
@@ -87,20 +89,24 @@ class Replica:
             raise RuntimeError(self.service.not_ready(self.settings.stuck_s))
 
     async def _share(self) -> None:
-        """Tell the others what operators said here, and do what they were told."""
-        known: dict[str, str] = {}  # by all
         while True:
-            mine = dict(self.service.holds.reasons)
-            begun = {id: reason for id, reason in mine.items() if known.get(id) != reason}
-            known = await self.hold.share.remote(begun, [id for id in known if id not in mine])
-            now = self.service.holds.reasons  # what changed here meanwhile is told the next time
-            for id, reason in known.items():
-                if mine.get(id) != reason and now.get(id) == mine.get(id):
-                    self.service.hold(reason, id)
-            for id in mine:
-                if id not in known and id in now:
-                    self.service.release(id)
             await asyncio.sleep(SHARE_S)
+            await self._exchange()
+
+    async def _exchange(self) -> None:
+        """Tell the others what operators said here, and do what they were told."""
+        holds = self.service.holds
+        mine, known = dict(holds.reasons), self.known
+        begun = {id: reason for id, reason in mine.items() if known.get(id) != reason}
+        self.known, problem = await self.hold.share.remote(begun, [id for id in known if id not in mine])
+        now = holds.reasons  # what changed here meanwhile is told the next time
+        for id, reason in self.known.items():
+            if mine.get(id) != reason and now.get(id) == mine.get(id):
+                self.service.hold(reason, id)
+        for id in mine:
+            if id not in self.known and id in now:
+                self.service.release(id)
+        holds.problem = problem
 
 
 def start(settings: ServeSettings, *, replicas: int, gpus: float, robots: int) -> None:

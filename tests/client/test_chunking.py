@@ -211,3 +211,30 @@ def test_the_delay_is_a_high_quantile_of_the_last_replies_without_the_first_one(
 def test_what_cannot_be_is_refused_with_the_way_out(make, words):
     with pytest.raises(ClientError, match=words):
         make()
+
+
+def test_how_much_of_the_episode_was_executed():
+    """By the rows that were commanded: not while it stands, nor what is withheld, skipped rows of a plan included."""
+    buffer, chunk = ChunkBuffer(Chunking("plain", 4), 8), np.zeros((8, 2), np.float32)
+
+    def run(step: int) -> int:
+        if buffer.action(step) is not None:
+            buffer.commanded(step)
+        return buffer.executed(step + 1)
+
+    ask = buffer.ask(10)
+    assert ask.executed == 0
+    buffer.accept(ask.sequence, chunk, 11)  # its loop was busy for a step: row 0 is for now
+    assert [run(step) for step in (11, 12, 13)] == [1, 2, 3]
+    assert run(16) == 6  # two were skipped
+    ask = buffer.ask(17)
+    assert ask.executed == 6
+    assert run(17) == 7
+    assert [run(step) for step in (18, 21)] == [7, 7]  # the end of the chunk, and no answer
+    buffer.accept(ask.sequence, chunk, 22)
+    assert run(22) == 8
+    assert buffer.action(23) is not None  # withheld by the gate: nothing is executed
+    buffer.reset()
+    assert buffer.executed(24) == 8
+    buffer.restart()
+    assert buffer.executed(24) == 0

@@ -152,6 +152,43 @@ def test_the_limit_of_the_step_holds_from_chunk_to_chunk(checkpoint, tmp_path):
         assert policy.gate.counts["clamped_step"] > 0
 
 
+def test_a_lagging_arm_goes_on_where_it_was_commanded_after_a_hold_and_a_late_answer(tmp_path, monkeypatch):
+    axes = replace(tiny.axes("xyzg"), max_step=(0.05,) * 4)
+    robot = replace(tiny.embodiment(), action_form="absolute", action=axes)
+    model = tiny.model(tiny.tokenizers((robot,)))
+    model.tasks = {"policy": ARROW}
+    model.save_pretrained(tmp_path / "checkpoint")
+    policy, act = load(export_lerobot(tmp_path / "checkpoint", tmp_path / "out"), "--n_action_steps=1")
+    frame, answers, steps = seen(0)[0], [], []
+
+    def infer(observations, step):
+        steps.append(step)
+        answer = answers.pop(0) if answers else np.full((policy.config.horizon, 4), 0.8, np.float32)
+        if isinstance(answer, str):
+            raise RefusedError(answer, "for the test", None, 20.0)
+        return [answer]
+
+    monkeypatch.setattr(policy.backend, "infer", infer)
+
+    def at(state):
+        frame["observation.state"] = torch.full((1, 3), state)
+        return act(frame)[0, 0].item()
+
+    commands = [at(0.5)]
+    assert commands[0] == pytest.approx(0.55)  # from where it stands
+    for _ in range(8):
+        commands.append(at(commands[-1] - 0.3))
+    assert commands[-1] == pytest.approx(0.8)
+    for code in ("held", "late"):
+        answers.append(code)
+        assert at(0.5) == pytest.approx(0.8)
+        assert at(0.5) == pytest.approx(0.8)
+    answers.append("held")
+    at(0.5)
+    assert at(-0.5) == pytest.approx(-0.45)  # somebody has moved it
+    assert steps == [*range(9), 9, 9, 10, 10, 11, 11]  # holding is no step of the episode
+
+
 def test_several_environments_get_what_each_would_get_alone(exported, remote):
     rows = [seen(seed) for seed in range(3)]
     raw = {
@@ -313,7 +350,7 @@ def test_export_refuses_what_lerobot_cannot_drive(checkpoint, exported, tmp_path
     with pytest.raises(ConfigError, match="not learned to decode"):
         export_lerobot(checkpoint, tmp_path / "a", passes=4)
     tiny.model(tiny.tokenizers((tiny.embodiment("one"), tiny.embodiment("two")))).save_pretrained(tmp_path / "two")
-    with pytest.raises(ConfigError, match="one, two. Name yours with --embodiment"):
+    with pytest.raises(ConfigError, match=r"one, two\. Name yours with --embodiment"):
         export_lerobot(tmp_path / "two", tmp_path / "a", policy=ARROW)
     assert not (tmp_path / "a").exists()
 

@@ -358,6 +358,59 @@ def test_an_absolute_robot_begins_from_where_it_stands_also_after_a_hold(server,
     assert 0 < max(began) <= 0.5 + 1e-4
 
 
+class Sagging:
+    """An absolute arm that stands 0.3 below what it was commanded, and a policy that wants 0.8 of each axis."""
+
+    def __init__(self, robot, server, body):
+        self.commands, self.held = robot.actions, False
+        robot._contract, server.metadata["embodiments"] = body, {"arm": body}
+        robot.observe, server.infer = self.observe, self.answer
+
+    def observe(self):
+        goal = self.commands[-1][:3] if self.commands else np.full(3, 0.8, np.float32)
+        return {"observation.state": goal - np.float32(0.3)}
+
+    def answer(self, observation, *_):
+        if self.held:
+            raise RefusedError("held", "an operator holds every robot", None, 20.0)
+        actions = np.full((HORIZON, 4), 0.8, np.float32)
+        return {"actions": actions, "step": observation["step"], "sent_at": observation["sent_at"]}
+
+
+@pytest.mark.parametrize("out_of_range", ["clamp", "refuse"])
+@pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
+def test_an_arm_that_sags_is_not_let_down_by_a_hold(server, robot, embodiment, mode, out_of_range):
+    body = embodiment.to_dict()
+    body["action"]["max_step"] = [0.05] * 4
+    arm = Sagging(robot, server, body)
+    options = {"sleep": lambda s: clock.sleep(s), "out_of_range": out_of_range}
+    loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking(mode, 6), **options)
+    drive(loop, clock, 60)
+    assert robot.actions[-1][0] == np.float32(0.8)
+    arm.held = True
+    drive(loop, clock, 40)
+    arm.held = False
+    drive(loop, clock, 40)
+    changes = np.abs(np.diff(np.stack(robot.actions)[:, :3], axis=0))
+    assert changes.max() <= 0.05 + 1e-5
+    assert min(action[0] for action in robot.actions[30:]) == np.float32(0.8)
+    loop.run(seconds=0.5)
+    before = len(robot.actions)
+    loop.run(seconds=0.5)  # whoever runs on later may have moved it
+    assert robot.actions[before][0] == pytest.approx(0.55)
+
+
+def test_the_log_says_once_in_a_while_that_it_is_held(server, robot, caplog):
+    def refuse(*_):
+        raise RefusedError("held", "an operator holds every robot", None, 20.0)
+
+    server.infer = refuse
+    loop, clock, events = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    drive(loop, clock, 50 * 25)
+    assert sum(kind == "refused" for kind, _ in events) > 100
+    assert 2 <= caplog.text.count("an operator holds every robot") <= 4
+
+
 @pytest.mark.parametrize("mode", ["plain", "ensemble", "realtime"])
 @pytest.mark.parametrize("execute", [4, 8])
 def test_many_control_steps(server, robot, mode, execute):

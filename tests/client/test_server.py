@@ -84,6 +84,7 @@ def test_a_hold_is_not_forgotten_by_a_server_that_stops(driven, robot, asks):
     assert len(moved) <= loop.buffer.execute + loop.buffer.delay + 2  # when it asks next, it holds
     assert len(robot.actions) == before + 30
     assert loop.counts["refused"] >= 1
+    assert loop._connected is asks
     assert "a person is near" in loop.why or "no server" in loop.why
     assert not any(tick.held is False for tick in ticks[len(moved) :])
 

@@ -43,7 +43,7 @@ def run(more: str, seconds: float) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_robot_stops_and_the_process_ends_as_by_sigterm():
+def test_the_robot_stops_and_what_is_open_is_closed():
     done = run("", 30)
     assert done.stdout == "stopped after 3\nended\n", done.stderr
     assert done.returncode == 128 + signal.SIGTERM

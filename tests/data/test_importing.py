@@ -112,7 +112,7 @@ def test_a_damaged_video_in_a_shard_is_named(written, tmp_path):
     ("files", "message"),
     [
         (["x.txt"], "holds no dataset that is known"),
-        (["arm/manifest.json", "b/meta/info.json", "c.mp4"], "a folder of datasets. Name one of them: b, arm"),
+        (["a/manifest.json", "a/index.parquet", "b/meta/info.json", "c.mp4"], "folder of datasets. Name one .*: b, a"),
         (["train-00000-of-00001.tfrecord", "features.json"], "RLDS.*not supported yet.*LeRobot v3"),
         (["a.hdf5", "b.mp4"], "format='hdf5' or format='video'"),
         (["manifest.json", "index.parquet"], "holds shards already"),

@@ -8,6 +8,7 @@ from mmseq_client.gate import ActionGate
 from mmseq_client.loop import ControlLoop
 from mmseq_client.robot import Robot, Tick
 from mmseq_client.simulated import SimulatedClock, SimulatedExecutor
+from mmseq_client.stance import Stance
 
 __version__ = "0.2.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Robot",
     "SimulatedClock",
     "SimulatedExecutor",
+    "Stance",
     "Tick",
     "UnsafeActionError",
     "example_observation",

@@ -147,6 +147,10 @@ class ChunkBuffer:
         live = [chunk for chunk in self._chunks if step < self._until(chunk)]
         return live[-1].executed + step - live[-1].first if live else self._executed
 
+    def commanded(self, step: int) -> None:
+        """What `action` gave for `step` was executed."""
+        self._executed = self.executed(step) + 1
+
     def left(self, step: int) -> int:
         """How many actions there are from `step` on."""
         return max((self._until(chunk) - step for chunk in self._chunks), default=0)
@@ -170,7 +174,8 @@ class ChunkBuffer:
             row = step - newest.first
             prefix = newest.actions[row : row + min(self.delay, self.left(step), self.horizon - 1)]
         self._flight = Ask(self._sequence, step, self.executed(step), min(self.delay, self.horizon), prefix)
-        self._played, self._held_from = {}, None
+        # one that stands still begins the answer at its first row, whatever delays its loop until then
+        self._played, self._held_from = {}, None if self.left(step) > 0 else step
         return self._flight
 
     def accept(
@@ -232,7 +237,7 @@ class ChunkBuffer:
         if self.gripper is not None:
             action[self.gripper] = rows[-1][self.gripper]  # half open is neither
         self._played[step] = action
-        newest, self._executed = live[-1], self.executed(step) + 1
+        newest = live[-1]
         allowed = step - newest.step + 1 if newest.late else self.max_age
         return Planned(action.copy(), newest.sequence, step - newest.step, allowed)
 

@@ -30,6 +30,7 @@ _MAX_REPLY_BYTES = 64 << 20
 _SEND_TIMEOUT_S = 2  # that a part of a message may wait for a server that does not read
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 _FIRST_TRY_S, _LONGEST_TRY_S = 0.5, 8.0
+_CLOSING = ("stopping", "policy_failed", "internal")  # with which a server ends the connection
 _CLOSE_TIMEOUT_S = 0.5  # a frozen server must not hold up what comes after it
 
 
@@ -248,7 +249,7 @@ class Client:
         """The reply to an observation: `actions` float32 (horizon, axes), `policy_timing`, `server_timing` in ms.
 
         timeout_s, reconnect: for this request, instead of the client's.
-        Raises: RefusedError when the server refuses it (the connection stays), ClientError when there is no reply.
+        Raises: RefusedError when the server refuses it, ClientError when there is no reply.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         reconnect = self._reconnect if reconnect is None else reconnect
@@ -357,6 +358,7 @@ def _refusal(text: str, status: int | None = None) -> RefusedError:
         error = json.loads(text)["error"]
         wait_ms = error.get("retry_after_ms")
         wait_ms = float(wait_ms) if isinstance(wait_ms, (int, float)) and 0 <= wait_ms < 1e9 else None
-        return RefusedError(str(error["code"]), str(error["message"]), error.get("key"), wait_ms)
+        code = str(error["code"])
+        return RefusedError(code, str(error["message"]), error.get("key"), wait_ms, closed=code in _CLOSING)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RefusedError(f"http_{status}" if status else "error", text[:2000])

@@ -27,7 +27,7 @@ class RefusedError(ClientError):
     """The server refused a request.
 
     code: a short word, as `missing_key`. key: the key at fault, if one is. retry_after_ms: when to ask again,
-    where the server says it (`busy`, `held`). closed: whether it has ended the connection.
+    where the server says it (`busy`, `held`). closed: whether the server has ended the connection with it.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mmseq_client.contract import holds_position
 from mmseq_client.errors import ContractError, UnsafeActionError
 
 _SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
@@ -57,28 +56,7 @@ class ActionGate:
         self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
         if gripper:
             self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
-        self._sensed = _sensed(embodiment) if holds_position(embodiment) else {}
-        self._state = len((embodiment.get("proprio") or {}).get("names", ()))
         self.counts: Counter[str] = Counter()
-
-    def observed(self, observation: dict[str, Any], last: np.ndarray | None = None) -> np.ndarray | None:
-        """Where an absolute robot stands that executes nothing, as an action, float32 (axes,).
-
-        Of each axis that its `observation.state` has under the same name and unit. Of the others, and of the gripper
-        (closed on something it is not where it was sent), what was commanded `last`, (axes,), else NaN. `last` where
-        nothing is known.
-        """
-        try:
-            state = np.asarray(observation.get("observation.state"), np.float32)
-        except (TypeError, ValueError):
-            return last  # the server says what is wrong with it
-        if not self._sensed or state.shape != (self._state,):
-            return last
-        at = np.full(len(self.names), np.nan, np.float32) if last is None else last.copy()
-        for axis, sensed in self._sensed.items():
-            if axis != self.gripper and np.isfinite(state[sensed]):
-                at[axis] = state[sensed]
-        return at
 
     def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
         """A reply's actions as float32 (horizon, axes) within the limits. clamp: even if it is configured to refuse.
@@ -107,10 +85,11 @@ class ActionGate:
             self.counts["clamped_range"] += int(outside.sum())
         return np.clip(actions, self.low, self.high)
 
-    def limit_steps(self, actions: np.ndarray, previous: np.ndarray | None) -> None:
+    def limit_steps(self, actions: np.ndarray, previous: np.ndarray | None, clamp: bool = False) -> None:
         """Keep each axis' change per control step within `max_step`, from `previous` (axes,) on; in place.
 
-        previous: the action before, or where the robot stands; NaN for an axis of which it is not known.
+        previous: the action before, or where the robot stands; NaN for an axis of which it is not known. clamp: even
+        if it is configured to refuse, for a robot that stands: what it sees lags behind what it is to do.
         Raises: UnsafeActionError when it is configured to refuse, and for a robot that stands so far outside of its
         limits that one step cannot take it back.
         """
@@ -123,7 +102,7 @@ class ActionGate:
                 outside = np.abs(action - previous) > self.max_step * (1 + _SLACK) + rounding
                 if outside.any():
                     axis = int(np.argmax(outside))
-                    if self.refuses:
+                    if self.refuses and not clamp:
                         change = abs(float(action[axis] - previous[axis]))
                         self._withhold(
                             "max_step",
@@ -144,7 +123,7 @@ class ActionGate:
             previous = action
 
     def check_action(
-        self, action: np.ndarray, previous: np.ndarray | None, *, age_steps: int, max_age: int
+        self, action: np.ndarray, previous: np.ndarray | None, *, age_steps: int, max_age: int, clamp: bool = False
     ) -> np.ndarray:
         """The one action that is about to be executed, float32 (axes,), after all of the above and its age.
 
@@ -153,22 +132,12 @@ class ActionGate:
         if not 0 <= age_steps < max_age:
             self._withhold("stale", f"the action is {age_steps} control steps old, at most {max_age - 1} are allowed")
         checked = self.check_chunk(action[None], 1)
-        self.limit_steps(checked, previous)
+        self.limit_steps(checked, previous, clamp)
         return checked[0]
 
     def _withhold(self, reason: str, what: str) -> None:
         self.counts[reason] += 1
         raise UnsafeActionError(f"the gate withheld it ({reason}): {what}")
-
-
-def _sensed(embodiment: dict[str, Any]) -> dict[int, int]:
-    """The axes of an action that the state has as well, by name and unit: axis -> index in the state."""
-    proprio = embodiment.get("proprio")
-    if not proprio:
-        return {}
-    place = {key: i for i, key in enumerate(zip(proprio["names"], proprio["units"]))}
-    axes = enumerate(zip(embodiment["action"]["names"], embodiment["action"]["units"]))
-    return {axis: place[key] for axis, key in axes if key in place}
 
 
 def _inward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,7 @@ from mmseq_client.errors import (
 )
 from mmseq_client.gate import ActionGate
 from mmseq_client.robot import Pace, Robot, Tick, ended_by_sigterm
+from mmseq_client.stance import Stance
 
 log = logging.getLogger("mmseq_client")
 
@@ -98,8 +99,9 @@ class ControlLoop:
         self._ask: Ask | None = None  # that the job is for; None: it connects
         self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
         self._last: np.ndarray | None = None  # commanded
-        self._stands: np.ndarray | None = None  # where it was observed while it executed nothing
-        self._stopped = True  # by an operator, or it has not begun: somebody may move it by hand
+        self._stance = Stance(embodiment, self.gate)
+        self._stands: np.ndarray | None = None  # where it was while it rested
+        self._rests = True  # stopped by an operator, or not begun: somebody may move it by hand
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self._pace = Pace(self.rate_hz)
@@ -152,7 +154,7 @@ class ControlLoop:
     def _forget(self) -> None:
         self.buffer.restart()
         self._last = self._stands = None
-        self._reset, self._stopped, self._holding = True, True, False
+        self._reset, self._rests, self._holding = True, True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
         """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
@@ -163,7 +165,7 @@ class ControlLoop:
     @property
     def _before(self) -> np.ndarray | None:
         """What the next action is limited from, (axes,)."""
-        return self._stands if self._stopped else self._last
+        return self._stands if self._rests else self._last
 
     def _command(self, action: np.ndarray) -> None:
         self._last = action
@@ -182,7 +184,11 @@ class ControlLoop:
         if planned is not None:
             try:
                 action = self.gate.check_action(
-                    planned.action, self._before, age_steps=planned.age_steps, max_age=planned.max_age
+                    planned.action,
+                    self._before,
+                    age_steps=planned.age_steps,
+                    max_age=planned.max_age,
+                    clamp=self._rests,
                 )
             except UnsafeActionError as error:
                 self.buffer.reset()
@@ -193,8 +199,9 @@ class ControlLoop:
         if self._holding:
             self._holding = False
             self._event("resume", f"step {step}")
-        self._stopped = False
+        self._rests = False
         self._command(action)
+        self.buffer.commanded(step)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
     def _after_observing(self, step: int) -> int:
@@ -247,8 +254,10 @@ class ControlLoop:
             self._ask = None
             self._event("blind", str(error))
             return False
-        if self._stopped:
-            self._stands = self.gate.observed(observation, self._last)
+        if self._rests:
+            self._stands = self._stance.stands(observation, self._last)
+        elif self._last is not None:
+            self._stance.moves(observation, self._last)
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
         if self._reads_text and not str(observation.get("prompt") or "").strip():
@@ -310,9 +319,9 @@ class ControlLoop:
             of = reply.get("step", ask.step) if self._extended else ask.step
             if not isinstance(of, int) or of != ask.step:
                 raise UnsafeActionError(f"the reply is for control step {of!r:.40}, asked was {ask.step}")
-            previous = self._before
+            previous, clamp = self._before, self._rests
             discarded = self.buffer.accept(
-                ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous)
+                ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous, clamp)
             )
         except UnsafeActionError as error:
             self._give_up(ask, step, self._back_off())
@@ -328,9 +337,9 @@ class ControlLoop:
     def _refused(self, error: RefusedError, ask: Ask | None, step: int) -> None:
         if error.code in _STOP_CODES:
             self.buffer.reset()
-            self._stopped, self._stands = True, self._last
-        if ask is None or error.closed or error.code in ("stopping", "policy_failed", "internal"):
-            self._connected = False  # the server ends the connection with these
+            self._rests, self._stands = True, self._last
+        if ask is None or error.closed:
+            self._connected = False
         pause = self._back_off()
         if error.retry_after_ms is not None:
             pause = min(10.0, 0.001 * error.retry_after_ms) * self._random.uniform(1.0, 1.25)

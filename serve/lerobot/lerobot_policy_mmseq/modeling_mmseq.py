@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
-from mmseq_client import ActionGate, ContractError, RefusedError, holds_position, zero_action
+from mmseq_client import ActionGate, ContractError, RefusedError, Stance, holds_position, zero_action
 from torch import Tensor
 
 from lerobot_policy_mmseq.backends import Local, Served
@@ -86,7 +86,8 @@ class MmseqPolicy(PreTrainedPolicy):
         """A new episode."""
         self._queue: deque[Tensor] = deque()
         self._last: np.ndarray | None = None  # (B, axes), what was commanded last
-        self._held = False  # by an operator: somebody may move the robot by hand
+        self._stances: list[Stance] = []  # by row
+        self._rests = True  # stopped by an operator, or not begun: somebody may move the robot by hand
         self._step = 0  # of the episode, that were executed: holding is none
         self.backend.reset()
 
@@ -118,10 +119,13 @@ class MmseqPolicy(PreTrainedPolicy):
         for row, actions in enumerate(self.backend.infer(observations, step)):
             checked = self.gate.check_chunk(actions, self.config.horizon)
             before = None if self._last is None or row >= len(self._last) else self._last[row]
-            if before is None or self._held:
-                before = self.gate.observed(observations[row], before)
+            if self._rests:
+                before = self._stance(row).stands(observations[row], before)
+            elif before is not None:
+                self._stance(row).moves(observations[row], before)
             self.gate.limit_steps(checked[len(prefix) :], checked[len(prefix) - 1] if len(prefix) else before)
             chunks.append(checked)
+        self._rests = False
         return torch.from_numpy(np.stack(chunks))
 
     @torch.no_grad()
@@ -136,14 +140,19 @@ class MmseqPolicy(PreTrainedPolicy):
                 if error.code not in ("held", "late"):
                     raise
                 log.warning("holding: %s", error)
-                self._last, self._held = self._hold(error), True
+                self._last = self._hold(error)  # what follows is limited from there
+                self._rests |= error.code == "held"
                 return torch.from_numpy(self._last.copy())
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         action = self._queue.popleft()
         self._step += 1
-        self._held = False
         self._last = action.numpy().copy()  # LeRobot may change what it is given
         return action
+
+    def _stance(self, row: int) -> Stance:
+        while len(self._stances) <= row:
+            self._stances.append(Stance(self.contract, self.gate))
+        return self._stances[row]
 
     def _hold(self, error: RefusedError) -> np.ndarray:
         """(B, axes): the last action again, or zeros where actions are changes; the gripper keeps its value."""
