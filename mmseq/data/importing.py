@@ -32,7 +32,7 @@ from PIL import Image
 
 from mmseq.data import hdf5
 from mmseq.data.lerobot import LeRobotReader
-from mmseq.data.shards import ShardReader, ShardWriter, decode_npy
+from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VIDEO_SUFFIXES, VideoDecoder, VideoFolderReader, decode_video, encode_video
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
@@ -70,10 +70,10 @@ def detect_format(src: str | Path) -> str:
         raise DataError(f"{src} is neither a video nor HDF5", fix=_TO_LEROBOT)
     if (src / "meta" / "info.json").is_file():
         return "lerobot"
-    if (src / "manifest.json").is_file() and (src / "index.parquet").is_file():
+    if holds_shards(src):
         raise DataError(f"{src} holds shards already", fix="use it as it is")
     inner = [p.parent.parent.name for p in sorted(src.glob("*/meta/info.json"))]
-    inner += [p.parent.name for p in sorted(src.glob("*/manifest.json")) if (p.parent / "index.parquet").is_file()]
+    inner += [p.name for p in sorted(src.iterdir()) if holds_shards(p)]
     if inner:
         raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}

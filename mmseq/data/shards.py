@@ -348,6 +348,10 @@ class ShardWriter:
         self._lock.close()
 
 
+def holds_shards(path: str | Path) -> bool:
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.parquet").is_file()
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():

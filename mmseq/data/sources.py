@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
+from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError
-
-
-def holds_shards(path: str | Path) -> bool:
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "index.parquet").is_file()
 
 
 def open_source(

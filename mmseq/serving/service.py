@@ -103,13 +103,12 @@ class Service:
         begun, id = self.holds.begun, self.holds.begin(reason, id)
         if begun == self.holds.begun:
             log.warning("the reason of hold %s: %s", id, reason)
-        else:
-            log.warning("held by an operator (%s)%s", id, "" if reason == NO_REASON else f": {reason}")
-        if begun != self.holds.begun:
-            for session in self.sessions.values():
-                session.forget()  # a robot that was stopped does not go on with what it was sent
-            for job in list(self._jobs):  # also what is being computed: a robot is told at once
-                self.scheduler.cancel(job, self._held())
+            return id
+        log.warning("held by an operator (%s)%s", id, "" if reason == NO_REASON else f": {reason}")
+        for session in self.sessions.values():
+            session.forget()  # a robot that was stopped does not go on with what it was sent
+        for job in list(self._jobs):  # also what is being computed: a robot is told at once
+            self.scheduler.cancel(job, self._held())
         return id
 
     def release(self, id: str | None = None, *, every: bool = False) -> None:

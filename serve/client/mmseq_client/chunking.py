@@ -144,7 +144,7 @@ class ChunkBuffer:
 
     def executed(self, step: int) -> int:
         """How many control steps of the episode have been executed before `step`: while nothing valid is left, none."""
-        live = [chunk for chunk in self._chunks if step < self._until(chunk)]
+        live = self._live(step)
         return live[-1].executed + step - live[-1].first if live else self._executed
 
     def commanded(self, step: int) -> None:
@@ -208,7 +208,7 @@ class ChunkBuffer:
         chunk = _Chunk(sequence, ask.step, ask.executed, first, np.array(actions, np.float32), late)
         if limit is not None:
             limit(chunk.actions[step - chunk.first :])
-        kept = [old for old in self._chunks if self._until(old) > step] if self.chunking.mode == "ensemble" else []
+        kept = self._live(step) if self.chunking.mode == "ensemble" else []
         self._chunks = [*kept, chunk]
         return None
 
@@ -227,7 +227,7 @@ class ChunkBuffer:
 
     def action(self, step: int) -> Planned | None:
         """The action of control step `step`; None when no valid one is left, and the robot has to hold."""
-        live = [chunk for chunk in self._chunks if step < self._until(chunk)]
+        live = self._live(step)
         if not live:
             self._held_from = step if self._held_from is None else self._held_from
             return None
@@ -240,6 +240,10 @@ class ChunkBuffer:
         newest = live[-1]
         allowed = step - newest.step + 1 if newest.late else self.max_age
         return Planned(action.copy(), newest.sequence, step - newest.step, allowed)
+
+    def _live(self, step: int) -> list[_Chunk]:
+        """The chunks that have an action for `step`, the newest last."""
+        return [chunk for chunk in self._chunks if step < self._until(chunk)]
 
     def _until(self, chunk: _Chunk) -> int:
         """The first control step that the chunk has no action for any more."""
