@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ class Embodiment:
     `observation.images.<cam>`  uint8 (H, W, 3)      RGB, one per camera, in `cameras` order
     `observation.state`         float32 (proprio,)   proprio, in `proprio.names` order
     `action`                    float32 (action,)    command of one control step
+    `observation.<stream>`      float32 (axes,)      each of `streams`, such as `force` or `tactile`
     ==========================  ===================  ====================================
     """
 
@@ -181,9 +183,11 @@ class Embodiment:
     action: Axes | None = None
     action_form: str = "absolute"
     gripper: Gripper | None = None
+    streams: Mapping[str, Axes] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         object.__setattr__(self, "cameras", tuple(self.cameras))
+        object.__setattr__(self, "streams", dict(self.streams))
         if not self.name:
             raise EmbodimentError("an embodiment needs a name")
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -211,6 +215,12 @@ class Embodiment:
                     )
 
     @property
+    def vectors(self) -> dict[str, Axes]:
+        """The axes of every vector stream that this robot has: `proprio`, `action`, and its further ones."""
+        own = {"proprio": self.proprio, "action": self.action}
+        return {name: axes for name, axes in own.items() if axes is not None} | dict(self.streams)
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON of every field."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -218,9 +228,11 @@ class Embodiment:
 
     def to_dict(self) -> dict[str, Any]:
         data = json.loads(json.dumps(asdict(self)))
-        for part in ("proprio", "action"):  # a contract from before there was a max_step keeps its fingerprint
-            if data[part] is not None and data[part]["max_step"] is None:
-                del data[part]["max_step"]
+        for axes in (data["proprio"], data["action"], *data["streams"].values()):
+            if axes is not None and axes["max_step"] is None:
+                del axes["max_step"]
+        if not data["streams"]:  # contracts from before there were such fields keep their fingerprints
+            del data["streams"]
         return data
 
     @classmethod
@@ -229,9 +241,10 @@ class Embodiment:
         try:
             data = dict(data)
             data["cameras"] = tuple(Camera(**camera) for camera in data.get("cameras") or ())
-            for field, kind in (("proprio", Axes), ("action", Axes), ("gripper", Gripper)):
-                if data.get(field) is not None:
-                    data[field] = kind(**data[field])
+            for part, kind in (("proprio", Axes), ("action", Axes), ("gripper", Gripper)):
+                if data.get(part) is not None:
+                    data[part] = kind(**data[part])
+            data["streams"] = {name: Axes(**axes) for name, axes in (data.get("streams") or {}).items()}
             return cls(**data)
         except (TypeError, AttributeError, ValueError) as error:
             raise EmbodimentError(f"not a valid embodiment: {error}") from error

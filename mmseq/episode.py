@@ -39,13 +39,25 @@ class Stream:
         return len(self.times)
 
 
+@dataclass(frozen=True)
+class TextSpan:
+    """Phrasings of a text stream (`text`, `plan`, ...) that hold for steps start .. stop - 1 of an episode only."""
+
+    stream: str
+    start: int
+    stop: int
+    texts: tuple[str, ...]
+
+
 @dataclass
 class Episode:
     """One episode.
 
     streams: `image.<camera>` uint8 (steps, H, W, 3) RGB; `proprio` float32 (steps, axes); `action`
     float32 (steps, axes). texts: the instruction or caption, in one or more phrasings; plans: ways
-    to write the steps towards it. embodiment: the name of the robot, or None for video without one.
+    to write the steps towards it. spans: what holds for some steps only, in place of these there: an episode may hold
+    several tasks, and subtasks. embodiment: the name of the robot, or None for video without one. success: whether it
+    reached its goal; None when nobody knows.
     """
 
     id: str
@@ -53,6 +65,7 @@ class Episode:
     streams: dict[str, Stream]
     texts: list[str] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+    spans: list[TextSpan] = field(default_factory=list)
     embodiment: str | None = None
     success: bool | None = None
     source: str = ""
