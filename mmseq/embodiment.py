@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.streams import NAME, STREAMS, VECTOR, misspelt
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
@@ -56,16 +57,16 @@ class Axes:
 
     def __post_init__(self):
         stated = () if self.max_step is None else ("max_step",)
-        for field in ("names", "units", "low", "high", "minimum", "maximum", *stated):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-            if len(getattr(self, field)) != len(self.names):
+        for name in ("names", "units", "low", "high", "minimum", "maximum", *stated):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(self.names):
                 raise EmbodimentError(
-                    f"{field} has {len(getattr(self, field))} entries for {len(self.names)} axes {list(self.names)}",
-                    fix=f"give one entry of {field} per axis",
+                    f"{name} has {len(getattr(self, name))} entries for {len(self.names)} axes {list(self.names)}",
+                    fix=f"give one entry of {name} per axis",
                 )
-        for field in ("low", "high", "minimum", "maximum"):
-            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, field)):
-                raise EmbodimentError(f"{field} holds a number that is not finite as float32: {getattr(self, field)}")
+        for name in ("low", "high", "minimum", "maximum"):
+            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, name)):
+                raise EmbodimentError(f"{name} holds a number that is not finite as float32: {getattr(self, name)}")
         for low, high, name in zip(self.low, self.high, self.names, strict=True):
             if high < low:
                 raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
@@ -190,6 +191,14 @@ class Embodiment:
         object.__setattr__(self, "streams", dict(self.streams))
         if not self.name:
             raise EmbodimentError("an embodiment needs a name")
+        for stream in self.streams:
+            row, meant = STREAMS.get(stream), misspelt(stream)
+            taken = row is not None and (row.kind is not VECTOR or row.header == "first")
+            if not NAME.fullmatch(stream) or taken or meant:
+                why = f"arrows would take it for a misspelt {meant!r}" if meant else "that is no free name of a stream"
+                raise EmbodimentError(
+                    f"{self.name}: the further stream {stream!r}: {why}", fix="name it like force, tactile or hand_pose"
+                )
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise EmbodimentError(
                 f"the embodiment's name {self.name!r:.100} is also that of files",

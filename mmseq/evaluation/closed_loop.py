@@ -130,7 +130,7 @@ def _serve_and_drive(
         raise ConfigError(
             f"execute is {config.execute}, the policy's chunks have {policy.horizon} control steps", fix="use fewer"
         )
-    bins = policy.tokenizers.action.bins
+    bins = policy.tokenizers["action"].size
     with Server(policy, ServerConfig(port=0)) as seeing:
         options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
         blind = ModelPolicy(policy.model, **options, blank_images=True)

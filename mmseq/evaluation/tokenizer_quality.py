@@ -59,7 +59,7 @@ def evaluate_tokenizers(
     results: list[Result] = []
     media["reconstructions"], media["codebook"], media["action_tokenizer"] = {}, {}, {}
     vision, size = tokenizers.vision, tokenizers.vision.config.size
-    used = np.zeros(vision.codebook_size, dtype=np.int64)
+    used = np.zeros(vision.size, dtype=np.int64)
     pictures = 0
     for kind, tokens in held.items():
         chosen = sample_frames([t.episode for t in tokens], size, FRAMES, seed)
@@ -130,7 +130,7 @@ def _actions(
         axes = tokenizers.embodiment(robot).action
         assert axes is not None
         values = np.concatenate([e["action"] for e in episodes if e.embodiment == robot])
-        errors = tokenizers.action.error(values, axes)
+        errors = tokenizers["action"].error(values, axes)
         mean = mean_action(train, robot)
         baseline = np.abs(values - (values.mean(0) if mean is None else mean)).mean(0)
         media["action_tokenizer"][robot] = {
@@ -138,7 +138,7 @@ def _actions(
             "units": list(axes.units),
             "error": errors,
             "baseline_error": baseline,
-            "bins": tokenizers.action.bins,
+            "bins": tokenizers["action"].size,
         }
         prefix = f"{robot}_" if len(robots) > 1 else ""
         for i, axis in enumerate(axes.names):

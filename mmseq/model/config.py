@@ -31,7 +31,8 @@ class ModelConfig:
     mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
     frame or chunk. copying: a predicted vision token may repeat the one at its place in the frame before.
     Both off for weights that are to be a plain language model. vocabulary: of a recipe, a forecast for
-    `mmseq inspect`; the tokenizers decide. merge: theirs too, 0 takes it from them.
+    `mmseq inspect`; the tokenizers decide. merge, slots (rows of the table of slots), soft (features of an encoder):
+    theirs too, 0 takes them from them.
 
     Of language models (`init_from` fills them in): qkv_bias, of Qwen2; rope_scaling, of Llama 3.1; nope_every,
     of SmolLM3: each n-th layer has no RoPE, 0 is none; context_tokens: the context it was made for, which an
@@ -55,6 +56,8 @@ class ModelConfig:
     slot_embeddings: bool = True
     copying: bool = True
     merge: int = 0
+    slots: int = 0
+    soft: int = 0
     vocabulary: int = 0
     attention: str = "auto"
     activation_checkpointing: bool = False
@@ -69,7 +72,7 @@ class ModelConfig:
         for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
             if getattr(self, name) < 1:
                 yield ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("nope_every", "context_tokens"):
+        for name in ("nope_every", "context_tokens", "slots", "soft"):
             if getattr(self, name) < 0:
                 yield ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
             if getattr(self, name) > 1 << 30:
@@ -91,11 +94,18 @@ class ModelConfig:
         if self.head_size % 2:
             yield ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
 
-    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
-        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
-        if self.merge not in (0, merge):
-            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
-        return replace(self, vocabulary=vocabulary, merge=merge)
+    def for_tokenizers(self, tokenizers: Any) -> ModelConfig:
+        """This config with what the tokenizers (`Tokenizers`) decide.
+
+        Raises: ConfigError when it says something else.
+        """
+        layout = tokenizers.layout
+        theirs = {"merge": layout.merge, "slots": layout.slot_rows, "soft": layout.soft and tokenizers.soft_features}
+        for name, value in theirs.items():
+            mine = getattr(self, name)
+            if mine not in (0, value):
+                raise ConfigError(f"model.{name} is {mine}, the tokenizers have {value}", fix="leave it out")
+        return replace(self, vocabulary=len(tokenizers.vocabulary), **theirs)
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer 0 .. layers - 1 rotates its queries and keys."""
@@ -129,7 +139,7 @@ LANGUAGE_MODEL_FIELDS = (
     *("width", "layers", "heads", "kv_heads", "head_size", "mlp", "rope_theta", "rope_scaling", "nope_every"),
     *("norm_eps", "qk_norm", "qkv_bias", "tie_embeddings", "context_tokens"),
 )
-CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge")
+CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge", "soft")
 
 
 def _typed[T](schema: type[T], data: Any, where: str) -> T:

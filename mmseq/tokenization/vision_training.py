@@ -114,7 +114,7 @@ def evaluate_vision(tokenizer: VisionTokenizer, sources: Mapping[str, Frames]) -
     fitted = _sources(sources, tokenizer.config.size)
     tokenizer.encode(next(iter(fitted.values()))[:1])
     by_source: dict[str, dict[str, float | None]] = {"psnr": {}, "psnr_image": {}, "psnr_foreground": {}}
-    counts = np.zeros(tokenizer.codebook_size, np.int64)
+    counts = np.zeros(tokenizer.size, np.int64)
     seconds, images = 0.0, 0
     for name, frames in fitted.items():
         started = time.perf_counter()

@@ -57,11 +57,13 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
             )
     vision = _train_vision(config, sources, seen, on_progress)
     tokenizers = Tokenizers(
-        text=_train_text(config.text, sources, seen),
-        vision=vision,
-        action=BinTokenizer(config.action_bins),
-        proprio=BinTokenizer(config.proprio_bins),
-        progress=ScalarTokenizer(config.progress_bins),
+        {
+            "text": _train_text(config.text, sources, seen),
+            "vision": vision,
+            "action": BinTokenizer(config.action_bins),
+            "proprio": BinTokenizer(config.proprio_bins),
+            "progress": ScalarTokenizer(config.progress_bins),
+        },
         embodiments=list(robots.values()),
         merge=config.merge,
     )
@@ -212,9 +214,9 @@ def _vector_errors(
             found.setdefault(episode.embodiment, []).append(episode[stream])
     out: dict[str, dict[str, Any]] = {}
     for robot, values in found.items():
-        axes = getattr(tokenizers.embodiment(robot), stream)
+        axes = tokenizers.embodiment(robot).vectors.get(stream)
         if axes is None:
             continue
-        errors = getattr(tokenizers, stream).error(np.concatenate(values), axes)
+        errors = tokenizers[stream].error(np.concatenate(values), axes)
         out[robot] = {n: {"error": float(e), "unit": u} for n, u, e in zip(axes.names, axes.units, errors)}
     return out

@@ -23,7 +23,7 @@ def batch(tmp_path_factory):
     write_token_shards([tiny.episode(i) for i in range(4)], root / "tokens/robot", bundle, name="robot")
     (root / "mix.yaml").write_text(MIX)
     mixture = Mixture(load_mix(root / "mix.yaml"), root / "tokens", bundle, row_tokens=256, seed=0)
-    sequences = [mixture.build(stream.moment(0)) for stream in mixture.streams]
+    sequences = [mixture.build(moments.moment(0)) for moments in mixture.moments]
     made = collate(sequences, bundle.vocabulary, tasks=list(range(len(sequences))))
     assert len(made.patch_at) and len(made.copy_at) and len(made.targets) > 2  # noqa: PT018
     return made

@@ -60,7 +60,7 @@ def test_pictures_are_compared_as_pixels_and_drawn_true_above_predicted():
     bundle = tiny.tokenizers()
     with torch.no_grad():  # untrained, it draws every code alike
         bundle.vision._network.decoder_out.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    codes = np.random.default_rng(0).integers(0, bundle.vision.codebook_size, (2, bundle.layout.frame_tokens))
+    codes = np.random.default_rng(0).integers(0, bundle.vision.size, (2, bundle.layout.frame_tokens))
     other = codes.copy()
     other[1] = codes[0]
     found = span("video", codes.ravel(), other.ravel())
