@@ -293,7 +293,7 @@ class Task:
         timed = [(i, p.start, p.stop) for i, p in placed if p.start is not None and p.stop is not None]
         stops = [start + 1 if i == chunk else stop for i, start, stop in timed]
         first = max((-start for _, start, _ in timed), default=0)
-        last = length - max(stops, default=1)
+        last = length - max([1, *stops])
         return range(max(0, first), last + 1)
 
     def offsets_within(self, now: int, length: int, rate_hz: float) -> list[range]:
@@ -424,6 +424,8 @@ class _Parser:
         self.take(")")
         if not any(isinstance(s, Segment) and s.predicted for s in segments):
             self._fail("the group predicts nothing", None, "put an arrow inside it: (image -> action[1]) * 8")
+        if any(isinstance(s, Segment) and isinstance(s.offset, DurationRange) for s in segments):
+            self._fail("a range of offsets inside a group", None, "use one offset there")
         self.take("*")
         at = self.tokens[self.i][1] if self.peek else None
         count = self.take()

@@ -74,6 +74,9 @@ class Tokenizers(Mapping[str, Tokenizer]):
             raise TaskError(f"this model has no tokenizer of {name!r}; it has {', '.join(self._tokenizers)}")
         return self._tokenizers[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tokenizers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tokenizers)
 
