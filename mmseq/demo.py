@@ -41,17 +41,15 @@ VISION_STEPS = 800
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """out: the run's folder; what an earlier demo left there is replaced. minutes: about how long
-    it may take. tasks: Meta-World tasks (default: six in which the image matters). data: a LeRobot v3
-    dataset to use instead of the simulator. episodes: closed-loop episodes per task."""
+    """What `mmseq demo` is told."""
 
-    out: str = "runs/demo"
-    seed: int = 0
-    minutes: float = 10.0
-    tasks: list[str] = field(default_factory=list)
-    data: str | None = None
-    episodes: int = 20
-    execute: int = 1
+    out: str = "runs/demo"  # the run's folder; what an earlier demo left there is replaced
+    seed: int = 0  # of everything that is recorded, trained and measured
+    minutes: float = 10.0  # about how long it may take
+    tasks: list[str] = field(default_factory=list)  # Meta-World tasks; default: six in which the image matters
+    data: str | None = None  # your own dataset in place of the simulator
+    episodes: int = 20  # closed-loop episodes per task
+    execute: int = 1  # control steps of each chunk before the next request
 
     def check(self) -> None:
         if not 0.5 <= self.minutes <= 24 * 60:

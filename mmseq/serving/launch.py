@@ -26,40 +26,33 @@ log = logging.getLogger("mmseq.serving")
 
 @dataclass(kw_only=True)
 class ServeSettings:
-    """What `mmseq serve` can be told, by a YAML file and `key=value`.
+    """What `mmseq serve` can be told, by a YAML file and `key=value`."""
 
-    checkpoint: a directory; or replay: `DATASET:EPISODE`, whose recorded actions are sent in chunks of
-    replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the
-    one robot to serve. device: default a GPU where there is one. passes: forward passes per chunk, of a policy
-    trained for it. speculate: without passes, guess chunks and check the guesses. compile: compile what control
-    steps repeat, on a GPU as CUDA graphs, before the server is ready. token_file: a file with the token that
-    clients must send. The rest is described at `ServerConfig`.
-    """
-
-    checkpoint: str | None = None
-    replay: str | None = None
-    replay_horizon: int = 16
-    device: str | None = None
-    policy: str | None = None
-    embodiment: str | None = None
-    passes: int | None = None
-    speculate: bool = True
+    checkpoint: str | None = None  # a checkpoint's folder; or replay
+    replay: str | None = None  # send the recorded actions of an episode: a dry run
+    replay_horizon: int = 16  # control steps of each chunk of a replay
+    device: str | None = None  # default: cuda where there is one
+    policy: str | None = None  # the arrow, or the mix's task, that answers `infer`
+    embodiment: str | None = None  # the one robot to serve; default: all it knows
+    passes: int | None = None  # forward passes per chunk, of a policy trained for it
+    speculate: bool = True  # without passes: guess chunks and check the guesses
+    # compile what control steps repeat, on a GPU as CUDA graphs, before the server is ready
     compile: bool = False
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token_file: str | None = None
-    insecure_public: bool = False
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    max_connections: int = 256
+    host: str = "127.0.0.1"  # where it listens; a public address needs a token
+    port: int = 8000  # 0 takes a free one
+    token_file: str | None = None  # clients must send its content as `Authorization: Api-Key`
+    insecure_public: bool = False  # a public address without a token
+    tls_cert: str | None = None  # serve https and wss with this PEM certificate
+    tls_key: str | None = None  # its private key
+    max_connections: int = 256  # at once; a connection beyond them is refused
     chunking: Chunking = field(default_factory=Chunking)
     gate: GateConfig = field(default_factory=GateConfig)
     observation: ObservationRules = field(default_factory=ObservationRules)
     scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
     limits: Limits = field(default_factory=Limits)
-    stuck_s: float = 30.0
-    grace_s: float = 10.0
-    hold_file: str | None = None
+    stuck_s: float = 30.0  # a call to the model that takes longer makes the server unhealthy
+    grace_s: float = 10.0  # how long requests may still take when the server is told to end
+    hold_file: str | None = None  # robots hold while this file exists
 
 
 def server_config(settings: ServeSettings) -> ServerConfig:

@@ -42,29 +42,23 @@ KEPT = "kept."  # before the names of tasks that are rehearsed
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """checkpoint: to start from. dataset: LeRobot v3 of the new robot. out: the folder of it all.
+    """What `mmseq finetune` is told."""
 
-    embodiment: the answers to what the dataset does not say. rate_hz: resample to this rate. tasks: arrows to
-    train instead of the checkpoint's. keep: the share of samples that rehearse what the checkpoint knows;
-    tokens: where its token shards are, default: where they were. hours: the limit; steps: another limit.
-    settings: `key=value` of the training recipe. ranks: that will train, which must be able to share the rows.
-    """
-
-    checkpoint: str
-    dataset: str
-    out: str = "runs/finetune"
-    embodiment: str | None = None
-    rate_hz: float | None = None
-    tasks: list[str] = field(default_factory=list)
-    lora: bool = False
-    lora_rank: int = 16
-    hours: float = 2.0
-    steps: int = 20_000
-    keep: float = 0.2
-    tokens: str | None = None
-    seed: int = 0
-    settings: list[str] = field(default_factory=list)
-    ranks: int = 1
+    checkpoint: str  # to start from
+    dataset: str  # LeRobot v3 of the new robot
+    out: str = "runs/finetune"  # the folder of it all
+    embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
+    rate_hz: float | None = None  # steps per second; default: the dataset's
+    tasks: list[str] = field(default_factory=list)  # arrows to train instead of the checkpoint's
+    lora: bool = False  # train adapters instead of every weight
+    lora_rank: int = 16  # of the adapters
+    hours: float = 2.0  # at most
+    steps: int = 20_000  # at most
+    keep: float = 0.2  # share of the samples that rehearse what the checkpoint knows
+    tokens: str | None = None  # the checkpoint's own token shards; default: where they were
+    seed: int = 0  # of the data order and of fresh weights
+    settings: list[str] = field(default_factory=list)  # `key=value` of the training recipe
+    ranks: int = 1  # processes on this machine, which share the rows; default: one per GPU
 
     def check(self) -> None:
         if not 0 < self.hours <= 24 * 365:
