@@ -50,7 +50,7 @@ from mmseq.evaluation.cases import (
 )
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, texts_of
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
-from mmseq.evaluation.tokenizer_quality import evaluate_tokenizers, mean_frame
+from mmseq.evaluation.tokenizer_results import mean_frame, tokenizer_results
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
@@ -97,7 +97,7 @@ def evaluate_generation(
         if on_progress:
             on_progress("tokenizers", len(parts), len(parts) + 1)
         began = time.perf_counter()
-        run.results += evaluate_tokenizers(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
+        run.results += tokenizer_results(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
         run.media["seconds"]["tokenizers"] = time.perf_counter() - began
     if on_progress:
         on_progress("done", len(parts) + 1, len(parts) + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 
 from mmseq.evaluation.figures import number, plot
 from mmseq.evaluation.markup import Section, image_tag, key_title, table, task_of
-from mmseq.evaluation.pictures import data_uri, difference, strip, webp
+from mmseq.evaluation.pictures import data_uri, difference, webp
 from mmseq.evaluation.wording import task_sentence
+from mmseq.tokenization.pictures import strip
 
 SCATTER_POINTS = 400
+beside = partial(strip, scale=1, gap=2)
 
 
 def pictures(media: Mapping[str, Any]) -> Section | None:
@@ -65,7 +68,7 @@ def _film_strips(examples: Sequence[Mapping[str, Any]]) -> str:
         gap = difference(example["real"], example["predicted"])
         rows = [("real", example["real"]), ("predicted", example["predicted"])]
         rows += [("last frame", example["last"]), ("difference", gap)]
-        strips = "".join(f"<span>{label}</span>{image_tag(strip(frames), label)}" for label, frames in rows)
+        strips = "".join(f"<span>{label}</span>{image_tag(beside(frames), label)}" for label, frames in rows)
         both = np.concatenate([example["real"], example["predicted"]], axis=2)
         film = data_uri(webp(both, max(2.0, example["rate_hz"] / 4)), "image/webp")
         size = f"width:{2 * 112}px"
@@ -187,7 +190,7 @@ def values(media: Mapping[str, Any]) -> Section | None:
                 ("marked", curve["seconds"], curve["predicted"]),
             ]
             figure = plot(lines, x_label="seconds", y_range=(0, 1), title="progress over the episode", height=150)
-            frames = image_tag(strip(curve["frames"], 4), "begin, middle, end") if curve["frames"] is not None else ""
+            frames = image_tag(beside(curve["frames"]), "begin, middle, end") if curve["frames"] is not None else ""
             name = escape(curve["text"] or curve["episode"])
             cards.append(
                 f'<div class="plotted"><h4>{name} <span>{curve["correlation"]:+.2f}</span></h4>{figure}'
@@ -217,7 +220,7 @@ def tokenizers(media: Mapping[str, Any]) -> Section | None:
     for kind, shown in pictures.items():
         both = np.stack([shown["real"], shown["decoded"]])
         strips = "".join(
-            f"<span>{label}</span>{image_tag(strip(row), label)}" for label, row in zip(("real", "decoded"), both)
+            f"<span>{label}</span>{image_tag(beside(row), label)}" for label, row in zip(("real", "decoded"), both)
         )
         mean = float(np.mean(shown["psnr"]))
         parts.append(f'<h3>{kind.capitalize()} pictures, {mean:.1f} dB</h3><div class="strips">{strips}</div>')

@@ -24,7 +24,7 @@ from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import agree, most
-from mmseq.training.measures import Span, measure, picture
+from mmseq.training.span_measures import Span, measure, picture
 from mmseq.vocabulary import RANGE_OF_STREAM
 
 PICTURES = 4  # samples per task that are shown

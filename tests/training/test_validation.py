@@ -18,7 +18,7 @@ from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import Objective
-from mmseq.training.measures import Span, axis_groups, measure, picture
+from mmseq.training.span_measures import Span, axis_groups, measure, picture
 from mmseq.training.validation import PICTURES, held_out_batches, spans
 
 FP32 = ["deepspeed.dtype=fp32", "validate_every=5", "validation_samples=6"]
