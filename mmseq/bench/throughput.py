@@ -48,31 +48,26 @@ RUNS = ("mmseq", "transformers")
 
 @dataclass(kw_only=True)
 class Config:
-    """width, layers, vocabulary: of the model; vocabulary counts text, beside 1,920 vision codes. samples: of one turn.
+    """What `mmseq bench throughput` measures."""
 
-    mix, tokens, tokenizers: of real data, else some is made. row_tokens: of a packed row; a micro-batch has
-    rows_per_pass of them. steps: optimiser steps of a turn. seconds: of all turns. threads: of each run, 0 for
-    torch's choice. attention: of the baseline, `sdpa` or `eager`; by default sdpa on a GPU and eager, which is
-    faster there, on a CPU. peak_tflops: of the GPU, where its data sheet is not known here.
-    """
-
-    width: int = 256
-    layers: int = 4
-    vocabulary: int = 50_000
-    row_tokens: int = 2048
-    rows_per_pass: int = 2
-    steps: int = 2
-    samples: int = 96
-    seconds: float = 120.0
-    dtype: str = "bf16"
-    zero_stage: int = 1
-    threads: int = 0
+    width: int = 256  # of the model
+    layers: int = 4  # of the model
+    vocabulary: int = 50_000  # text tokens of the model, beside 1,920 vision codes
+    row_tokens: int = 2048  # length of a packed row
+    rows_per_pass: int = 2  # rows of a micro-batch
+    steps: int = 2  # optimiser steps of a turn
+    samples: int = 96  # of one turn
+    seconds: float = 120.0  # of all turns together
+    dtype: str = "bf16"  # bf16 or fp32
+    zero_stage: int = 1  # of DeepSpeed, both sides
+    threads: int = 0  # of each run; 0: torch's choice
+    # of the baseline: `sdpa` or `eager`; default: sdpa on a GPU, and eager, which is faster there, on a CPU
     attention: str | None = None
-    seed: int = 0
-    peak_tflops: float | None = None
-    mix: str | None = None
-    tokens: str | None = None
-    tokenizers: str | None = None
+    seed: int = 0  # of what is drawn
+    peak_tflops: float | None = None  # of the GPU, where its data sheet is not known here
+    mix: str | None = None  # of real data; default: some is made
+    tokens: str | None = None  # of that mix
+    tokenizers: str | None = None  # of that mix
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

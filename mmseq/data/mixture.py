@@ -32,46 +32,37 @@ BLOCK_SAMPLES = 4096
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source. path: LeRobot v3, folder of videos or episode shards, relative to the mix's root.
+    """Episodes that a mix draws from."""
 
-    weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
-    episodes that training never sees; default: the mix's.
-    """
-
-    path: str = "???"
-    weight: float = 1.0
-    rate_hz: float | None = None
-    holdout: float | None = None
+    path: str = "???"  # LeRobot v3, a folder of videos or episode shards, relative to the mix's root
+    weight: float = 1.0  # its share among the sources of a task
+    rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
+    holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """One arrow. name: how it is reported; default: its alias, else the arrow itself.
+    """An arrow to train."""
 
-    weight: its share of samples. sources: which sources it draws from; default: all that can fill it.
-    parallel: of a task that ends with a chunk of actions, the share of samples in which the tokens of the chunk do
-    not see each other from a random step on, so that the model learns to decode them at once.
-    """
-
-    task: str = "???"
-    name: str | None = None
-    weight: float = 1.0
-    sources: list[str] | None = None
+    task: str = "???"  # the arrow, or a built-in name
+    name: str | None = None  # how it is reported; default: its alias, else the arrow itself
+    weight: float = 1.0  # its share of samples
+    sources: list[str] | None = None  # which sources it draws from; default: all that can fill it
+    # of a task that ends with a chunk of actions: the share of samples in which the tokens of the chunk do not see each
+    # other from a random step on, so that the model learns to decode them at once
     parallel: float = 0.0
 
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """A data mix. weighting: `as_given`, or `frames` (weight x number of moments).
+    """A data mix."""
 
-    holdout: the share of every source's episodes that training never sees; which ones is decided by
-    a hash of the episode's id, so adding data moves no episode across.
-    """
-
-    name: str = "mix"
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    tasks: list[TaskConfig] = field(default_factory=list)
-    weighting: str = "as_given"
+    name: str = "mix"  # how it is reported
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # by name
+    tasks: list[TaskConfig] = field(default_factory=list)  # what is trained
+    weighting: str = "as_given"  # of sources: `as_given`, or `frames` (weight x number of moments)
+    # share of every source's episodes that training never sees; a hash of the episode's id decides which, so adding
+    # data moves none across
     holdout: float = 0.1
 
     def holdout_of(self, source: str) -> float:

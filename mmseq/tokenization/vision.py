@@ -39,23 +39,17 @@ CHUNK_IMAGES = 64  # images per forward pass: small enough to stay near the cach
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision tokenizer.
+    """A vision tokenizer."""
 
-    size, patch: pixels along one side of the image and of the square that a token stands for.
-    margin: pixels around its patch that a token also sees. levels: values per number of a code;
-    their product is the size of the codebook. width, hidden: of the residual layers.
-    decoder_reach: a patch is drawn from the tokens up to this many places away.
-    """
-
-    size: int = 64
-    patch: int = 8
-    margin: int = 2
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 192
-    hidden: int = 512
-    encoder_depth: int = 1
-    decoder_depth: int = 3
-    decoder_reach: int = 2
+    size: int = 64  # pixels along one side of an image
+    patch: int = 8  # pixels along one side of the square that a token stands for
+    margin: int = 2  # pixels around its patch that a token also sees
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # values per number of a code; their product is the size of the codebook
+    width: int = 192  # of the residual layers
+    hidden: int = 512  # width inside each residual layer
+    encoder_depth: int = 1  # residual layers before the code
+    decoder_depth: int = 3  # residual layers after it
+    decoder_reach: int = 2  # a patch is drawn from the tokens up to this many places away
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
