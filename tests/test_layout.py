@@ -16,7 +16,7 @@ PLAIN_FOLDERS = ("tokenizers", "train", "serve", "data_mixes", "tests")
 HEAVY = ("deepspeed", "lerobot", "mujoco", "fastapi", "torch", "torchvision", "transformers", "av", "pyarrow")
 
 # the nouns, and the settings that anything may read
-NOUNS = {"errors", "config", "fields", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
+NOUNS = {"errors", "config", "fields", "files", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
 # what the modules of a part may import when they are loaded, beside their own part; tests of import
 # direction skip imports inside functions, which are how a lower part reaches for a higher one on demand
 ALLOWED = {
@@ -29,6 +29,7 @@ ALLOWED = {
     "serving": {"nouns", "tokenization", "model", "inference"},
     "simulation": {"nouns"},
     "recipes": set(),
+    "demo": {"nouns", "data", "evaluation", "progress"},
     "cli": {"nouns"},
     "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
     "bench": {

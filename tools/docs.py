@@ -41,7 +41,7 @@ SCHEMAS = {  # section -> module, class, where it is written
     "Server": ("mmseq.serving.launch", "ServeSettings", "`mmseq serve --config FILE key=value`"),
     "Fine-tuning": ("mmseq.training.finetune", "FinetuneConfig", "options of `mmseq finetune`"),
     "Closed loop": ("mmseq.evaluation.closed_loop", "ClosedLoopConfig", "options of `mmseq eval`"),
-    "Demo": ("mmseq.demo", "DemoConfig", "options of `mmseq demo`"),
+    "Demo": ("mmseq.demo.config", "DemoConfig", "options of `mmseq demo`"),
     **{f"Bench: {name}": (f"mmseq.bench.{name}", "Config", f"`mmseq bench {name} key=value`") for name in BENCHES},
 }
 
@@ -118,7 +118,7 @@ def first_sentence(path: Path) -> str:
 def listed(folder: Path) -> list[Path]:
     """The files of a folder that say what they are for, and the folders that hold some; files first."""
     kept = [p for p in sorted(folder.iterdir()) if not p.name.startswith((".", "__pycache__")) and p.suffix != ".json"]
-    return [p for p in kept if p.is_file() and (p.suffix == ".py" and p.stat().st_size or first_sentence(p))] + [
+    return [p for p in kept if p.is_file() and ((p.suffix == ".py" and p.stat().st_size) or first_sentence(p))] + [
         p for p in kept if p.is_dir() and not p.name.endswith(".egg-info") and listed(p)
     ]
 

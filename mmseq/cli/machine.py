@@ -15,13 +15,14 @@ def add(commands: Group) -> None:
 
 
 def _demo_options(c: Parser) -> None:
-    from mmseq.demo import DemoConfig
+    from mmseq.demo.config import DemoConfig
 
     c.fields(DemoConfig, out="DIR", seed=None, minutes=None, tasks="A,B", data="LEROBOT_V3", episodes=None)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from mmseq.demo import DemoConfig, run_demo
+    from mmseq.demo.config import DemoConfig
+    from mmseq.demo.run import run_demo
 
     run_demo(filled(DemoConfig, args))
 

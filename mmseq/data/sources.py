@@ -11,6 +11,7 @@ from typing import Any
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
+from mmseq.episode import Episode
 from mmseq.errors import DataError
 
 
@@ -61,3 +62,9 @@ def source_identity(path: str | Path, rate_hz: float | None = None) -> dict[str,
         seen = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         data = json.dumps(seen).encode()
     return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def streams_of(episode: Episode) -> list[str]:
+    """What an episode can fill: its streams, its texts, and progress unless it failed."""
+    written = {"text": episode.texts, "plan": episode.plans, "progress": episode.success is not False}
+    return [*episode.streams, *(name for name, there in written.items() if there)]

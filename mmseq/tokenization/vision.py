@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Integer, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, MMSeqError, did_you_mean
+from mmseq.files import save_tensors
 
 WEIGHTS_FILE = "vision.safetensors"
 CONFIG_FILE = "vision.json"
@@ -296,7 +297,7 @@ class VisionTokenizer:
         """Writes `vision.safetensors` and `vision.json`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._weights(), directory / WEIGHTS_FILE)
+        save_tensors(self._weights(), directory / WEIGHTS_FILE)
         settings = {"format": FORMAT, "kind": "fsq", "fingerprint": self.fingerprint, "config": asdict(self.config)}
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -26,6 +26,7 @@ from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, import_episodes, open_episodes
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError
@@ -251,7 +252,7 @@ def _new_tasks(
         arrows = {"policy": POLICY, **arrows}
     notes = reader.metadata
     longest = max(note["length"] for note in notes)
-    streams = _streams(reader)
+    streams = streams_of(reader[0])
     chosen, reasons = [], []
     for key, arrow in arrows.items():
         arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
@@ -283,12 +284,6 @@ def _without(arrow: str, streams: list[str]) -> str:
 
 def _predicted(arrow: str) -> str:
     return arrow.rpartition("->")[2]
-
-
-def _streams(reader: EpisodeShardReader) -> list[str]:
-    episode = reader[0]
-    names = list(episode.streams) + (["text"] if episode.texts else []) + (["plan"] if episode.plans else [])
-    return names + (["progress"] if episode.success is not False else [])
 
 
 def _rehearsed(

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m mmseq train train/demo.yaml        two ranks
     mmseq train train/demo.yaml steps=20 out=runs/try                 a laptop try
 
-The run's folder: `config.yaml` (resolved), `command.txt`, `metrics.jsonl`, `checkpoints/` to resume
+The run's folder: `config.yaml` (resolved), `command.txt`, `code.json`, `metrics.jsonl`, `checkpoints/` to resume
 from, and `checkpoint/`, the finished model. Running the same command again resumes.
 """
 
@@ -23,6 +23,7 @@ import torch
 from mmseq.config import changes, to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
+from mmseq.files import record_revision
 from mmseq.model.attention import choose_backend
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
@@ -108,6 +109,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     if rank == 0:  # only now: a run that is refused must not touch what an earlier one wrote
         (out / "config.yaml").write_text(to_yaml(config))
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        changed += record_revision(out / "code.json")
     log = RunLog(out, config, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     peak, machine = (config.peak_tflops or None, "peak_tflops") if config.peak_tflops else peak_tflops(device)
     log.say(
