@@ -123,7 +123,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     rows = [_row("useful_tokens", "tokens/s", rates, config), _row("peak_memory", "MiB", memory, config, "lower")]
     notes = [
         f"{name}: {rates[name]} useful tokens/s, {a['parameters'] / 1e6:.2f} M parameters, {a['slots']:,} slots for "
-        f"{a['used']:,} tokens in {a['passes']} micro-batches, loss {a['loss']:.3f} after the first turn"
+        f"{a['used']:,} tokens in {a['batches']} micro-batches, loss {a['loss']:.3f} after the first turn"
         for name, a in about.items()
     ]
     peak = about["mmseq"]["peak"]
@@ -204,8 +204,8 @@ class Trainer:
         rows = [rows[i] for i in np.random.default_rng(self.config.seed).permutation(len(rows))]
         steps, self.slots = [], 0
         for part in np.array_split(np.arange(len(rows)), self.config.steps):
-            passes = np.array_split(part, -(-len(part) // self.config.rows_per_pass))
-            chosen = [[i for r in some for i in rows[r]] for some in passes]
+            portions = np.array_split(part, -(-len(part) // self.config.rows_per_pass))
+            chosen = [[i for r in some for i in rows[r]] for some in portions]
             batches = [
                 collate(
                     [sequences[i] for i in c],
@@ -213,7 +213,7 @@ class Trainer:
                     tasks=[samples[i].task for i in c],
                     pad_to=len(some) * self.config.row_tokens,
                 )
-                for c, some in zip(chosen, passes)
+                for c, some in zip(chosen, portions)
             ]
             total = sum(len(at) for b in batches for at, _, _ in b.targets.values())
             self.slots += sum(batch.tokens for batch in batches)
@@ -244,9 +244,9 @@ class Trainer:
         groups = [groups[i] for i in np.random.default_rng(self.config.seed).permutation(len(groups))]
         self.slots, steps = sum(ids.numel() for ids, _, _ in groups), []
         for part in np.array_split(np.arange(len(groups)), self.config.steps):
-            passes = [groups[i] for i in part]
-            total = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in passes)
-            steps.append([(tuple(x.to(self.device) for x in one), total) for one in passes])
+            batches = [groups[i] for i in part]
+            total = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in batches)
+            steps.append([(tuple(x.to(self.device) for x in one), total) for one in batches])
         return model, steps
 
     def _turn(self) -> float:
@@ -284,7 +284,7 @@ class Trainer:
             "vocabulary": len(self.tokenizers.vocabulary),
             "used": self.used,
             "slots": self.slots,
-            "passes": sum(map(len, self.steps)),
+            "batches": sum(map(len, self.steps)),
             "flops": self.flops,
             "peak": peak * 1e12 if peak else None,
             "threads": torch.get_num_threads(),

@@ -41,7 +41,7 @@ def measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, sta
             arrows,
             train_episodes=seen,
             seed=config.seed,
-            on_progress=lambda what, done, total: update(done, total, what),
+            on_progress=lambda what, done, total: update(done, total),
         )
     results += generated
     write_results(out / "results.json", results)

@@ -44,7 +44,7 @@ def run_demo(config: DemoConfig) -> Path:
             raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
     _clear(out)
     speed = speed_here()
-    stages.console.print(
+    stages.say(
         f"{config.steps:,} training steps, about {config.minutes / speed:.0f} minutes here: this machine computes "
         f"{speed:.1f} times as fast as the two cores on which it takes {config.minutes:g}"
     )
@@ -156,6 +156,6 @@ def _train(config: DemoConfig, out: Path, stages: Stages) -> None:
             settings,
             ranks=ranks,
             log=out / "train.log",
-            say=lambda line: stages.console.print("  " + line, soft_wrap=True, markup=False),
+            say=lambda line: stages.say("   " + line),
         )
     shutil.copytree(out / "train/checkpoint", out / "checkpoint")

@@ -21,6 +21,9 @@ class Stages:
         self.console = Console(highlight=False)
         self.seconds: dict[str, float] = {}
 
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
     @contextmanager
     def stage(self, name: str, counted: str = "steps") -> Iterator[Callable[..., None]]:
         """counted: what progress is counted in, in the plural."""

@@ -148,16 +148,16 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
         waited = time.perf_counter()
         step_data = next(data)
         began = time.perf_counter()
-        passes = [model.share(b) for b in step_data.passes]
+        batches = [model.share(b) for b in step_data.batches]
         unread = len(step_data.bad) * groups / world
-        targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
+        targets, stopping, bad = _over_ranks(objective.targets(batches), stop.asked, unread)
         _count_bad_samples(step_data, round(bad), state, mixture, config)
         if bad and not targets:
             raise DataError(f"no sample of step {state.step + 1} could be read", fix="see the warnings above")
         share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        record = _step(engine, objective, passes, targets, state, config)
+        record = _step(engine, objective, batches, targets, state, config)
         state.step += 1
         state.data = step_data.state
         timed.append(time.perf_counter() - waited)
@@ -176,7 +176,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
             state.steps = _fit_to_time(config, timed, state)
             log.total = state.steps
             last = min(state.steps, config.stop_after or state.steps)
-        flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
+        flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.batches)
         flops *= groups / world
         record |= {
             "step": state.step,
@@ -256,7 +256,7 @@ def _count_bad_samples(
 def _step(
     engine: Any,
     objective: Objective,
-    passes: list[Batch],
+    batches: list[Batch],
     targets: float,
     state: checkpoints.RunState,
     config: TrainConfig,
@@ -268,13 +268,13 @@ def _step(
     """
     optimizer = base_optimizer(engine)
     optimizer.updates, optimizer.skip = state.updates, False
-    scale = torch.distributed.get_world_size() * len(passes) / max(targets, 1.0)  # DeepSpeed averages over both
+    scale = torch.distributed.get_world_size() * len(batches) / max(targets, 1.0)  # DeepSpeed averages over both
     sums = torch.zeros(2, objective.tasks + 1, device=engine.device, dtype=torch.float64)
-    for i, batch in enumerate(passes):
+    for i, batch in enumerate(batches):
         loss, part = engine(batch.to(engine.device))
         sums += part
         engine.backward(loss * scale)
-        if i < len(passes) - 1:
+        if i < len(batches) - 1:
             engine.step()
     torch.distributed.all_reduce(sums)
     mean = float(sums[0, -1]) / max(targets, 1.0)
