@@ -33,10 +33,12 @@ from PIL import Image
 from mmseq.data import hdf5
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
-from mmseq.data.video import VIDEO_SUFFIXES, VideoDecoder, VideoFolderReader, decode_video, encode_video
+from mmseq.data.video import VideoDecoder, decode_video
+from mmseq.data.video_folder import VIDEO_SUFFIXES, VideoFolderReader
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EpisodeError, FingerprintError, did_you_mean
+from mmseq.mp4 import encode_video
 
 FORMATS = ("lerobot", "video", "hdf5")
 VECTORS = ("proprio", "action")

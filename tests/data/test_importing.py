@@ -8,8 +8,8 @@ from mmseq import Embodiment
 from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader
-from mmseq.data.video import write_video
 from mmseq.errors import DataError, EpisodeError, FingerprintError
+from mmseq.mp4 import write_video
 
 
 def test_a_lerobot_dataset_becomes_episode_shards(written, tmp_path, psnr):
