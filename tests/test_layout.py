@@ -16,7 +16,7 @@ PLAIN_FOLDERS = ("tokenizers", "train", "serve", "data_mixes", "tests")
 HEAVY = ("deepspeed", "lerobot", "mujoco", "fastapi", "torch", "torchvision", "transformers", "av", "pyarrow")
 
 # the nouns, and the settings that anything may read
-NOUNS = {"errors", "config", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
+NOUNS = {"errors", "config", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing", "statistics", "mp4"}
 # what the modules of a part may import when they are loaded, beside their own part; tests of import
 # direction skip imports inside functions, which are how a lower part reaches for a higher one on demand
 ALLOWED = {
