@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(commands, "doctor", _doctor, "what this machine has and what will be used")
 
     data = group("data", "import, tokenize and check data")
-    c = add(data, "import", _data_import, "a LeRobot v3 dataset, HDF5 files or videos become episode shards")
+    c = add(data, "import", _data_import, "a LeRobot dataset, HDF5 files or videos become episode shards")
     c.add_argument("src", metavar="SRC")
     c.add_argument("out", metavar="OUT")
     c.add_argument("--format", choices=("lerobot", "video", "hdf5"), help="default: what is found at SRC")
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
     c.add_argument("--name", help="of the dataset; default: the name of SRC")
     c.add_argument("--embodiment", metavar="FILE", help="the contract to hold the data to (JSON)")
+    _foreign(c)
     c.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     c = add(data, "tokenize", _data_tokenize, "the sources of a mix become token shards; resumable")
@@ -133,11 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "finetune",
         _finetune,
-        "put a checkpoint on a new robot, from a LeRobot v3 dataset; the same command resumes",
+        "put a checkpoint on a new robot, from a LeRobot dataset; the same command resumes",
         "mmseq finetune runs/demo/checkpoint --dataset PATH --embodiment robot.yaml --lora --hours 2",
     )
     c.add_argument("checkpoint", metavar="CHECKPOINT")
-    c.add_argument("--dataset", required=True, metavar="LEROBOT_V3")
+    c.add_argument("--dataset", required=True, metavar="LEROBOT", help="or HDF5 files")
+    _foreign(c)
     c.add_argument("--embodiment", metavar="FILE", help="what the dataset does not say: units, gripper (YAML)")
     c.add_argument("--out", default="runs/finetune", metavar="DIR", help="default: runs/finetune")
     c.add_argument("--lora", action="store_true", help="train adapters instead of every weight")
@@ -244,6 +246,20 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("overrides", nargs="*", metavar="key=value", help="for a recipe")
     c.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _foreign(command: argparse.ArgumentParser) -> None:
+    """Options for datasets as others made them."""
+    command.add_argument(
+        "--map", metavar="STREAM=COLUMN,...", help="what other columns are, as action=actions,image.front=rgb; or YAML"
+    )
+    command.add_argument(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N episodes that cannot be read (default: 0)",
+    )
 
 
 def _recipe(command: argparse.ArgumentParser) -> None:
@@ -387,6 +403,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _data_import(args: argparse.Namespace) -> None:
     from mmseq.data.importing import import_episodes
+    from mmseq.data.mapping import read_map
     from mmseq.embodiment import Embodiment
     from mmseq.progress import progress
 
@@ -397,13 +414,17 @@ def _data_import(args: argparse.Namespace) -> None:
             format=args.format,
             rate_hz=args.rate_hz,
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
+            map=read_map(args.map),
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
+            skip_bad=args.skip_bad,
+            say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
             on_progress=update,
         )
     robots = ", ".join(manifest["embodiments"]) or "no embodiment"
-    print(f"{args.out}: {manifest['samples']} episodes of {robots}")
+    skipped = f", {len(manifest['skipped'])} left out" if manifest["skipped"] else ""
+    print(f"{args.out}: {manifest['samples']} episodes of {robots}{skipped}")
 
 
 def _data_tokenize(args: argparse.Namespace) -> None:

@@ -173,7 +173,7 @@ class VideoDecoder:
         for packet in self._packets():
             begun = begun or packet.is_keyframe or packet.dts is None
             if begun and (packet.size or packet.dts is None):  # an empty packet with a time repeats a frame
-                yield from packet.decode()
+                yield from packet.decode()  # type: ignore[misc]  # a video's packets hold no subtitles
 
     def _next(self) -> av.VideoFrame | None:
         if self._ahead is not None:
