@@ -339,9 +339,9 @@ class Hdf5Reader:
         if not good:
             raise_all(problems[:1])
         axes: dict[str, Axes] = {}
-        for stream in self.streams:
+        for stream in (s for s in self.streams if s not in _SPOKEN and not s.startswith(IMAGE_PREFIX)):
             values = [(f"episode {e.id}", e[stream]) for e in good if stream in e]
-            if values and not stream.startswith(IMAGE_PREFIX):
+            if values:
                 found = Axes.from_values(np.concatenate([v for _, v in values]), self._axis_names(stream))
                 self.notes += remarks(values, found.names, stream)
                 axes[stream] = found
