@@ -566,6 +566,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from mmseq.data.mapping import read_map
     from mmseq.progress import progress
     from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
     from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
@@ -576,6 +577,8 @@ def _finetune(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         dataset=args.dataset,
         out=args.out,
+        map=read_map(args.map),
+        skip_bad=args.skip_bad,
         embodiment=args.embodiment,
         rate_hz=args.rate_hz,
         tasks=args.task,

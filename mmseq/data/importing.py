@@ -172,20 +172,15 @@ def import_episodes(
         raise DataError(f"size is {size} pixels", fix="give at least 8")
     if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
+    say = say or (lambda _: None)
     source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
     manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
         robot = source.embodiment()
-        notes = list(getattr(source, "notes", ()))
-        for note in notes if say is not None else ():
+        for note in notes_of(source):
             say(note)
-        bad = BadEpisodes(len(source), skip_bad, str(src), say)
-        for index in range(len(source)):  # before anything is written
-            bad.attempt(index, lambda index=index: _check_one(source, index, robot))
-        bad.settle()
-        stored = robot
-        if robot is not None and size is not None:
-            stored = replace(robot, cameras=tuple(Camera(name=c.name, height=size, width=size) for c in robot.cameras))
+        _, bad = survey(source, robot, skip_bad, str(src), say)
+        stored = stored_contract(robot, size)
         if stored is not None:
             data = json.dumps(stored.to_dict(), indent=2) + "\n"
             writer.add_file(f"embodiments/{_file_name(stored.name)}.json", data.encode())
@@ -200,16 +195,43 @@ def import_episodes(
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
             "map": {stream: list(columns) for stream, columns in (map or {}).items()},
             "left_out": sorted(getattr(source, "left_out", ())),
-            "notes": notes,
+            "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},
         }
         return writer.close()
 
 
+def notes_of(source: EpisodeSource) -> list[str]:
+    """What a reader has to say: columns that nothing uses, and what is odd. Complete after `embodiment()`."""
+    return list(getattr(source, "notes", ()))
+
+
+def stored_contract(robot: Embodiment | None, size: int | None) -> Embodiment | None:
+    """The contract of episodes whose frames are scaled to size x size."""
+    if robot is None or size is None:
+        return robot
+    return replace(robot, cameras=tuple(Camera(name=c.name, height=size, width=size) for c in robot.cameras))
+
+
+def survey(
+    source: EpisodeSource, robot: Embodiment | None, skip_bad: int, where: str, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], BadEpisodes]:
+    """What the index of shards would know of each episode that is not bad, found without decoding pictures.
+
+    Raises: DataError for more than `skip_bad` episodes that are bad, all named.
+    """
+    notes: list[dict[str, Any]] = []
+    bad = BadEpisodes(len(source), skip_bad, where, say)
+    for index in range(len(source)):
+        bad.attempt(index, lambda index=index: notes.append(_check_one(source, index, robot)))
+    bad.settle()
+    return notes, bad
+
+
 class BadEpisodes:
     """The episodes that cannot be read, by number, and why; a budget of them may be left out."""
 
-    def __init__(self, total: int, budget: int, where: str, say: Callable[[str], None] | None):
+    def __init__(self, total: int, budget: int, where: str, say: Callable[[str], None]):
         self.total, self.budget, self.where, self.say = total, budget, where, say
         self.found: dict[int, str] = {}
 
@@ -219,8 +241,7 @@ class BadEpisodes:
             work()
         except MMSeqError as error:
             self.found[index] = str(error)
-            if self.say is not None:
-                self.say(f"bad, {'left out' if len(self.found) <= self.budget else 'looking for more'}: {error}")
+            self.say(f"bad, {'left out' if len(self.found) <= self.budget else 'looking for more'}: {error}")
             if len(self.found) > max(self.budget, MOST_BAD):
                 self.settle()
 
@@ -255,8 +276,8 @@ def _vectors(source: EpisodeSource, index: int, robot: Embodiment | None) -> tup
     return episode, where, members
 
 
-def _check_one(source: EpisodeSource, index: int, robot: Embodiment | None) -> None:
-    """Everything that can be known of an episode without decoding its pictures."""
+def _check_one(source: EpisodeSource, index: int, robot: Embodiment | None) -> dict[str, Any]:
+    """Everything that can be known of an episode without decoding its pictures, and what the index says of it."""
     episode, where, _ = _vectors(source, index, robot)
     for camera in episode.cameras:
         if not _NAME.fullmatch(camera):
@@ -266,6 +287,15 @@ def _check_one(source: EpisodeSource, index: int, robot: Embodiment | None) -> N
             )
     if check := getattr(source, "check", None):
         check(index)
+    return _note(episode)
+
+
+def _note(episode: Episode) -> dict[str, Any]:
+    """What the index of shards says of an episode."""
+    note = {key: getattr(episode, key) for key in ("id", "rate_hz", "embodiment", "success")}
+    note |= {"length": len(episode), "streams": list(episode.streams)}
+    note |= {"texts": len(episode.texts), "plans": len(episode.plans)}
+    return note | {"spans": sorted({span.stream for span in episode.spans})}
 
 
 def _import_one(
@@ -281,21 +311,10 @@ def _import_one(
                 f"{where}: camera {camera!r} has {count} frames for {len(episode)} steps", fix="repair the dataset"
             )
         members[f"{IMAGE_PREFIX}{camera}.mp4"] = data
-    head = {
-        "id": episode.id,
-        "rate_hz": episode.rate_hz,
-        "length": len(episode),
-        "texts": episode.texts,
-        "plans": episode.plans,
-        "spans": [[s.stream, s.start, s.stop, list(s.texts)] for s in episode.spans],
-        "embodiment": episode.embodiment,
-        "success": episode.success,
-        "source": episode.source,
-        "metadata": episode.metadata,
-    }
-    note = {key: head[key] for key in ("id", "length", "rate_hz", "embodiment", "success")}
-    note |= {"streams": list(episode.streams), "texts": len(episode.texts), "plans": len(episode.plans)}
-    writer.add(f"{index:08d}", {"json": head} | members, metadata=note)
+    fields = ("id", "rate_hz", "texts", "plans", "embodiment", "success", "source", "metadata")
+    head = {field: getattr(episode, field) for field in fields} | {"length": len(episode)}
+    head["spans"] = [[span.stream, span.start, span.stop, list(span.texts)] for span in episode.spans]
+    writer.add(f"{index:08d}", {"json": head} | members, metadata=_note(episode))
 
 
 def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, where: str) -> Iterator[np.ndarray]:

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmseq.data.lerobot_images import stored_depth
-from mmseq.data.lerobot_layout import BOOKKEEPING, Layout
-from mmseq.data.lerobot_text import EVENTS, PERSISTENT
+from mmseq.data.lerobot_layout import BOOKKEEPING, EVENTS, PERSISTENT, Layout
 from mmseq.data.lerobot_video import is_depth
 from mmseq.data.mapping import Column
 from mmseq.errors import DataError

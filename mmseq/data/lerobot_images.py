@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mmseq.data.lerobot_layout import REFETCH, Record, unreadable
+from mmseq.data.lerobot_files import REFETCH, unreadable
+from mmseq.data.lerobot_layout import Record
+from mmseq.data.pictures import decode_picture
 from mmseq.errors import DataError
-
-_DEEP = ("I", "F")  # of Pillow's modes, also I;16: one channel of more than 8 bits
 
 
 def stored_images(root: Path, record: Record, feature: str, steps: np.ndarray) -> Iterator[np.ndarray]:
@@ -41,30 +41,24 @@ def stored_images(root: Path, record: Record, feature: str, steps: np.ndarray) -
             raise DataError(f"{path} lacks the column {feature!r}", fix=REFETCH) from error
 
 
-def _open(value: Any, root: Path) -> Image.Image:
-    if isinstance(value, bytes):
-        value = {"bytes": value}
-    return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else root / value["path"])
+def _stored(value: Any, root: Path) -> bytes:
+    """The bytes of a picture: of the row, or of the file that it names."""
+    value = {"bytes": value} if isinstance(value, bytes) else value
+    return value.get("bytes") or (root / value["path"]).read_bytes()
 
 
 def _decode(value: Any, root: Path, where: str) -> np.ndarray:
     try:
-        with _open(value, root) as image:
-            if image.mode.startswith(_DEEP):
-                raise DataError(
-                    f"{where} is a picture of distances ({image.mode}), which has no colours",
-                    fix="leave the camera out: --map image.NAME=",
-                )
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where} is no image: {error}", fix=REFETCH) from error
+        return decode_picture(_stored(value, root), where)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} is no picture: {error!r}", fix=REFETCH) from error
 
 
 def stored_depth(root: Path, path: Path, feature: str) -> bool:
-    """Whether the first picture of a file holds distances."""
+    """Whether the first picture of a file has one channel of more than 8 bits: distances, not colours."""
     try:
         batch = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=[feature]))
-        with _open(batch.column(0)[0].as_py(), root) as image:
-            return image.mode.startswith(_DEEP)
+        with Image.open(io.BytesIO(_stored(batch.column(0)[0].as_py(), root))) as image:
+            return image.mode.startswith(("I", "F"))
     except (OSError, pa.ArrowException, StopIteration, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,20 +24,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmseq.data.lerobot_files import (
+    NOT_FINALIZED,
+    REFETCH,
+    joined,
+    lines,
+    listed,
+    read_parquet,
+    scalars,
+    unreadable,
+    whole,
+)
 from mmseq.errors import DataError
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index")
-REFETCH = "fetch the dataset again: hf download <repo> --repo-type dataset --local-dir <path>"
-NOT_FINALIZED = (
-    "a recording that ended before LeRobot's finalize() leaves this, and so does a broken download. Fetch the dataset "
-    "again where there is a repository. Otherwise what was finished before it can be saved: files that have a footer, "
-    "with their videos, are imported by --skip-bad N, and LeRobotDataset.resume() goes on recording from them"
-)
+PERSISTENT, EVENTS = "language_persistent", "language_events"  # annotations of LeRobot 0.6
 _OLDER = (
     "convert it to v2.0, which is read as it is, with convert_dataset_v1_to_v2 of lerobot 0.1 (LeRobot itself goes on "
     "with convert_dataset_v20_to_v21 and convert_dataset_v21_to_v30)"
 )
-_SHOWN = 8  # of a list in a message
 _TEMPLATES = {
     "v2": (
         "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
@@ -62,49 +66,6 @@ class Record:
 
     def __len__(self) -> int:
         return sum(end - start for _, start, end in self.parts)
-
-
-def whole(value: Any) -> int | None:
-    """A whole number as pandas, JSON and editors leave it: 3, 3.0, "3"; None for anything else."""
-    try:
-        number = float(value)
-        return int(number) if math.isfinite(number) and number == int(number) else None
-    except (TypeError, ValueError):
-        return None
-
-
-def listed(items: Any) -> str:
-    """The first few of a list, and how many more there are."""
-    items = [str(item) for item in items]
-    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
-
-
-def absent(path: Path) -> DataError | None:
-    """What is wrong when a file, or what it stands for, is not there."""
-    if not path.is_file():
-        return DataError(f"{path} is missing", fix=REFETCH)
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            return DataError(f"{path} is a pointer of Git LFS, not the data", fix="run git lfs pull there")
-    return None
-
-
-def unreadable(path: Path, error: Exception | str) -> DataError:
-    """Why a parquet file cannot be read, with the way out that fits the cause."""
-    if problem := absent(path):
-        return problem
-    data = path.read_bytes()
-    if not data or (data.startswith(b"PAR1") and not data.endswith(b"PAR1")):
-        return DataError(f"{path} is truncated or corrupt, it has no footer", fix=NOT_FINALIZED)
-    return DataError(f"{path} is truncated or corrupt: {error}", fix=REFETCH)
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Raises: DataError that says why it cannot be read."""
-    try:
-        return pq.read_table(path, columns=columns, partitioning=None)  # type: ignore[arg-type]
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(path, error) from error
 
 
 class Layout:
@@ -190,7 +151,7 @@ class Layout:
         for file in files:
             try:
                 if file.suffix == ".jsonl":
-                    rows += list(_lines(file))
+                    rows += list(lines(file))
                 else:
                     names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
                     rows += read_parquet(file, names).to_pylist()
@@ -202,19 +163,22 @@ class Layout:
 
     def _read_texts(self, stem: str, column: str) -> dict[int, str]:
         """meta/tasks or meta/subtasks: the text of each index."""
-        parquet, lines = (self.path / "meta" / f"{stem}.{suffix}" for suffix in ("parquet", "jsonl"))
+        table, listing = (self.path / "meta" / f"{stem}.{suffix}" for suffix in ("parquet", "jsonl"))
         index = f"{column}_index"
-        if lines.is_file() and (self.version == "v2" or not parquet.is_file()):
-            rows = list(_lines(lines))
-        elif parquet.is_file() or index in self.types:
-            rows = read_parquet(parquet if self.version == "v3" or parquet.is_file() else lines).to_pylist()
+        if listing.is_file() and (self.version == "v2" or not table.is_file()):
+            rows = list(lines(listing))
+        elif table.is_file() or index in self.types:
+            rows = read_parquet(table if self.version == "v3" or table.is_file() else listing).to_pylist()
         else:
             return {}
         found: dict[int, str] = {}
         for row in rows:
-            texts = [value for name, value in row.items() if isinstance(value, str)]
-            text, number = row.get(column) or next(iter(texts), None), whole(row.get(index))
-            if number is None or not isinstance(text, str):  # older writers left the column of texts unnamed
+            others = (value for value in row.values() if isinstance(value, str))  # older writers named none of them
+            text, number = (
+                row[column] if isinstance(row.get(column), str) else next(others, None),
+                whole(row.get(index)),
+            )
+            if number is None or text is None:
                 raise DataError(
                     f"{self.path}/meta/{stem} has columns {list(row)}, expected {index}, {column}", fix=REFETCH
                 )
@@ -239,7 +203,7 @@ class Layout:
             numbers = self._indices(path, table, file.metadata.num_rows)
             if numbers is None or not len(numbers):
                 continue
-            times = scalars(table["timestamp"]) if table is not None and "timestamp" in names else None
+            times = scalars(joined(table["timestamp"])) if table is not None and "timestamp" in names else None
             cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
             for start, end in pairwise(cuts):
                 index = int(numbers[start])
@@ -255,7 +219,7 @@ class Layout:
 
     def _indices(self, path: Path, table: pa.Table | None, rows: int) -> np.ndarray | None:
         if table is not None and "episode_index" in table.column_names:
-            numbers = scalars(table["episode_index"]).astype(np.float64)
+            numbers = scalars(joined(table["episode_index"])).astype(np.float64)
             if np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all():
                 return numbers.astype(np.int64)
             self.broken[path] = DataError(f"{path}: episode_index is no whole number in some rows", fix=REFETCH)
@@ -389,56 +353,3 @@ class Layout:
             return self.path / template.format(**values)
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(f"{self.path}/meta/info.json: {key} is {template!r}", fix=f"write {default}") from error
-
-
-def scalars(column: pa.ChunkedArray) -> np.ndarray:
-    """One value per row, also of a column that holds lists of one; what is null becomes NaN or None."""
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return (array.flatten() if pa.types.is_nested(array.type) else array).to_numpy(zero_copy_only=False)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises: DataError naming the line."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no object")
-            except ValueError as error:
-                raise DataError(f"{path} line {number} is corrupt: {error}", fix=REFETCH) from error
-            yield row
-
-
-def axis_names(said: Any, width: int, stem: str = "axis") -> list[str]:
-    """Names of the axes from a list, [[...]], {"motors": [...]} or {"x": 0, "y": 1}; numbered where they do not fit.
-
-    A name that occurs again is numbered: x, gripper, gripper_2.
-    """
-
-    def flat(value: Any) -> list[str]:
-        if isinstance(value, dict):
-            if value and all(whole(v) is not None and not isinstance(v, str) for v in value.values()):
-                return [str(name) for name in sorted(value, key=value.__getitem__)]
-            return [name for inner in value.values() for name in flat(inner)]
-        if isinstance(value, list | tuple):
-            return [name for inner in value for name in flat(inner)]
-        return [] if value is None else [str(value)]
-
-    names = flat(said)
-    if len(names) != width:
-        stem = names[0] if len(names) == 1 else stem
-        names = [f"{stem}_{i}" for i in range(width)]
-    return unique(names)
-
-
-def unique(names: list[str]) -> list[str]:
-    """The same names, the second of its kind with _2 behind it, and so on."""
-    found: list[str] = []
-    for name in names:
-        number, candidate = 2, name
-        while candidate in found or (candidate != name and candidate in names):
-            candidate, number = f"{name}_{number}", number + 1
-        found.append(candidate)
-    return found

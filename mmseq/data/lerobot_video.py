@@ -13,10 +13,13 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mmseq.data.lerobot_layout import REFETCH, Layout, Record, absent
+from mmseq.data.kept import Kept
+from mmseq.data.lerobot_files import REFETCH, absent
+from mmseq.data.lerobot_layout import Layout, Record
 from mmseq.data.video import VideoDecoder
 from mmseq.errors import DataError
 
+_OPEN_VIDEOS = 8  # decoders kept, one per camera and file in use
 NEAR = 0.49  # of a frame: no second row is as near
 
 
@@ -92,6 +95,25 @@ class VideoParts:
             video.close()
             return video.rate_hz
         return None
+
+
+class Videos:
+    """The frames of episodes, from video files of which a few stay open."""
+
+    def __init__(self, layout: Layout):
+        self.parts = VideoParts(layout)
+        self._open: Kept[Path, OpenVideo] = Kept(_OPEN_VIDEOS, OpenVideo.close)
+
+    def frames(self, record: Record, feature: str, at: np.ndarray, fps: float) -> Iterator[np.ndarray]:
+        """The frames of these rows (not decreasing), uint8 (H, W, 3)."""
+        path = self.parts.layout.video_file(record, feature)
+        video = self._open.take(path) or OpenVideo(path)
+        try:
+            yield from video.frames(self.parts.rows(record, feature, video, fps)[at])
+        except BaseException:  # also when whoever reads has enough
+            video.close()
+            raise
+        self._open.put(path, video)  # goes on where the next episode begins
 
 
 class OpenVideo:

@@ -29,7 +29,7 @@ type Streams = dict[str, tuple[str, ...]]  # a stream, and the columns that fill
 
 KINDS = ("image", "vector", "text", "flag", "depth", "other")
 _OF_TARGET = {"text": "text", "plan": "text", "success": "flag"}  # all others: image.<camera>, or a vector
-_VECTORS = ("proprio", "action")
+VECTORS = ("proprio", "action")
 _CAMERA = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _VECTOR = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _FORM = "write STREAM=COLUMN, such as action=actions or proprio=joints+gripper, or name a YAML file"
@@ -83,11 +83,11 @@ def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
     camera = stream.removeprefix(IMAGE_PREFIX)
     if stream == "image" or (stream.startswith(IMAGE_PREFIX) and not _CAMERA.fullmatch(camera)):
         raise ConfigError(f"the map has {stream!r}", fix="name the camera: image.NAME, of letters, digits, '_' and '-'")
-    known = stream.startswith(IMAGE_PREFIX) or stream in (*_OF_TARGET, *_VECTORS)
+    known = stream.startswith(IMAGE_PREFIX) or stream in (*_OF_TARGET, *VECTORS)
     if not known and (stream in STREAMS or not _VECTOR.fullmatch(stream)):
         raise ConfigError(
             f"the map fills {stream!r}, which no column can",
-            fix=f"fill image.NAME, {', '.join((*_VECTORS, *_OF_TARGET))} or a vector stream of your own, as force",
+            fix=f"fill image.NAME, {', '.join((*VECTORS, *_OF_TARGET))} or a vector stream of your own, as force",
         )
     if len(names) > 1 and kind_of(stream) != "vector":
         raise ConfigError(f"the map joins {'+'.join(names)} to {stream}", fix="only vectors can be joined")

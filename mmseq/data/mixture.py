@@ -20,6 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
+from mmseq.data.mapping import read_map
 from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
@@ -32,16 +33,18 @@ BLOCK_SAMPLES = 4096
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source. path: LeRobot v3, folder of videos or episode shards, relative to the mix's root.
+    """One source. path: LeRobot, HDF5, folder of videos or episode shards, relative to the mix's root.
 
     weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
-    episodes that training never sees; default: the mix's.
+    episodes that training never sees; default: the mix's. map: which columns of a dataset fill which streams, such as
+    {action: actions, image: {front: rgb}}.
     """
 
     path: str = "???"
     weight: float = 1.0
     rate_hz: float | None = None
     holdout: float | None = None
+    map: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -93,6 +96,7 @@ class MixConfig:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
             if source.holdout is not None and not 0 <= source.holdout < 1:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
+            read_map(source.map)
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:

@@ -6,6 +6,7 @@ Training them is in `mmseq/training/tokenizers.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from mmseq.errors import ConfigError
 from mmseq.tokenization.vision import VisionConfig
@@ -13,14 +14,15 @@ from mmseq.tokenization.vision import VisionConfig
 
 @dataclass(kw_only=True)
 class TokenizerSource:
-    """path: episode shards, LeRobot v3, HDF5 or videos. weight: share of the vision batches.
+    """path: episode shards, LeRobot, HDF5 or videos. weight: share of the vision batches.
 
-    rate_hz: resample to this rate (datasets and videos only).
+    rate_hz: resample to this rate (datasets and videos only). map: which columns of a dataset fill which streams.
     """
 
     path: str = "???"
     weight: float = 1.0
     rate_hz: float | None = None
+    map: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from mmseq import Embodiment
 from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader
-from mmseq.errors import DataError, EpisodeError, FingerprintError
+from mmseq.errors import DataError, FingerprintError
 from mmseq.mp4 import write_video
 
 
@@ -69,20 +69,22 @@ def test_a_size_crops_the_centred_square_and_changes_the_contract(written, tmp_p
 def test_values_outside_the_contract_are_named(dataset, tmp_path):
     fields = LeRobotReader(dataset).embodiment().to_dict()
     fields["action"]["maximum"] = [9.0, 0.5, 9.0]
-    with pytest.raises(
-        EpisodeError, match=r"episode 'dataset/00000\d'.*action axis 'delta_y' is .* at step \d+, outside"
-    ):
+    with pytest.raises(DataError, match=r"episode 'dataset/00000\d'.*action axis 'delta_y' is .* at step \d+, outside"):
         import_episodes(dataset, tmp_path / "out", embodiment=Embodiment.from_dict(fields))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_frames_of_another_size_than_promised_are_named(dataset, tmp_path):
+def test_frames_decide_over_the_size_that_is_promised(dataset, tmp_path):
+    robot = LeRobotReader(dataset).embodiment()
     info = json.loads((dataset / "meta" / "info.json").read_text())
-    info["features"]["observation.images.top"]["shape"] = [32, 32, 3]
+    info["features"]["observation.images.top"]["shape"] = [32, 48, 3]
     (dataset / "meta" / "info.json").write_text(json.dumps(info))
-    with pytest.raises(DataError, match=r"'dataset/000000'.*camera 'top'.*\(64, 64\), the embodiment says \(32, 32\)"):
-        import_episodes(dataset, tmp_path / "out")
+    said = []
+    import_episodes(dataset, tmp_path / "out", say=said.append)
+    assert EpisodeShardReader(tmp_path / "out").embodiment() == robot
+    assert said == ["observation.images.top is 64 x 64, meta/info.json says 32 x 48"]
+    assert EpisodeShardReader(tmp_path / "out").manifest["notes"] == said
 
 
 def test_a_changed_embodiment_is_refused(written, tmp_path):
@@ -113,7 +115,7 @@ def test_a_damaged_video_in_a_shard_is_named(written, tmp_path):
     [
         (["x.txt"], "holds no dataset that is known"),
         (["a/manifest.json", "a/index.parquet", "b/meta/info.json", "c.mp4"], "folder of datasets. Name one .*: b, a"),
-        (["train-00000-of-00001.tfrecord", "features.json"], "RLDS.*not supported yet.*LeRobot v3"),
+        (["train-00000-of-00001.tfrecord", "features.json"], "RLDS.*not supported yet.*LeRobot first"),
         (["a.hdf5", "b.mp4"], "format='hdf5' or format='video'"),
         (["manifest.json", "index.parquet"], "holds shards already"),
     ],
