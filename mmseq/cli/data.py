@@ -6,15 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmseq.cli.parser import EXIT_ERROR, Group, Parser, filled, given
+from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_foreign, filled, given
 from mmseq.errors import ConfigError
 
 
 def add(commands: Group) -> None:
     data = commands.group("data", "import, tokenize and check data")
-    data.add(
-        "import", _data_import, _import_options, "a LeRobot v3 dataset, HDF5 files or videos become episode shards"
-    )
+    data.add("import", _data_import, _import_options, "a LeRobot dataset, HDF5 files or videos become episode shards")
     data.add("tokenize", _data_tokenize, _tokenize_options, "the sources of a mix become token shards; resumable")
     data.add("lint", _data_lint, _lint_options, "every problem of a mix before it costs GPU hours, and its shares")
     data.add("preview", _data_preview, _preview_options, "look at sequences: segments, roles, texts, frames")
@@ -28,6 +26,7 @@ def _import_options(c: Parser) -> None:
     c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
     c.add_argument("--name", help="of the dataset; default: the name of SRC")
     c.add_argument("--embodiment", metavar="FILE", help="the contract to hold the data to (JSON)")
+    add_foreign(c)
     c.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
@@ -66,6 +65,7 @@ def _root(c: Parser) -> None:
 
 def _data_import(args: argparse.Namespace) -> None:
     from mmseq.data.importing import import_episodes
+    from mmseq.data.mapping import read_map
     from mmseq.embodiment import Embodiment
     from mmseq.progress import progress
 
@@ -76,13 +76,17 @@ def _data_import(args: argparse.Namespace) -> None:
             format=args.format,
             rate_hz=args.rate_hz,
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
+            map=read_map(args.map),
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
+            skip_bad=args.skip_bad,
+            say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
             on_progress=update,
         )
     robots = ", ".join(manifest["embodiments"]) or "no embodiment"
-    print(f"{args.out}: {manifest['samples']} episodes of {robots}")
+    skipped = f", {len(manifest['skipped'])} left out" if manifest["skipped"] else ""
+    print(f"{args.out}: {manifest['samples']} episodes of {robots}{skipped}")
 
 
 def _data_tokenize(args: argparse.Namespace) -> None:

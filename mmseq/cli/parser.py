@@ -110,6 +110,20 @@ def add_recipe(command: Parser) -> None:
     add_overrides(command, "settings that replace the recipe's")
 
 
+def add_foreign(command: Parser) -> None:
+    """Options for datasets as others made them."""
+    command.add_argument(
+        "--map", metavar="STREAM=COLUMN,...", help="what other columns are, as action=actions,image.front=rgb; or YAML"
+    )
+    command.add_argument(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N episodes that cannot be read (default: 0)",
+    )
+
+
 def file_to_write(text: str) -> Path:
     """A file that is written at the end of long work: its folder has to be there before."""
     path = Path(text)

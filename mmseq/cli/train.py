@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_overrides, add_recipe, filled, given, rank_note
+from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_foreign, add_overrides, add_recipe, filled, given, rank_note
 from mmseq.errors import ConfigError, MMSeqError
 
 
@@ -23,7 +23,7 @@ def add(commands: Group) -> None:
         "finetune",
         _finetune,
         _finetune_options,
-        "put a checkpoint on a new robot, from a LeRobot v3 dataset; the same command resumes",
+        "put a checkpoint on a new robot, from a LeRobot dataset; the same command resumes",
         "mmseq finetune runs/demo/checkpoint --dataset PATH --embodiment robot.yaml --lora --hours 2",
     )
 
@@ -40,7 +40,9 @@ def _finetune_options(c: Parser) -> None:
     from mmseq.training.finetune import FinetuneConfig
 
     c.add_argument("checkpoint", metavar="CHECKPOINT")
-    c.fields(FinetuneConfig, dataset="LEROBOT_V3", embodiment="FILE", out="DIR", lora=None, lora_rank=None)
+    c.fields(FinetuneConfig, dataset="LEROBOT")
+    add_foreign(c)
+    c.fields(FinetuneConfig, embodiment="FILE", out="DIR", lora=None, lora_rank=None)
     c.fields(FinetuneConfig, hours=None, steps=None)
     c.add_argument(
         "--task", action="append", dest="tasks", metavar="ARROW", help="instead of the checkpoint's; repeatable"
@@ -84,12 +86,14 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from mmseq.data.mapping import read_map
     from mmseq.progress import progress
     from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
     from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
     from mmseq.training.local import local_ranks, train_here
 
-    config = filled(FinetuneConfig, args, settings=args.overrides, ranks=args.ranks or local_ranks())
+    told = {"map": read_map(args.map), "settings": args.overrides, "ranks": args.ranks or local_ranks()}
+    config = filled(FinetuneConfig, args, **told)
     out = Path(config.out)
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}", fix="give at least 1")

@@ -20,6 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
+from mmseq.data.mapping import read_map
 from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
@@ -34,10 +35,12 @@ BLOCK_SAMPLES = 4096
 class SourceConfig:
     """Episodes that a mix draws from."""
 
-    path: str = "???"  # LeRobot v3, a folder of videos or episode shards, relative to the mix's root
+    path: str = "???"  # LeRobot, HDF5, a folder of videos or episode shards, relative to the mix's root
     weight: float = 1.0  # its share among the sources of a task
     rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
     holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
+    # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
+    map: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +87,7 @@ class MixConfig:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
             if source.holdout is not None and not 0 <= source.holdout < 1:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
+            read_map(source.map)
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:

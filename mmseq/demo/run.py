@@ -114,7 +114,7 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
     kept = []
     for task in mix.tasks:
         parsed = Task.parse(task.task)
-        if any(not parsed.missing(streams_of(r[i])) for r in readers.values() for i in range(min(4, len(r)))):
+        if any(not parsed.missing(streams_of(r.metadata)) for r in readers.values()):
             kept.append(task)
     mix.tasks = kept
     save_mix(mix, out / "mix.yaml")

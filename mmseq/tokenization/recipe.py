@@ -6,6 +6,7 @@ Training them is in `mmseq/training/tokenizers.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from mmseq.errors import ConfigError
 from mmseq.tokenization.vision import VisionConfig
@@ -15,9 +16,10 @@ from mmseq.tokenization.vision import VisionConfig
 class TokenizerSource:
     """Episodes to train tokenizers on."""
 
-    path: str = "???"  # episode shards, LeRobot v3, HDF5 or videos
+    path: str = "???"  # episode shards, LeRobot, HDF5 or videos
     weight: float = 1.0  # share of the vision batches
     rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
+    map: dict[str, Any] = field(default_factory=dict)  # which columns of a dataset fill which streams
 
 
 @dataclass(kw_only=True)

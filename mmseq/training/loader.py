@@ -29,7 +29,7 @@ from mmseq.training.signals import ASKED
 
 @dataclass
 class StepData:
-    """batches: of this rank, one for each pass through the model. state: of the data after this step. samples: of all ranks.
+    """batches: of this rank, one a pass through the model. state: of the data after this step. samples: of all ranks.
 
     bad: samples of this rank that could not be read, with the reason.
     """
