@@ -1,7 +1,7 @@
 """Embodiment: the contract of one robot, held by training, checkpoint, server and client alike.
 
 It says, in order and with units, what each number of a proprio or action vector means, its
-quantiles (which normalise it) and its hard limits (which the safety gate enforces), the control
+range (which its bins cover) and its hard limits (which the safety gate enforces), the control
 rate, the cameras and the gripper convention. Two contracts with the same fingerprint are
 interchangeable; two with different ones are refused with the names of the fields that differ.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.statistics import extent
 from mmseq.streams import NAME, STREAMS, VECTOR, misspelt
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
@@ -42,9 +43,9 @@ class Camera:
 class Axes:
     """A named vector: what each of its numbers is, in order.
 
-    low, high: 1 % and 99 % quantiles of the training data; values are scaled so that these meet
-    the first and the last bin. minimum, maximum: limits that no valid value leaves. max_step: the largest change of
-    an axis from one control step to the next, in its unit; None where nobody has said.
+    low, high: the least and the greatest value of the training data, faults aside (`mmseq/statistics.py`); values are
+    scaled so that these meet the first and the last bin. minimum, maximum: limits that no valid value leaves.
+    max_step: the largest change of an axis from one control step to the next, in its unit; None where nobody has said.
     """
 
     names: tuple[str, ...]
@@ -105,9 +106,9 @@ class Axes:
         units: list[str] | tuple[str, ...] | None = None,
         margin: float = 0.1,
     ) -> Axes:
-        """Axes with the statistics of `values` (steps, axes).
+        """Axes with the statistics of `values` (steps, axes): low and high are their range, without wild values.
 
-        margin: how far beyond the seen range, as a share of it, a value is still valid.
+        margin: how far beyond that range, as a share of it, a value is still valid.
         """
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or len(values) == 0:
@@ -115,17 +116,17 @@ class Axes:
         width = values.shape[1]
         names = tuple(names) if names else tuple(f"axis_{i}" for i in range(width))
         units = tuple(units) if units else ("unitless",) * width
-        low, high = np.quantile(values, [0.01, 0.99], axis=0)
-        minimum, maximum = values.min(0), values.max(0)
-        slack = margin * np.maximum(maximum - minimum, 1e-6)
+        extents = [extent(axis) for axis in values.T]
+        low, high = np.array([e.low for e in extents]), np.array([e.high for e in extents])
+        slack = margin * np.maximum(high - low, 1e-6)
         clean = lambda v: tuple(float(np.float32(x)) for x in v)
         return cls(
             names=names,
             units=units,
             low=clean(low),
             high=clean(high),
-            minimum=clean(minimum - slack),
-            maximum=clean(maximum + slack),
+            minimum=clean(low - slack),
+            maximum=clean(high + slack),
         )
 
     def check(self, values: np.ndarray, *, what: str, where: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Episode:
     @classmethod
     def from_video(cls, path: str | Path, *, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:
         """A video file without actions, resampled to `rate_hz` frames per second (default: its own)."""
-        from mmseq.data.video import read_video_episode
+        from mmseq.data.video_folder import read_video_episode
 
         return read_video_episode(path, texts=list(texts), rate_hz=rate_hz)
 
@@ -137,7 +138,7 @@ class Episode:
         edges = {edge for span in self.spans for edge in (span.start, span.stop) if 0 < edge < len(self)}
         cuts = sorted({0, len(self), *edges})
         of = lambda step: {name: texts for name in of_kind(TEXT) if (texts := self.texts_of(name, step))}
-        return [(start, stop, of(start)) for start, stop in zip(cuts, cuts[1:])]
+        return [(start, stop, of(start)) for start, stop in pairwise(cuts)]
 
     @property
     def cameras(self) -> list[str]:

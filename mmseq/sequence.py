@@ -158,7 +158,7 @@ class Layout:
         return first + (columns if self.flat else rows + columns)
 
     def slots(self, use: str, columns: int, first: int, count: int) -> np.ndarray:
-        """Slots (count, S) of places first .. first + count - 1, counted row by row of `columns`: copy, do not change."""
+        """Slots (count, S) of places first .. first + count - 1, row by row of `columns`: copy, do not change."""
         key = (use, columns, first, count)
         found = self._made.get(key)
         if found is None:
@@ -271,7 +271,7 @@ class SequenceBuilder:
 
     def numbered(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
         """The cameras that headers number: those of the contract, else the episode's own."""
-        if embodiment in self.cameras:
+        if embodiment is not None and embodiment in self.cameras:
             return self.cameras[embodiment]
         return [s.removeprefix(IMAGE_PREFIX) for s in streams if s.startswith(IMAGE_PREFIX)]
 

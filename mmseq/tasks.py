@@ -213,9 +213,7 @@ class Task:
     def with_offsets(self, steps: Sequence[int]) -> Task:
         """The task with a drawn offset, in steps, in place of each range."""
         drawn = iter(steps)
-        fixed = lambda s: (
-            replace(s, offset=Duration(float(next(drawn)))) if isinstance(s.offset, DurationRange) else s
-        )
+        fixed = lambda s: replace(s, offset=Duration(float(next(drawn)))) if isinstance(s.offset, DurationRange) else s
         return Task(tuple(fixed(p) if isinstance(p, Segment) else p for p in self.parts))
 
     def nearest(self, rate_hz: float) -> Task:
@@ -341,9 +339,7 @@ def parse_offset(text: str) -> Duration | str:
     return offset  # type: ignore[return-value]
 
 
-_TOKEN = re.compile(
-    r"\s*(->|\*|,|\(|\)|\[|\]|@|\+|-|\.\.|\.(?=[A-Za-z_])|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)?s?)"
-)
+_TOKEN = re.compile(r"\s*(->|\*|,|\(|\)|\[|\]|@|\+|-|\.\.|\.(?=[A-Za-z_])|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)?s?)")
 
 
 class _Parser:

@@ -198,4 +198,3 @@ class Vocabulary:
         wrong = [f"{name}: {here} against {there}" for name, here, there in pairs if here != there]
         if wrong:
             raise FingerprintError(f"the vocabulary of {mine} differs from that of {theirs}: {'; '.join(wrong)}")
-

@@ -20,6 +20,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
+from mmseq.data.mapping import read_map
 from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
@@ -33,46 +34,39 @@ BLOCK_SAMPLES = 4096
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source. path: LeRobot v3, folder of videos or episode shards, relative to the mix's root.
+    """Episodes that a mix draws from."""
 
-    weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
-    episodes that training never sees; default: the mix's.
-    """
-
-    path: str = "???"
-    weight: float = 1.0
-    rate_hz: float | None = None
-    holdout: float | None = None
+    path: str = "???"  # LeRobot, HDF5, a folder of videos or episode shards, relative to the mix's root
+    weight: float = 1.0  # its share among the sources of a task
+    rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
+    holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
+    # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
+    map: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """One arrow. name: how it is reported; default: its alias, else the arrow itself.
+    """An arrow to train."""
 
-    weight: its share of samples. sources: which sources it draws from; default: all that can fill it.
-    parallel: of a task that ends with a chunk of actions, the share of samples in which the tokens of the chunk do
-    not see each other from a random step on, so that the model learns to decode them at once.
-    """
-
-    task: str = "???"
-    name: str | None = None
-    weight: float = 1.0
-    sources: list[str] | None = None
+    task: str = "???"  # the arrow, or a built-in name
+    name: str | None = None  # how it is reported; default: its alias, else the arrow itself
+    weight: float = 1.0  # its share of samples
+    sources: list[str] | None = None  # which sources it draws from; default: all that can fill it
+    # of a task that ends with a chunk of actions: the share of samples in which the tokens of the chunk do not see each
+    # other from a random step on, so that the model learns to decode them at once
     parallel: float = 0.0
 
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """A data mix. weighting: `as_given`, or `frames` (weight x number of moments).
+    """A data mix."""
 
-    holdout: the share of every source's episodes that training never sees; which ones is decided by
-    a hash of the episode's id, so adding data moves no episode across.
-    """
-
-    name: str = "mix"
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    tasks: list[TaskConfig] = field(default_factory=list)
-    weighting: str = "as_given"
+    name: str = "mix"  # how it is reported
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # by name
+    tasks: list[TaskConfig] = field(default_factory=list)  # what is trained
+    weighting: str = "as_given"  # of sources: `as_given`, or `frames` (weight x number of moments)
+    # share of every source's episodes that training never sees; a hash of the episode's id decides which, so adding
+    # data moves none across
     holdout: float = 0.1
 
     def holdout_of(self, source: str) -> float:
@@ -94,6 +88,7 @@ class MixConfig:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
             if source.holdout is not None and not 0 <= source.holdout < 1:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
+            read_map(source.map)
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -309,9 +304,7 @@ class Moments:
         offsets: tuple[int, ...] = ()
         if self.task.ranged:
             options = self.task.offsets_within(now, int(plan.lengths[episode]), plan.kinds[kind].rate_hz)
-            offsets = tuple(
-                o[draw(i) % len(o)] if draw is not None else min(o, key=abs) for i, o in enumerate(options)
-            )
+            offsets = tuple(o[draw(i) % len(o)] if draw is not None else min(o, key=abs) for i, o in enumerate(options))
         length = self._length(kind)
         return Sample(self.index, self.task_index, self.source, episode, now, variant, length, offsets, visible)
 

@@ -30,34 +30,28 @@ from mmseq.errors import ConfigError, require
 from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
+from mmseq.simulation.experts import DEMO_SPREAD, DEMO_TASKS
 
 CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
 
 
 @dataclass(kw_only=True)
 class ClosedLoopConfig:
-    """What is driven and how.
+    """What is driven and how."""
 
-    chunking, execute: how chunks become actions, and the control steps from one request to the next (see
-    `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
-    passes: forward passes per chunk, see `ModelPolicy`. spread: of the
-    layouts (see `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
-    whose frames are returned. controllers: among `CONTROLLERS`.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    episodes: int = 20
-    seed: int = 100_000
-    chunking: str = "plain"
-    execute: int = 1
-    delay_ms: float = 0.0
-    jitter_ms: float = 0.0
-    passes: int | None = None
-    max_steps: int = 90
-    spread: float = 1.0
-    keep: int = 1
-    workers: int = 2
-    controllers: tuple[str, ...] = ("policy",)
+    tasks: list[str] = field(default_factory=lambda: list(DEMO_TASKS))  # Meta-World tasks; default: the demo's
+    episodes: int = 20  # unseen layouts per task
+    seed: int = 100_000  # of the first layout; episode i of a task uses seed + i
+    chunking: str = "plain"  # how chunks become actions: plain, ensemble or realtime
+    execute: int = 1  # control steps of each chunk before the next request
+    delay_ms: float = 0.0  # of an answer, in the simulator's time
+    jitter_ms: float = 0.0  # the delay varies by up to this much to either side, never below 0
+    passes: int | None = None  # forward passes per chunk, of a policy trained for it
+    max_steps: int = 90  # control steps after which an episode has failed
+    spread: float = DEMO_SPREAD  # how far layouts vary, 1 as in Meta-World
+    keep: int = 1  # episodes per task whose frames are returned
+    workers: int = 2  # simulators at once, each in a process of its own
+    controllers: tuple[str, ...] = ("policy",)  # among `CONTROLLERS`
 
 
 @dataclass

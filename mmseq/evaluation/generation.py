@@ -50,7 +50,7 @@ from mmseq.evaluation.cases import (
 )
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, texts_of
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
-from mmseq.evaluation.tokenizer_quality import evaluate_tokenizers, mean_frame
+from mmseq.evaluation.tokenizer_results import mean_frame, tokenizer_results
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.streams import OUTCOME, SCALAR, TEXT, VECTOR, VISION
@@ -97,7 +97,7 @@ def evaluate_generation(
         if on_progress:
             on_progress("tokenizers", len(parts), len(parts) + 1)
         began = time.perf_counter()
-        run.results += evaluate_tokenizers(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
+        run.results += tokenizer_results(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
         run.media["seconds"]["tokenizers"] = time.perf_counter() - began
     if on_progress:
         on_progress("done", len(parts) + 1, len(parts) + 1)
@@ -169,9 +169,7 @@ class _Run:
             share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
             cases = draw(task, episodes, max(min(FEWEST, self.samples), int(self.samples * min(1.0, share))), rng)
         if not cases:
-            only = (
-                "every held-out moment has the same outcome" if OUTCOME in kinds else "the episodes are too short"
-            )
+            only = "every held-out moment has the same outcome" if OUTCOME in kinds else "the episodes are too short"
             self.media["skipped"][name + SUFFIX[kind]] = only
             return None
         predictions = predict_cases(self.model, task, cases)

@@ -37,7 +37,7 @@ class Tokenizers(Mapping[str, Tokenizer]):
     tokenizers: by range, `text` and `vision` among them. embodiments: the robots; each further vector stream that one
     of them declares gets a `BinTokenizer` where it has no tokenizer yet. merge: given vision joins merge x merge tokens
     into one position. flat_slots: as in `Layout`, of tokenizers from before. streams: names that have header tokens
-    already, in their order; those of the robots and tokenizers follow.
+    already, in their order; those of the robots and tokenizers follow. `vectors` names the ranges of vectors.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Tokenizers(Mapping[str, Tokenizer]):
             if tokenizer.readout not in READOUTS:
                 raise ConfigError(f"the tokenizer of {name!r} has readout={tokenizer.readout!r}, not one of {READOUTS}")
         sizes = {name: tokenizer.size for name, tokenizer in self._tokenizers.items()}
-        vectors = [name for name in self._tokenizers if stream_row(name).kind is VECTOR]
-        self.layout = Layout(self.vision.grid, merge, tuple(vectors), flat=flat_slots)
-        further = sorted({*declared, *vectors} - set(streams))
+        self.vectors = tuple(name for name in self._tokenizers if stream_row(name).kind is VECTOR)
+        self.layout = Layout(self.vision.grid, merge, self.vectors, flat=flat_slots)
+        further = sorted({*declared, *self.vectors} - set(streams))
         self.vocabulary = Vocabulary(sizes, embodiments=list(self.embodiments), streams=[*streams, *further])
         self._success = ScalarTokenizer(2)
 

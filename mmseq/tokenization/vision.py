@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Integer, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, MMSeqError, did_you_mean
+from mmseq.files import save_tensors
 
 WEIGHTS_FILE = "vision.safetensors"
 CONFIG_FILE = "vision.json"
@@ -40,23 +41,17 @@ CHUNK_IMAGES = 64  # images per forward pass: small enough to stay near the cach
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision tokenizer.
+    """A vision tokenizer."""
 
-    size, patch: pixels along one side of the image and of the square that a token stands for.
-    margin: pixels around its patch that a token also sees. levels: values per number of a code;
-    their product is the size of the codebook. width, hidden: of the residual layers.
-    decoder_reach: a patch is drawn from the tokens up to this many places away.
-    """
-
-    size: int = 64
-    patch: int = 8
-    margin: int = 2
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 192
-    hidden: int = 512
-    encoder_depth: int = 1
-    decoder_depth: int = 3
-    decoder_reach: int = 2
+    size: int = 64  # pixels along one side of an image
+    patch: int = 8  # pixels along one side of the square that a token stands for
+    margin: int = 2  # pixels around its patch that a token also sees
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # values per number of a code; their product is the size of the codebook
+    width: int = 192  # of the residual layers
+    hidden: int = 512  # width inside each residual layer
+    encoder_depth: int = 1  # residual layers before the code
+    decoder_depth: int = 3  # residual layers after it
+    decoder_reach: int = 2  # a patch is drawn from the tokens up to this many places away
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -278,8 +273,7 @@ class VisionTokenizer:
         if bad.any():
             frame, token = np.argwhere(bad)[0]
             raise DataError(
-                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside "
-                f"0..{self.size - 1}",
+                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside 0..{self.size - 1}",
                 fix="subtract the start of the vision range from vocabulary ids first",
             )
         frames = np.empty((len(codes), self.config.size, self.config.size, 3), np.uint8)
@@ -309,7 +303,7 @@ class VisionTokenizer:
         """Writes `vision.safetensors` and `vision.json`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._weights(), directory / WEIGHTS_FILE)
+        save_tensors(self._weights(), directory / WEIGHTS_FILE)
         settings = {"format": FORMAT, "kind": "fsq", "fingerprint": self.fingerprint, "config": asdict(self.config)}
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         return {}

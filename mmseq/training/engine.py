@@ -31,11 +31,11 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
     Raises: ConfigError when the file is no JSON object, or contradicts the recipe.
     """
     rows = max(1, config.data.rows_per_step // config.groups(world))
-    passes = max(1, rows // min(config.data.rows_per_pass, rows))
+    portions = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
-        "train_batch_size": passes * world,
+        "gradient_accumulation_steps": portions,
+        "train_batch_size": portions * world,
         # at stage 0 the loop clips, after it has seen that the gradients are finite
         "gradient_clipping": config.optimizer.gradient_clip if config.deepspeed.zero_stage else 0.0,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},

@@ -29,12 +29,12 @@ from mmseq.training.signals import ASKED
 
 @dataclass
 class StepData:
-    """passes: the batches of this rank. state: of the data after this step. samples: of all ranks.
+    """batches: of this rank, one a pass through the model. state: of the data after this step. samples: of all ranks.
 
     bad: samples of this rank that could not be read, with the reason.
     """
 
-    passes: list[Batch]
+    batches: list[Batch]
     state: DataState
     samples: list[Sample]
     used_tokens: int
@@ -85,8 +85,8 @@ def steps(
     def prepare() -> tuple[list[list[Sample]], DataState, list[Future[Any]]]:
         rows = order.take(rows_per_step)
         mine = rows[rank::world]
-        passes = [mine[i : i + rows_per_pass] for i in range(0, len(mine), rows_per_pass)]
-        return rows, order.state, [pool.submit(build, p) for p in passes]
+        portions = [mine[i : i + rows_per_pass] for i in range(0, len(mine), rows_per_pass)]
+        return rows, order.state, [pool.submit(build, p) for p in portions]
 
     def finish(prepared: Future[tuple[list[list[Sample]], DataState, list[Future[Any]]]]) -> StepData:
         rows, after, futures = prepared.result()

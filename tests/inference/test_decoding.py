@@ -12,7 +12,6 @@ from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
 from mmseq.inference.prefixes import Prefixes
 from mmseq.packing import collate
-from mmseq.sequence import NOTHING
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens

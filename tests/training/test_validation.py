@@ -16,9 +16,9 @@ from mmseq.packing import collate
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.values import Span, axis_groups, values_of
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import Objective
-from mmseq.tokenization.values import Span, axis_groups, values_of
 from mmseq.training.validation import PICTURES, held_out_batches, spans
 
 FP32 = ["deepspeed.dtype=fp32", "validate_every=5", "validation_samples=6"]
