@@ -395,7 +395,6 @@ class LeRobotReader:
             proprio=axes.get(STATE),
             action=axes.get(ACTION),
             action_form=form,
-            gripper=None,  # which value means open is not written in a LeRobot dataset
         )
 
     def _hold_to(self, given: Embodiment) -> Embodiment:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from mmseq_client import contract as client
+from mmseq_client.rules import inward, rounding
 
 from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.errors import EmbodimentError, did_you_mean
@@ -135,8 +137,8 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = axes.limits
-    slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
+    low, high = inward(axes.minimum, axes.maximum)
+    slack = rounding(low, high)
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":
         where = tuple(np.argwhere(outside)[0])
@@ -305,12 +307,4 @@ def _check_other(key: str, value: Any) -> Any:
 
 def example_observation(embodiment: Embodiment, *, seed: int = 0) -> dict[str, Any]:
     """A valid random observation of `embodiment`: to try a server, to warm a model up, in tests."""
-    random = np.random.default_rng(seed)
-    observation: dict[str, Any] = {
-        f"observation.images.{camera.name}": random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
-        for camera in embodiment.cameras
-    }
-    if embodiment.proprio:
-        low, high = np.asarray(embodiment.proprio.low), np.asarray(embodiment.proprio.high)
-        observation["observation.state"] = random.uniform(low, high).astype(np.float32)
-    return {**observation, "prompt": "do the task", "embodiment": embodiment.name}
+    return client.example_observation(embodiment.to_dict(), seed)

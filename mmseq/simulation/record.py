@@ -230,5 +230,5 @@ def embodiment(episodes: Sequence[RecordedEpisode]) -> Embodiment:
             maximum=(1.0,) * 4,
         ),
         action_form="delta",
-        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
+        grippers=(Gripper(axis="gripper", open=-1.0, closed=1.0),),
     )

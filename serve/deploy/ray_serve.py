@@ -1,6 +1,6 @@
 """Replicas of the policy server with Ray Serve: a GPU each, on one machine or on all of a Ray cluster.
 
-    pip install '.[serve,ray]'
+    pip install '.[serve,ray]' ./serve/client
     python serve/deploy/ray_serve.py --replicas 4 --gpus 1 --config serve/server.yaml device=cuda
 
 The settings are those of `mmseq serve`; TLS belongs before Ray's proxy. The proxy gives each websocket to the replica

@@ -34,7 +34,7 @@ def model():
         proprio=axes(PROPRIO_NAMES, (-0.8, 0.1, -0.2, -0.1), (0.8, 1.3, 1.0, 1.5)),
         action=axes(ACTION_NAMES, (-1.0,) * 4, (1.0,) * 4),
         action_form="delta",
-        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
+        grippers=(Gripper(axis="gripper", open=-1.0, closed=1.0),),
     )
     return tiny.model(tiny.tokenizers((robot,)))
 
