@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from mmseq_client import rest_action
 
-from mmseq.embodiment import Embodiment
+from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
@@ -156,6 +156,12 @@ class Contract:
 
 def image_keys(embodiment: Embodiment) -> list[str]:
     return [f"observation.images.{camera.name}" for camera in embodiment.cameras]
+
+
+def vector_keys(embodiment: Embodiment) -> dict[str, Axes]:
+    """The keys of the vectors that are observed, and their axes."""
+    names = {name: "state" if name == "proprio" else name for name in embodiment.vectors if name != "action"}
+    return {f"observation.{key}": embodiment.vectors[name] for name, key in names.items()}
 
 
 MAX_REPLAYED = 4096  # control steps of one answer
