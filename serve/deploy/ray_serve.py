@@ -23,9 +23,9 @@ from ray import serve
 
 from mmseq.config import load_config
 from mmseq.errors import ConfigError, MMSeqError, ServeError
-from mmseq.serving.app import build_app
 from mmseq.serving.holds import Holds
 from mmseq.serving.launch import ServeSettings, loader, server_config
+from mmseq.serving.net.app import build_app
 from mmseq.serving.service import Service
 
 SHARE_S = 0.1  # between two looks at the other replicas' hold
