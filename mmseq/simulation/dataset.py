@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmseq.errors import DataError, require
-from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES
-from mmseq.simulation.record import ROBOT, RecordedEpisode, embodiment
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, ROBOT
+from mmseq.simulation.record import RecordedEpisode, embodiment
 from mmseq.simulation.video import CRF, KEYFRAME_EVERY, PIXEL_FORMAT, PRESET
 
 MAX_EPISODE_STEPS = 4096  # LeRobot drops frames when its encoder's queue is full, so the queue holds an episode

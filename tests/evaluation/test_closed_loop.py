@@ -12,7 +12,7 @@ from mmseq.evaluation.results import read_results
 from mmseq.evaluation.splices import SpliceMeter, Splices
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
-from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, MetaWorldEnv
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")
@@ -47,7 +47,7 @@ def server(model):
 
 def drive(server, **changes):
     config = ClosedLoopConfig(tasks=["drawer-open"], episodes=1, max_steps=60, keep=0, **changes)
-    return _drive(("policy", "drawer-open", 0, 1, asdict(config), server.port, 32))[0]
+    return _drive((MetaWorldEnv, "policy", "drawer-open", 0, 1, asdict(config), server.port, 32))[0]
 
 
 def test_without_delay_every_chunk_begins_at_once(server):
