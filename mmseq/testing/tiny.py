@@ -42,7 +42,7 @@ def embodiment(name: str = "arm", cameras: tuple[str, ...] = ("front",), size: i
         proprio=axes("xyz"),
         action=axes("xyzg"),
         action_form="delta",
-        gripper=Gripper(axis="g", open=-1.0, closed=1.0),
+        grippers=(Gripper(axis="g", open=-1.0, closed=1.0),),
     )
 
 

@@ -203,11 +203,11 @@ def scalar_codes(
 
 
 def axis_groups(axes: Axes, robot: Embodiment) -> dict[str, list[int]]:
-    """Which axes are averaged: those of one unit, named by it; the gripper by itself."""
+    """Which axes are averaged: those of one unit, named by it; grippers by themselves."""
     groups: dict[str, list[int]] = {}
+    grippers = {gripper.axis for gripper in robot.grippers}
     for i, (name, unit) in enumerate(zip(axes.names, axes.units)):
-        gripper = robot.gripper is not None and name == robot.gripper.axis
-        groups.setdefault(f"gripper_{unit}" if gripper else unit, []).append(i)
+        groups.setdefault(f"gripper_{unit}" if name in grippers else unit, []).append(i)
     return groups
 
 

@@ -181,8 +181,8 @@ def evaluate_tokenizers(
     """Measure tokenizers on episodes of each source (default: all of them).
 
     Returns: `vision`: PSNR and use of the codebook (see `vision_quality`; None without frames); `text`: tokens per
-    text by source; `action`, `proprio` and further vectors: mean absolute round-trip error by source and axis, in its unit;
-    `episodes`: how many were measured, by source.
+    text by source; `action`, `proprio` and further vectors: mean absolute round-trip error by source and axis, in its
+    unit; `episodes`: how many were measured, by source.
     """
     chosen = {name: list(episodes[name]) if episodes else list(range(len(s))) for name, s in sources.items()}
     size = tokenizers.vision.config.size
