@@ -43,9 +43,10 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
 from mmseq.errors import DataError, MMSeqError, did_you_mean, raise_all, require
 from mmseq.statistics import remarks
+from mmseq.streams import OUTCOME, OWN_VECTORS, STREAMS, TEXT
 
 SUFFIXES = (".hdf5", ".h5")
-_SPOKEN = ("text", "plan", "success")  # streams that are no array with a value per step
+_SPOKEN = [row.name for row in STREAMS.values() if row.kind in (TEXT, OUTCOME)]  # no array with a value per step
 _YES, _NO = ("success", "succeeded", "true", "yes", "1"), ("failure", "fail", "failed", "false", "no", "0")
 _REPLACE = "fetch or record the file again, or take it out"
 
@@ -102,7 +103,7 @@ class Hdf5Reader:
         unused = left_out(columns, self.streams)
         self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
         self.notes += describe(columns, self.left_out)
-        if not any(s.startswith(IMAGE_PREFIX) or s in ("proprio", "action") for s in self.streams):
+        if not any(s.startswith(IMAGE_PREFIX) or s in OWN_VECTORS for s in self.streams):
             raise DataError(
                 f"{path} holds neither cameras nor states nor actions under names that are known, but "
                 f"{_some(self.left_out)}",
@@ -232,7 +233,8 @@ class Hdf5Reader:
                 else:
                     parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
                     arrays[stream] = self._checked(demo, stream, np.concatenate(parts, axis=1))
-            (texts, spans), (plans, stages) = (self._texts(demo, group, s, steps) for s in ("text", "plan"))
+            texts, spans = self._texts(demo, group, "text", steps)
+            plans, stages = self._texts(demo, group, "plan", steps)
             success = self._success(demo, group)
         return Episode.from_arrays(
             self._name(demo),

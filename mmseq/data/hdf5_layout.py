@@ -113,7 +113,7 @@ def _column(path: str, dataset: Any) -> Column:
         return Column("other", detail)
     if kind in "SOV" or (len(shape) == 2 and dataset.dtype.itemsize == 1 and kind in "ui"):
         if is_encoded(first) or (kind == "O" and "images/" in path and isinstance(first, np.ndarray)):
-            return Column("depth" if "depth" in path else "image", "encoded")
+            return Column("depth" if "depth" in path else "picture", "encoded")
         if kind in "SO" and (first is None or isinstance(first, (bytes, str, np.ndarray))):
             return Column("text", "texts" if shape else "a text")
         if kind in "SOV":
@@ -126,7 +126,7 @@ def _column(path: str, dataset: Any) -> Column:
     if (grey or (has_picture_shape(inner) and sorted(inner)[1] >= 8)) and not _NO_PICTURE.search(path):
         colour = not grey and 3 in (inner[0], inner[2]) and dataset.dtype == np.uint8
         if colour or _PICTURE.search(path):
-            return Column("image", detail)
+            return Column("picture", detail)
     if len(inner) == 1 or (len(inner) == 2 and inner[0] == 1):
         return Column("vector", f"{inner[-1]} numbers")
     return Column("flag", "one number") if len(shape) == 1 else Column("other", detail)
@@ -141,7 +141,7 @@ def find_streams(demos: Sequence[Mapping[str, Entry]]) -> Streams:
     observed = {last(n): n for n in counts if kinds[n] in ("vector", "flag") and re.match(r"obs(ervations?)?/", n)}
     having = {part: counts[name] for part, name in observed.items()}
     streams: Streams = {}
-    for camera, name in _cameras([n for n in sorted(counts, key=natural) if kinds[n] == "image"]).items():
+    for camera, name in _cameras([n for n in sorted(counts, key=natural) if kinds[n] == "picture"]).items():
         streams[f"image.{camera}"] = (name,)
     parts = [p for p in PROPRIO if p in observed]
     parts = [p for p in parts if 2 * having[p] > max(having[q] for q in parts)]

@@ -31,17 +31,16 @@ import numpy as np
 from PIL import Image
 
 from mmseq.data import hdf5
-from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.mapping import Streams
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
-from mmseq.data.video_folder import VIDEO_SUFFIXES, VideoFolderReader
+from mmseq.data.video_folder import VIDEO_SUFFIXES
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.mp4 import encode_video
+from mmseq.plugins import every, find, names
 
-FORMATS = ("lerobot", "video", "hdf5")
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
@@ -54,6 +53,9 @@ class EpisodeSource(Protocol):
     What is wrong with an episode is raised where that is opened, and `embodiment()` is of those that can be read. A
     reader may also have `notes` (what is odd, and what it leaves out), `left_out` (the columns that nothing uses, with
     the entry of a map that would), and `check(index)`, which finds fault with pictures without decoding them.
+
+    A reader is made with (path, rate_hz=..., embodiment=..., map=...); that of a plug-in says with a static method
+    `detects(path)` which paths it reads.
     """
 
     def __len__(self) -> int: ...
@@ -63,8 +65,11 @@ class EpisodeSource(Protocol):
 
 
 def detect_format(src: str | Path) -> str:
-    """One of FORMATS. Raises: DataError that says what was found instead, and the way out."""
+    """The name of a reader. Raises: DataError that says what was found instead, and the way out."""
     src = Path(src)
+    for name, reader in every("readers").items() if src.exists() else ():
+        if hasattr(reader, "detects") and reader.detects(src):
+            return name
     if not src.exists():
         raise DataError(f"{src} does not exist", fix="give a LeRobot dataset, HDF5 files or a folder of videos")
     if src.is_file():
@@ -106,27 +111,17 @@ def open_episodes(
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
 ) -> EpisodeSource:
-    """A reader of the dataset at `src`; format: one of FORMATS, default: what is found there. map: see mapping.py.
+    """A reader of the dataset at `src`; format: its name among the readers, default: what is found there. map: see
+    mapping.py.
 
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
     format = format or detect_format(src)
-    if format == "lerobot":
-        return LeRobotReader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
-    if format == "hdf5":
-        return hdf5.Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
-    if format == "video":
-        if map:
-            raise DataError(f"{src} is video, whose one stream no map changes", fix="leave the map out")
-        if embodiment is not None:
-            raise DataError(
-                f"{src} is video without actions, so embodiment {embodiment.name!r} does not apply",
-                fix="leave the embodiment out",
-            )
-        return VideoFolderReader(src, rate_hz=rate_hz)
     if format == "rlds":
         raise DataError("RLDS is not supported yet", fix=_TO_LEROBOT)
-    raise DataError(f"format {format!r} is unknown: {did_you_mean(format, FORMATS)}")
+    if format not in names("readers"):
+        raise DataError(f"format {format!r} is unknown: {did_you_mean(format, names('readers'))}")
+    return find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
 
 
 def square(frame: np.ndarray, size: int) -> np.ndarray:

@@ -46,9 +46,10 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EmbodimentError, MMSeqError
 from mmseq.statistics import remarks
+from mmseq.streams import OWN_VECTORS, STREAMS, VECTOR, VISION, row_of
 
 STATE, ACTION = "observation.state", "action"
-_FOUND = {"proprio": STATE, "action": ACTION}
+_FOUND = {name: str(STREAMS[name].column) for name in OWN_VECTORS}
 
 
 def _guess_action_form(names: Sequence[str]) -> str:
@@ -86,9 +87,7 @@ class LeRobotReader:
         self.streams = fill(self._find(), map or {}, self.columns, str(self.path))
         self.left_out = left_out(self.columns, self.streams)
         self.notes = [*self.layout.notes, *describe(self.columns, self.left_out)]
-        if not any(
-            stream.startswith(IMAGE_PREFIX) or stream not in ("text", "plan", "success") for stream in self.streams
-        ):
+        if not any(row_of(stream).kind in (VISION, VECTOR) for stream in self.streams):
             raise DataError(
                 f"{self.path} has neither cameras nor {STATE} nor {ACTION}; {'; '.join(self.notes) or 'it is bare'}",
                 fix="say with --map which columns are what",
@@ -118,7 +117,7 @@ class LeRobotReader:
         found: Streams = {}
         for name, column in self.columns.items():
             camera = camera_name(name)
-            if column.kind == "image" and camera and f"{IMAGE_PREFIX}{camera}" not in found:
+            if column.kind == "picture" and camera and f"{IMAGE_PREFIX}{camera}" not in found:
                 found[f"{IMAGE_PREFIX}{camera}"] = (name,)
         vectors = {
             s: (n,) for s, n in _FOUND.items() if n in self.columns and self.columns[n].kind in ("vector", "flag")

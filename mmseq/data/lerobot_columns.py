@@ -64,7 +64,7 @@ def _kind(layout: Layout, name: str, feature: dict[str, Any], type_: pa.DataType
     stored = type_ is not None and (pa.types.is_struct(type_) or pa.types.is_binary(type_))
     if picture or (stored and name != EVENTS):
         flags = [(feature.get(part) or {}).get(flag) for part, flag in _DEPTH_FLAGS]
-        return "depth" if any(flags) or _deep(layout, name, stored) else "image"
+        return "depth" if any(flags) or _deep(layout, name, stored) else "picture"
     if type_ is None or name == EVENTS:
         return "other"
     if pa.types.is_string(type_) or pa.types.is_large_string(type_):

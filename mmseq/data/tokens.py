@@ -17,10 +17,11 @@ import numpy as np
 from mmseq.data.shards import ShardReader, ShardWriter
 from mmseq.episode import Episode
 from mmseq.errors import DataError, TaskError
-from mmseq.streams import TEXT, VECTOR, row_of
+from mmseq.streams import IMAGE_PREFIX, TEXT, VECTOR, VISION, row_of
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.values import scalar_codes
 
+FEATURES = "features."  # of the members that hold what an encoder gives of a camera, float16
 CACHE_BYTES = 512 << 20  # of the opened episodes of a mixture, in each process
 
 
@@ -75,6 +76,9 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
             continue
         codes = source.codes(stream, 0, len(episode))
         members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers[row.range].size))
+        if row.kind is VISION and tokenizers.encoder is not None:
+            camera = stream.removeprefix(IMAGE_PREFIX)
+            members[f"{FEATURES}{camera}.npy"] = source.features(camera, 0, len(episode)).astype(np.float16)
         if row.kind is VECTOR:
             axes[stream] = int(codes.shape[1])
     texts = pieces[0]["texts"]
@@ -140,8 +144,11 @@ class TokenizedEpisode:
             raise TaskError(f"episode {self.id!r} has no {stream!r} at step {start}")
         return np.asarray(variants[variant % len(variants)], dtype=np.int64)
 
+    def demonstration(self) -> TokenizedEpisode:
+        return self
+
     def features(self, camera: str, start: int, stop: int) -> np.ndarray:
-        raise TaskError(f"token shards hold no features of camera {camera!r}")
+        return self._members[f"{FEATURES}{camera}.npy"][start:stop].astype(np.float32)
 
 
 class Kind(NamedTuple):

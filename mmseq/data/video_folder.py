@@ -9,13 +9,14 @@ A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "capt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmseq.data.video import VideoInfo, iter_frames, probe, read_frames
+from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import DataError, did_you_mean
 
@@ -64,7 +65,21 @@ class VideoFolderReader:
     Raises: DataError for an empty folder, a broken line of captions.jsonl, or one that names no file.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        rate_hz: float | None = None,
+        embodiment: Embodiment | None = None,
+        map: Mapping[str, Any] | None = None,
+    ):
+        """embodiment, map: as other readers have them; refused, since there is nothing that they could say."""
+        if map:
+            raise DataError(f"{path} is video, whose one stream no map changes", fix="leave the map out")
+        if embodiment is not None:
+            raise DataError(
+                f"{path} is video without actions, so embodiment {embodiment.name!r} does not apply",
+                fix="leave the embodiment out",
+            )
         self.path = Path(path)
         self.rate_hz = rate_hz
         if self.path.is_file():

@@ -156,12 +156,15 @@ class Service:
         self._admit()
         turn, observation = take_turn(observation)
         checked, embodiment = check_observation(observation, self.contract, self.rules)
-        session.serves(embodiment.name)
+        session.serves(embodiment.name, self.contract)
         memory = session.memory
         if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
             session.forget()  # all that was sent is executed: what this robot did since nobody knows
         session.standing |= turn.reset
         step = memory.begin(turn)
+        if turn.reset:
+            session.history.forget(episode=True)
+        checked = session.history.fill(checked, step)
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = math.ceil(self.delays.usual * embodiment.rate_hz) if turn.delay is None else turn.delay
@@ -180,7 +183,7 @@ class Service:
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
         stood = before is None and turn.chunking != "plain" and (session.standing or step is not None)
         if stood:
-            before = self.gate.observed(checked.get("observation.state"), embodiment)
+            before = self.gate.observed(_latest(checked.get("observation.state")), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
@@ -195,6 +198,7 @@ class Service:
         took = time.monotonic() - arrived
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])
+        session.history.remember(step, reply["actions"])
         session.standing = False
         self.delays.add(took)
         if safety or first:
@@ -365,3 +369,8 @@ class Service:
             told = [s.hang_up(HELD_CLOSE, reason) for s in self.sessions.values() if s.hang_up is not None]
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.gather(*told, return_exceptions=True), HANG_UP_S)
+
+
+def _latest(state: Any) -> Any:
+    """The state of now, where the last ones are stacked."""
+    return state[-1] if getattr(state, "ndim", 1) == 2 else state

@@ -41,6 +41,7 @@ from mmseq.data.tokenize import tokenize_mix
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
@@ -287,14 +288,15 @@ def _new_tasks(
     parallel = {task_name(t): t.parallel for t in before.tasks} if before else {}
     known = dict(old.tasks) or {task_name(t): t.task for t in (before.tasks if before else ())}
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
-    if not any("action" in _predicted(a) for a in arrows.values()):
+    if not any(Task.parse(a).names("action", given=False) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
     longest = max(note["length"] for note in notes)
     streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
-        arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
         task = Task.parse(arrow)
+        spare = {s.stream for s in task.given if s.row.kind in (TEXT, VECTOR) and s.row.clock == "observed"}
+        task = task.without(spare - set(streams))
         missing = task.missing(streams)
         if missing:
             reasons.append(f"{key} needs {', '.join(missing)}")
@@ -302,26 +304,13 @@ def _new_tasks(
             reasons.append(f"{key} needs longer episodes than {longest} steps")
         else:
             shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
-            chosen.append(TaskConfig(task=arrow, name=key, sources=[name], **shares))
-    if not any("action" in _predicted(t.task) for t in chosen):
+            chosen.append(TaskConfig(task=str(task), name=key, sources=[name], **shares))
+    if not any(Task.parse(t.task).names("action", given=False) for t in chosen):
         raise ConfigError(
             f"{config.dataset} can fill no arrow that predicts actions ({'; '.join(reasons)})",
             fix="name one that it can with --task, such as 'image -> action[8]'",
         )
     return chosen
-
-
-def _without(arrow: str, streams: list[str]) -> str:
-    """The arrow without given streams that this robot does not have, where something else is left."""
-    given, _, predicted = arrow.rpartition("->")
-    if "(" in arrow:
-        return arrow
-    kept = [part for part in given.split(",") if part.strip().split("@")[0].split("[")[0] not in streams]
-    return f"{','.join(kept).strip()} ->{predicted}" if any(part.strip() for part in kept) else arrow
-
-
-def _predicted(arrow: str) -> str:
-    return arrow.rpartition("->")[2]
 
 
 def _rehearsed(
