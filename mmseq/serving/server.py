@@ -42,20 +42,19 @@ MAX_GRACE_S = 86_400
 MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where and how to serve.
+@dataclass(kw_only=True)
+class ServerOptions:
+    """Where and how to serve, as a file of settings can say it too.
 
-    port: 0 takes a free one. token: clients send it as `Authorization: Api-Key TOKEN`; a host other than
-    loopback needs one, unless insecure_public. tls_cert, tls_key: PEM files; with them the addresses are https and
-    wss. max_connections: of robots; one more is answered `busy`, and HTTP is not counted. stuck_s: a model call that
-    takes longer makes `/readyz` say 503. grace_s: time that requests under way get to finish when the server stops.
-    hold_file: where operators' holds are kept, so that they outlive the process.
+    port: 0 takes a free one. insecure_public: serve on a host other than loopback without a token. tls_cert, tls_key:
+    PEM files; with them the addresses are https and wss. max_connections: of robots; one more is answered `busy`, and
+    HTTP is not counted. stuck_s: a model call that takes longer makes `/readyz` say 503. grace_s: time that requests
+    under way get to finish when the server stops. hold_file: where operators' holds are kept, so that they outlive the
+    process.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    token: str | None = field(default=None, repr=False)
     insecure_public: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -68,6 +67,13 @@ class ServerConfig:
     stuck_s: float = 30.0
     grace_s: float = 10.0
     hold_file: str | None = None
+
+
+@dataclass(kw_only=True)
+class ServerConfig(ServerOptions):
+    """`ServerOptions`, checked. token: clients send it as `Authorization: Api-Key TOKEN`."""
+
+    token: str | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):

@@ -9,7 +9,6 @@ A background thread waits for the server; the loop itself never does.
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +28,13 @@ from mmseq_client.errors import (
     require_seconds,
 )
 from mmseq_client.gate import ActionGate
-from mmseq_client.robot import Pace, Robot, Tick, ended_by_sigterm
+from mmseq_client.repeats import Repeats
+from mmseq_client.robot import Backoff, Pace, Robot, Tick, ended_by_sigterm
 from mmseq_client.stance import Stance
 
 log = logging.getLogger("mmseq_client")
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
-_SAID_S = 10.0  # between two lines of the log that say the same, such as each try during a hold
 _NOT_YET = "no chunk yet"
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
@@ -94,10 +92,10 @@ class ControlLoop:
         self.counts: Counter[str] = Counter()
         self._on_event, self._clock, self._sleep = on_event, clock, sleep
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
-        self._random = random.Random(seed)
+        self._backoff = Backoff(seed)
         self._job: Any = None
         self._ask: Ask | None = None  # that the job is for; None: it connects
-        self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
+        self._connected, self._retry_at = True, 0.0
         self._last: np.ndarray | None = None  # commanded
         self._stance = Stance(self.gate)
         self._stands: np.ndarray | None = None  # where it was while it rested
@@ -105,7 +103,7 @@ class ControlLoop:
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
         self._step, self._origin, self._now = -1, 0.0, 0.0
         self._pace = Pace(self.rate_hz)
-        self._said: dict[str, tuple[str, float]] = {}  # by kind of event: the last line of the log, and when
+        self._said = Repeats()  # such as each try during a hold
         self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
 
     def run(self, seconds: float | None = None) -> None:
@@ -248,7 +246,7 @@ class ControlLoop:
         try:
             observation = dict(self.robot.observe())
         except NoObservationError as error:
-            self._give_up(self._ask, step, self._back_off())
+            self._give_up(self._ask, step, self._backoff.pause_s())
             self._ask = None
             self._event("blind", str(error))
             return False
@@ -300,7 +298,7 @@ class ControlLoop:
             self._connected = False
             if isinstance(error, ContractError):
                 self.buffer.reset()
-            self._give_up(ask, step, self._back_off())
+            self._give_up(ask, step, self._backoff.pause_s())
             what = str(error) if isinstance(error, ClientError) else repr(error)
             self._event("contract" if isinstance(error, ContractError) else "broke", what)
         else:
@@ -322,10 +320,11 @@ class ControlLoop:
                 ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous, clamp)
             )
         except UnsafeActionError as error:
-            self._give_up(ask, step, self._back_off())
+            self._give_up(ask, step, self._backoff.pause_s())
             self._event("withheld", str(error))
             return
-        self._pause, self._retry_at = _FIRST_PAUSE_S, self._now
+        self._retry_at = self._now
+        self._backoff.over()
         self._reset &= discarded == "out of order"  # the answer to a request from before the reset
         if discarded is not None:
             self._event("discarded", discarded)
@@ -338,9 +337,7 @@ class ControlLoop:
             self._rests, self._stands = True, self._last
         if ask is None or error.closed:
             self._connected = False
-        pause = self._back_off()
-        if error.retry_after_ms is not None:
-            pause = min(10.0, 0.001 * error.retry_after_ms) * self._random.uniform(1.0, 1.25)
+        pause = self._backoff.pause_s(error.retry_after_ms)
         self._give_up(ask, step, pause, late=error.code in _LATE_CODES)
         self._event("refused", str(error))
 
@@ -348,11 +345,6 @@ class ControlLoop:
         if ask is not None:
             self.buffer.lost(ask.sequence, step, late)
         self._retry_at = self._now + pause
-
-    def _back_off(self) -> float:
-        """A growing pause with jitter, in seconds, so that many robots do not come back at once."""
-        pause, self._pause = self._pause, min(_LONGEST_PAUSE_S, 2 * self._pause)
-        return pause * self._random.uniform(0.5, 1.0)
 
     def _hold(self, step: int, asked: bool) -> Tick:
         self.counts["held"] += 1
@@ -372,9 +364,7 @@ class ControlLoop:
         quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
         if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        said, at = self._said.get(kind, ("", -_SAID_S))
-        if detail != said or not 0 <= self._now - at < _SAID_S:
-            self._said[kind] = detail, self._now
+        if self._said.is_news(kind, self._now, detail):
             log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

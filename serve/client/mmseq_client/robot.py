@@ -1,9 +1,10 @@
-"""What is driven, and how: a robot's four methods, what a control step did, its pace, and SIGTERM on the way."""
+"""What is driven, and how: a robot's four methods, what a control step did, pace, patience, and SIGTERM on the way."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import random
 import signal
 import threading
 from collections import deque
@@ -70,6 +71,26 @@ class Pace:
             f"{recent} control steps of the last 2 s had no command: observe, act and whatever else runs between two "
             f"steps must take less than {1000 / self._rate_hz:g} ms together"
         )
+
+
+class Backoff:
+    """Growing pauses between tries, with jitter, so that many robots do not come back at once."""
+
+    FIRST_S, LONGEST_S, LONGEST_TOLD_S = 0.05, 2.0, 10.0
+
+    def __init__(self, seed: int | None = None):
+        self._random, self._next_s = random.Random(seed), self.FIRST_S
+
+    def over(self) -> None:
+        """It worked."""
+        self._next_s = self.FIRST_S
+
+    def pause_s(self, told_ms: float | None = None) -> float:
+        """Until the next try, in seconds. told_ms: what the server says of it."""
+        pause, self._next_s = self._next_s, min(self.LONGEST_S, 2 * self._next_s)
+        if told_ms is not None:
+            return min(self.LONGEST_TOLD_S, 0.001 * told_ms) * self._random.uniform(1.0, 1.25)
+        return pause * self._random.uniform(0.5, 1.0)
 
 
 @contextlib.contextmanager
