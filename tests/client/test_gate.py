@@ -228,6 +228,9 @@ def test_limits_are_rounded_inward():
     np.testing.assert_allclose(low, [0.1, -0.1, 0.3, 1.0], rtol=1e-6)
     np.testing.assert_allclose(high, [0.7, 0.7, 0.3, 2.0], rtol=1e-6)
     assert (low[2], low[3], high[3]) == (np.float32(0.3), 1, 2)
+    below, only = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
+    low, high = inward([float(below) + 1e-9], [float(only)])
+    assert low == high == only  # the one number between them, not the nearest to the lower
 
 
 @given(st.floats(-1e38, 1e38), st.floats(0, 1e38))
