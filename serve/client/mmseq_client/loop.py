@@ -29,7 +29,7 @@ from mmseq_client.errors import (
 )
 from mmseq_client.gate import ActionGate
 from mmseq_client.repeats import Repeats
-from mmseq_client.robot import Backoff, Pace, Robot, Tick, ended_by_sigterm
+from mmseq_client.robot import Backoff, Pace, Robot, Steps, Tick, ended_by_sigterm
 from mmseq_client.stance import Stance
 
 log = logging.getLogger("mmseq_client")
@@ -90,7 +90,7 @@ class ControlLoop:
         self._reads_text = "text" in given.replace(",", " ").split()
         self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
-        self._on_event, self._clock, self._sleep = on_event, clock, sleep
+        self._on_event, self._sleep = on_event, sleep
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
         self._backoff = Backoff(seed)
         self._job: Any = None
@@ -101,7 +101,7 @@ class ControlLoop:
         self._stands: np.ndarray | None = None  # where it was while it rested
         self._rests = True  # stopped by an operator, or not begun: somebody may move it by hand
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
-        self._step, self._origin, self._now = -1, 0.0, 0.0
+        self._steps = Steps(self.rate_hz, clock)
         self._pace = Pace(self.rate_hz)
         self._said = Repeats()  # such as each try during a hold
         self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
@@ -114,14 +114,14 @@ class ControlLoop:
         """
         self._stopping = False
         with ended_by_sigterm(self.end):
-            began = self._now = self._clock()
-            period, self._origin = 1 / self.rate_hz, began - (self._step + 1) / self.rate_hz
-            failed = True
+            self._steps.due()
+            began, failed = self._steps.now, True
             try:
-                while not self._stopping and (seconds is None or self._clock() - began < seconds):
+                while not self._stopping and (seconds is None or self._steps.clock() - began < seconds):
                     self.tick()
-                    left = self._origin + (self._step + 1) * period - self._clock()
-                    self._sleep(min(period, max(0.0, left)))  # a clock that jumps must not make it wait
+                    self._sleep(
+                        min(1 / self.rate_hz, max(0.0, self._steps.left_s()))
+                    )  # a clock that jumps must not make it wait
                 failed = False
             finally:
                 self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
@@ -173,7 +173,7 @@ class ControlLoop:
         self._collect(step)
         asked = self._request(step)
         if asked:
-            step = self._after_observing(step)
+            step = self._after_observing()
             self._collect(step)  # in a simulation the answer may be there at once
         planned = self.buffer.action(step)
         action = None
@@ -200,41 +200,34 @@ class ControlLoop:
         self.buffer.commanded(step)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
-    def _after_observing(self, step: int) -> int:
+    def _after_observing(self) -> int:
         """The control step that it is once the robot has observed: a camera that blocked has used up some."""
-        now = self._clock()
-        passed = int((now - self._origin) * self.rate_hz + 1e-6) - step
-        if passed > 0:
+        passed = self._steps.catch_up()
+        if passed:
             self._skip(passed)
-            self._step, self._now = step + passed, now
-        return self._step
+        return self._steps.step
 
     def _advance(self) -> int:
         """The number of the control step that the clock says it is, always after the one before."""
-        now = self._clock()
-        if self._step < 0:
-            self._origin = now
-        elif now < self._now:  # nobody knows how long ago the last observation was
-            self._origin = now - (self._step + 1) / self.rate_hz
-            self._retry_at, self._pace = now, Pace(self.rate_hz)
+        skipped, back_s = self._steps.advance()
+        if back_s:  # nobody knows how long ago the last observation was
+            self._retry_at, self._pace = self._steps.now, Pace(self.rate_hz)
             self.buffer.reset()
-            self._event("clock", f"it went back by {self._now - now:.3f} s")
-        step = max(self._step + 1, int((now - self._origin) * self.rate_hz + 1e-6))
-        if step > self._step + 1:
-            self._skip(step - self._step - 1)
-        self._step, self._now = step, now
-        return step
+            self._event("clock", f"it went back by {back_s:.3f} s")
+        if skipped:
+            self._skip(skipped)
+        return self._steps.step
 
     def _skip(self, steps: int) -> None:
         """Count control steps without a command, and say so where they are more than a few."""
         self.counts["skipped"] += steps
-        slow = self._pace.skipped(self._now, steps)
+        slow = self._pace.skipped(self._steps.now, steps)
         if slow:
             self._event("slow", slow)
 
     def _request(self, step: int) -> bool:
         """Ask for the next chunk, or for a connection, when it is time. Returns: whether something was asked."""
-        if self._job is not None or self._now < self._retry_at:
+        if self._job is not None or self._steps.now < self._retry_at:
             return False
         if not self._connected:
             self._ask = None
@@ -268,7 +261,7 @@ class ControlLoop:
             observation.update(
                 step=step,
                 executed=self._ask.executed,
-                sent_at=self._now,
+                sent_at=self._steps.now,
                 delay=self._ask.delay,
                 deadline_ms=1000.0 * max(1, use) / self.rate_hz,
                 chunking="plain",  # the chunking is done here
@@ -304,7 +297,7 @@ class ControlLoop:
         else:
             self._answered |= ask is not None
             if ask is None:
-                self._connected, self._retry_at, self._reset = True, self._now, True
+                self._connected, self._retry_at, self._reset = True, self._steps.now, True
                 self._event("connected", f"{self.client.metadata.get('name')}")
             else:
                 self._accept(reply, ask, step)
@@ -323,7 +316,7 @@ class ControlLoop:
             self._give_up(ask, step, self._backoff.pause_s())
             self._event("withheld", str(error))
             return
-        self._retry_at = self._now
+        self._retry_at = self._steps.now
         self._backoff.over()
         self._reset &= discarded == "out of order"  # the answer to a request from before the reset
         if discarded is not None:
@@ -344,7 +337,7 @@ class ControlLoop:
     def _give_up(self, ask: Ask | None, step: int, pause: float, late: bool = False) -> None:
         if ask is not None:
             self.buffer.lost(ask.sequence, step, late)
-        self._retry_at = self._now + pause
+        self._retry_at = self._steps.now + pause
 
     def _hold(self, step: int, asked: bool) -> Tick:
         self.counts["held"] += 1
@@ -364,7 +357,7 @@ class ControlLoop:
         quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
         if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        if self._said.is_news(kind, self._now, detail):
+        if self._said.is_news(kind, self._steps.now, detail):
             log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

@@ -73,6 +73,49 @@ class Pace:
         )
 
 
+class Steps:
+    """Which control step it is, by a clock. Steps that a loop was late for are skipped, never made up for.
+
+    step: the number of the one under way, -1 before the first. now: when it began, in seconds.
+    """
+
+    def __init__(self, rate_hz: float, clock: Callable[[], float]):
+        self.rate_hz, self.clock = rate_hz, clock
+        self.step, self.now, self._origin = -1, 0.0, 0.0
+
+    def due(self) -> None:
+        """The next step begins now."""
+        self.now = self.clock()
+        self._origin = self.now - (self.step + 1) / self.rate_hz
+
+    def left_s(self) -> float:
+        """Seconds until the next one."""
+        return self._origin + (self.step + 1) / self.rate_hz - self.clock()
+
+    def advance(self) -> tuple[int, float]:
+        """On to the step that the clock says it is, at least the next. Returns: how many were skipped, and by how many
+        seconds the clock went back."""
+        now, back_s = self.clock(), 0.0
+        if self.step >= 0:
+            back_s = max(0.0, self.now - now)
+        if self.step < 0 or back_s:
+            self._origin = now - (self.step + 1) / self.rate_hz
+        step = max(self.step + 1, self._at(now))
+        skipped, self.step, self.now = step - self.step - 1, step, now
+        return skipped, back_s
+
+    def catch_up(self) -> int:
+        """How many steps have passed meanwhile; the last of them is under way."""
+        now = self.clock()
+        passed = max(0, self._at(now) - self.step)
+        if passed:
+            self.step, self.now = self.step + passed, now
+        return passed
+
+    def _at(self, now: float) -> int:
+        return int((now - self._origin) * self.rate_hz + 1e-6)
+
+
 class Backoff:
     """Growing pauses between tries, with jitter, so that many robots do not come back at once."""
 

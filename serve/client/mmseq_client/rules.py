@@ -67,7 +67,7 @@ class Rules:
         if not axes:
             raise ContractError("embodiment {!r} has no action axes".format(embodiment.get("name")))
         self.names: list[str] = list(axes["names"])
-        self.units: list[str] = list(axes.get("units") or [""] * len(self.names))
+        self.units: list[str] = list(axes["units"])
         self.stated = np.array([axes["minimum"], axes["maximum"]], np.float64)
         self.grippers = gripper_axes(embodiment)
         inner = self.stated.copy()  # with grippers between open and closed
