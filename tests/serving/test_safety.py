@@ -270,3 +270,18 @@ def test_where_it_stands_limits_and_does_not_refuse(embodiment):
     actions[2:, 0] = 0.6
     with pytest.raises(RequestError, match=r"moves from 0 to 0.6 at step 2"):
         gate.check(actions, body, horizon=8, prefix=prefix)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_what_lies_exactly_at_the_end_of_the_slack_passes(embodiment, side):
+    actions = chunk()
+    actions[0, 0] = side * 2.25  # a sixteenth of the range of 4 beyond
+    gate = SafetyGate(GateConfig(tolerance=0.0625))
+    checked, told = gate.check(actions, embodiment, horizon=8)
+    assert (checked[0, 0], told) == (side * 2, {})
+    wide = replace(embodiment.action, minimum=(-9,) * 4, maximum=(9,) * 4)
+    gripper = Gripper(axis="gripper", open=5 * side, closed=0)
+    body, actions = replace(embodiment, action=wide, grippers=(gripper,)), chunk()
+    actions[0, 3], actions[1, 3] = 5.5 * side, -0.5 * side
+    checked, told = SafetyGate(GateConfig()).check(actions, body, horizon=8)
+    assert (checked[0, 3], checked[1, 3], told) == (5 * side, 0, {})
