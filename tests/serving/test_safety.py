@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.embodiment import Gripper
+from mmseq.errors import ConfigError
 from mmseq.serving import Chunking, GateConfig, RequestError
 from mmseq.serving.observation import check_vectors
 from mmseq.serving.safety import SafetyGate
@@ -285,3 +286,12 @@ def test_what_lies_exactly_at_the_end_of_the_slack_passes(embodiment, side):
     actions[0, 3], actions[1, 3] = 5.5 * side, -0.5 * side
     checked, told = SafetyGate(GateConfig()).check(actions, body, horizon=8)
     assert (checked[0, 3], checked[1, 3], told) == (5 * side, 0, {})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tolerance": 0.11}, {"tolerance": -1e-9}, {"max_age_ms": -1.0}, {"max_age_ms": np.inf}]
+)
+def test_a_configuration_that_means_nothing_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"gate.{next(iter(wrong))} is"):
+        GateConfig(**wrong)
+    GateConfig(tolerance=0.1, max_age_ms=0)
