@@ -73,7 +73,8 @@ def test_the_change_per_control_step_is_limited_from_the_action_before(contract)
 
 def test_an_action_older_than_allowed_is_withheld(contract):
     gate = ActionGate(contract)
-    gate.check_action(chunk()[0], None, age_steps=15, max_age=16)
+    for age in (0, 15):
+        gate.check_action(chunk()[0], None, age_steps=age, max_age=16)
     for age in (16, -1):
         with pytest.raises(UnsafeActionError, match="stale"):
             gate.check_action(chunk()[0], None, age_steps=age, max_age=16)

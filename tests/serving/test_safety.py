@@ -125,7 +125,7 @@ def test_a_gripper_that_means_something_else(embodiment):
 
 def test_an_answer_that_is_too_old(embodiment):
     gate = SafetyGate(GateConfig(max_age_ms=100))
-    gate.stale(99)
+    gate.stale(100)
     with pytest.raises(RequestError, match="took 101 ms") as caught:
         gate.stale(101)
     assert (caught.value.code, gate.counts.chunks_stale) == ("late", 1)
