@@ -1,7 +1,7 @@
 """Embodiment: the contract of one robot, held by training, checkpoint, server and client alike.
 
 It says, in order and with units, what each number of a proprio or action vector means, its
-quantiles (which normalise it) and its hard limits (which the safety gate enforces), the control
+range (which its bins cover) and its hard limits (which the safety gate enforces), the control
 rate, the cameras and the gripper convention. Two contracts with the same fingerprint are
 interchangeable; two with different ones are refused with the names of the fields that differ.
 """
@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.statistics import extent
+from mmseq.streams import NAME, STREAMS, VECTOR, misspelt
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
@@ -40,9 +42,9 @@ class Camera:
 class Axes:
     """A named vector: what each of its numbers is, in order.
 
-    low, high: 1 % and 99 % quantiles of the training data; values are scaled so that these meet
-    the first and the last bin. minimum, maximum: limits that no valid value leaves. max_step: the largest change of
-    an axis from one control step to the next, in its unit; None where nobody has said.
+    low, high: the least and the greatest value of the training data, faults aside (`mmseq/statistics.py`); values are
+    scaled so that these meet the first and the last bin. minimum, maximum: limits that no valid value leaves.
+    max_step: the largest change of an axis from one control step to the next, in its unit; None where nobody has said.
     """
 
     names: tuple[str, ...]
@@ -55,16 +57,16 @@ class Axes:
 
     def __post_init__(self):
         stated = () if self.max_step is None else ("max_step",)
-        for part in ("names", "units", "low", "high", "minimum", "maximum", *stated):
-            object.__setattr__(self, part, tuple(getattr(self, part)))
-            if len(getattr(self, part)) != len(self.names):
+        for name in ("names", "units", "low", "high", "minimum", "maximum", *stated):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(self.names):
                 raise EmbodimentError(
-                    f"{part} has {len(getattr(self, part))} entries for {len(self.names)} axes {list(self.names)}",
-                    fix=f"give one entry of {part} per axis",
+                    f"{name} has {len(getattr(self, name))} entries for {len(self.names)} axes {list(self.names)}",
+                    fix=f"give one entry of {name} per axis",
                 )
-        for part in ("low", "high", "minimum", "maximum"):
-            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, part)):
-                raise EmbodimentError(f"{part} holds a number that is not finite as float32: {getattr(self, part)}")
+        for name in ("low", "high", "minimum", "maximum"):
+            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, name)):
+                raise EmbodimentError(f"{name} holds a number that is not finite as float32: {getattr(self, name)}")
         for low, high, name in zip(self.low, self.high, self.names, strict=True):
             if high < low:
                 raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
@@ -88,9 +90,9 @@ class Axes:
         units: list[str] | tuple[str, ...] | None = None,
         margin: float = 0.1,
     ) -> Axes:
-        """Axes with the statistics of `values` (steps, axes).
+        """Axes with the statistics of `values` (steps, axes): low and high are their range, without wild values.
 
-        margin: how far beyond the seen range, as a share of it, a value is still valid.
+        margin: how far beyond that range, as a share of it, a value is still valid.
         """
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 2 or len(values) == 0:
@@ -98,17 +100,17 @@ class Axes:
         width = values.shape[1]
         names = tuple(names) if names else tuple(f"axis_{i}" for i in range(width))
         units = tuple(units) if units else ("unitless",) * width
-        low, high = np.quantile(values, [0.01, 0.99], axis=0)
-        minimum, maximum = values.min(0), values.max(0)
-        slack = margin * np.maximum(maximum - minimum, 1e-6)
+        extents = [extent(axis) for axis in values.T]
+        low, high = np.array([e.low for e in extents]), np.array([e.high for e in extents])
+        slack = margin * np.maximum(high - low, 1e-6)
         clean = lambda v: tuple(float(np.float32(x)) for x in v)
         return cls(
             names=names,
             units=units,
             low=clean(low),
             high=clean(high),
-            minimum=clean(minimum - slack),
-            maximum=clean(maximum + slack),
+            minimum=clean(low - slack),
+            maximum=clean(high + slack),
         )
 
     def check(self, values: np.ndarray, *, what: str, where: str) -> np.ndarray:
@@ -174,6 +176,14 @@ class Embodiment:
         object.__setattr__(self, "streams", dict(self.streams))
         if not self.name:
             raise EmbodimentError("an embodiment needs a name")
+        for stream in self.streams:
+            row, meant = STREAMS.get(stream), misspelt(stream)
+            taken = row is not None and (row.kind is not VECTOR or row.header == "first")
+            if not NAME.fullmatch(stream) or taken or meant:
+                why = f"arrows would take it for a misspelt {meant!r}" if meant else "that is no free name of a stream"
+                raise EmbodimentError(
+                    f"{self.name}: the further stream {stream!r}: {why}", fix="name it like force, tactile or hand_pose"
+                )
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise EmbodimentError(
                 f"the embodiment's name {self.name!r:.100} is also that of files",

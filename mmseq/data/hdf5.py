@@ -1,215 +1,325 @@
-"""HDF5 demonstrations as episodes: the layouts of robomimic (also LIBERO, MimicGen) and of ALOHA (also ACT).
+"""HDF5 demonstrations as episodes: the layouts of robomimic (also LIBERO, MimicGen, RoboCasa) and of ALOHA (also ACT).
 
 ====================  ==================================  ==============================================
 here                  robomimic, one file                 ALOHA, one file per episode
 ====================  ==================================  ==============================================
 episode               `/data/demo_<k>`                    `episode_<k>.hdf5`
-`image.<cam>`         `obs/<cam>_image`, `obs/<cam>_rgb`  `/observations/images/<cam>`, raw or JPEG
+`image.<cam>`         pictures in `obs`, in any form that `pictures.py` reads: `<cam>_image`, `<cam>_rgb`,
+                      `<cam>`; `/observations/images/<cam>`
 `proprio`             the `robot0_...` (or `ee_...`,      `/observations/qpos`
                       `gripper_...`, `joint_...`) vectors
-                      listed in PROPRIO, in that order
+                      in the order of PROPRIO, or `qpos`
 `action`              `actions`                           `/action`
-`texts`               `language_instruction`              attribute `language_instruction`
+`texts`               attributes and datasets named `language_instruction`, `instruction`, `language_raw`, ...,
+                      `ep_meta` and `problem_info`; several are several phrasings
 `rate_hz`             `control_freq` of the environment   attribute `fps`; else it must be given
-`success`             whether any `rewards` is positive   attribute `success`
+`success`             `success`, `is_success`, ...; of robomimic also `rewards` of 0 and 1, or `dones`, where
+                      they tell some demonstrations from others
+action form           the controller's settings in `env_args`, else absolute, which is then said
 ====================  ==================================  ==============================================
 
-Images stay as they are stored (LIBERO stores them upside down).
+`map` takes what these names do not (`data/mapping.py`), and everything unused is named in `notes`. A demonstration
+without steps is left out; what one lacks, the others still have. Images stay as they are stored (LIBERO stores them
+upside down).
 """
 
 from __future__ import annotations
 
-import io
-import json
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from mmseq.data.hdf5_layout import ACTIONS, ENDS, Entry, Facts, columns_of, facts_of, find_streams, natural, phrasings
+from mmseq.data.mapping import Streams, describe, fill, left_out
+from mmseq.data.pictures import to_rgb
 from mmseq.embodiment import Axes, Camera, Embodiment
-from mmseq.episode import Episode
-from mmseq.errors import DataError, EmbodimentError, require
+from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
+from mmseq.errors import DataError, MMSeqError, did_you_mean, raise_all, require
+from mmseq.statistics import remarks
 
 SUFFIXES = (".hdf5", ".h5")
-PROPRIO = (
-    "robot0_eef_pos",
-    "robot0_eef_quat",
-    "robot0_gripper_qpos",
-    "robot1_eef_pos",
-    "robot1_eef_quat",
-    "robot1_gripper_qpos",
-    "ee_pos",
-    "ee_ori",
-    "joint_states",
-    "gripper_states",
-)
+_SPOKEN = ("text", "plan", "success")  # streams that are no array with a value per step
+_YES, _NO = ("success", "succeeded", "true", "yes", "1"), ("failure", "fail", "failed", "false", "no", "0")
 _REPLACE = "fetch or record the file again, or take it out"
 
 
-def _natural(name: str) -> list[Any]:
-    """Sort `demo_10` behind `demo_9`."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+@dataclass(frozen=True)
+class Demo:
+    """One demonstration: where it lies ("/" is the whole file), what it holds, and what its file says."""
 
+    file: Path
+    group: str
+    entries: Mapping[str, Entry]
+    facts: Facts
+    problem: MMSeqError | None = None  # why its file cannot be read
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    def __str__(self) -> str:
+        return f"{self.file}, {self.group}" if self.group != "/" else str(self.file)
+
+    def arrays(self, streams: Streams) -> Streams:
+        """Those of the set's streams that this demonstration holds whole, and not empty."""
+        whole = lambda names: all(name in self.entries and self.entries[name].steps for name in names)
+        return {s: names for s, names in streams.items() if s not in _SPOKEN and whole(names)}
+
+    def width(self, names: tuple[str, ...]) -> int:
+        return sum(self.entries[name].width for name in names)
 
 
 class Hdf5Reader:
     """robomimic or ALOHA demonstrations: a file, or a folder of files.
 
     rate_hz: steps per second, where the files do not say; episodes are not resampled.
-    embodiment: the contract to hold the data to; default: inferred. Needs h5py.
-    Raises: DataError for files of neither layout, or that are broken; DependencyError without h5py.
+    embodiment: the contract to hold the data to; default: inferred. map: which columns fill which streams, where
+    names are not the usual ones. `notes` says what was left out or assumed. Needs h5py.
+    Raises: DataError when no file can be read; DependencyError without h5py. What is wrong with an episode is raised
+    where that is opened.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float | None = None, embodiment: Embodiment | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        rate_hz: float | None = None,
+        embodiment: Embodiment | None = None,
+        map: Streams | None = None,
+    ):
         self._h5py = require("h5py", "hdf5")
         self.path = Path(path)
-        files = (
-            [self.path] if self.path.is_file() else [p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES]
-        )
-        files.sort(key=lambda p: _natural(p.as_posix()))
-        if not files:
-            raise DataError(f"{path} holds no HDF5 files", fix=f"give files ending in {', '.join(SUFFIXES)}")
-        self._where: list[tuple[Path, str]] = []  # file and group of each episode; "/" for ALOHA
         self._given, self._embodiment = embodiment, None
-        rates: dict[float | None, Path] = {}
-        self.robot = None
-        for file in files:
-            with self._open(file) as root:
-                if "data" in root and any(name.startswith("demo") for name in root["data"]):
-                    self._where += [(file, f"data/{name}") for name in sorted(root["data"], key=_natural)]
-                    stated = self._environment(root["data"])
-                elif "action" in root and "observations" in root:
-                    self._where.append((file, "/"))
-                    fps = root.attrs.get("fps")
-                    stated, self.robot = (None if fps is None else float(fps)), self.robot or "aloha"
-                else:
-                    raise DataError(
-                        f"{file} is laid out neither as robomimic nor as ALOHA: it holds {sorted(root)[:8]}",
-                        fix="convert it to LeRobot v3 (LeRobotDataset.create, add_frame, save_episode, finalize)",
-                    )
-                rates.setdefault(stated, file)
-        stated_rates = [rate for rate in rates if rate is not None]
-        if len(stated_rates) > 1:
-            raise DataError(f"{self.path} mixes rates: {sorted(stated_rates)} Hz", fix="import them separately")
-        stated = stated_rates[0] if stated_rates else None
-        rate = stated or rate_hz or (embodiment.rate_hz if embodiment else None)
-        if rate is None:
+        self.notes: list[str] = []  # for people: what is left out or assumed
+        found = [demo for file in self._files() for demo in self._demos_of(file)]
+        if all(demo.problem for demo in found):
+            raise_all([demo.problem for demo in found if demo.problem][:1])
+        self._demos = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
+        columns = {name: entry.column for demo in reversed(self._demos) for name, entry in demo.entries.items()}
+        self.streams = fill(find_streams([d.entries for d in self._sound]), map or {}, columns, str(path))
+        unused = left_out(columns, self.streams)
+        self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
+        self.notes += describe(columns, self.left_out)
+        if not any(s.startswith(IMAGE_PREFIX) or s in ("proprio", "action") for s in self.streams):
             raise DataError(
-                f"{files[0]} does not say how many steps a second has", fix="give rate_hz (ALOHA records at 50)"
+                f"{path} holds neither cameras nor states nor actions under names that are known, but "
+                f"{_some(self.left_out)}",
+                fix="say what they are, such as --map action=NAME,proprio=NAME,image.front=NAME",
             )
-        self.rate_hz = float(rate)
-        for what, rate in (("rate_hz", rate_hz), ("the embodiment", embodiment and embodiment.rate_hz)):
-            if rate and abs(rate - self.rate_hz) > 1e-6:
-                raise DataError(
-                    f"{self.path} runs at {self.rate_hz:g} Hz, {what} says {rate:g}",
-                    fix="leave the rate as it is: HDF5 is not resampled. Convert it to LeRobot v3 for that",
-                )
+        self._demos = self._without(self._demos, "none of these streams", lambda d: bool(d.arrays(self.streams)))
+        self._say_what_is_missing()
+        self.robot = self._one("robots", lambda facts: facts.robot)
+        self._form = self._one("action forms", lambda facts: facts.action_form)
+        self.rate_hz = self._rate(rate_hz)
 
-    def _open(self, file: Path) -> Any:
+    # ------------------------------------------------------------------ files
+
+    def _files(self) -> list[Path]:
+        files = [self.path] if self.path.is_file() else []
+        files = files or [p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if not files:
+            raise DataError(f"{self.path} holds no HDF5 files", fix=f"give files ending in {', '.join(SUFFIXES)}")
+        return sorted(files, key=lambda p: natural(p.as_posix()))
+
+    @contextmanager
+    def _open(self, file: Path, where: object = "") -> Iterator[Any]:
+        """The file, with whatever h5py finds wrong in it as a DataError."""
         try:
-            return self._h5py.File(file, "r")
+            root = self._h5py.File(file, "r")
         except OSError as error:
             raise DataError(f"{file} is truncated or no HDF5 file: {error}", fix=_REPLACE) from error
-
-    def _environment(self, data: Any) -> float | None:
-        """The control rate, and as `robot` the name of the robot."""
         try:
-            arguments = json.loads(data.attrs.get("env_args", "{}"))
-        except ValueError:
-            arguments = {}
-        options = arguments.get("env_kwargs", {})
-        robots = options.get("robots") or []
-        name = robots if isinstance(robots, str) else "_".join(robots)
-        self.robot = self.robot or name or arguments.get("env_name")
-        return float(options["control_freq"]) if options.get("control_freq") else None
+            with root:
+                yield root
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise DataError(f"{where or file} cannot be read: {error}", fix=_REPLACE) from error
 
-    def _layout(self, root: Any, group: str) -> tuple[dict[str, str], list[str], str]:
-        """Paths of the cameras, of the parts of proprio, and of the actions."""
-        if group == "/":
-            images = root["observations"].get("images", {})
-            cameras = {camera: f"observations/images/{camera}" for camera in sorted(images)}
-            return cameras, ["observations/qpos"] if "qpos" in root["observations"] else [], "action"
-        observed = root[group].get("obs", {})
-        cameras = {}
-        for name in sorted(observed):
-            match = re.fullmatch(r"(.+)_(image|rgb)", name)
-            if match and observed[name].ndim == 4:
-                cameras[match[1]] = f"{group}/obs/{name}"
-        return cameras, [f"{group}/obs/{name}" for name in PROPRIO if name in observed], f"{group}/actions"
+    def _demos_of(self, file: Path) -> list[Demo]:
+        try:
+            return self._read_demos(file)
+        except MMSeqError as error:
+            return [Demo(file, "/", {}, Facts(), error)]
 
-    def _name(self, index: int) -> str:
-        file, group = self._where[index]
+    def _read_demos(self, file: Path) -> list[Demo]:
+        with self._open(file) as root:
+            data = root.get("data")
+            groups = [n for n in sorted(data, key=natural) if hasattr(data[n], "keys")] if hasattr(data, "keys") else []
+            if groups:
+                facts = facts_of(data, root)
+                return [Demo(file, f"data/{n}", columns_of(data[n]), facts) for n in groups]
+            if any(name in root for name in ("observations", "obs", *ACTIONS)):
+                facts = facts_of(root)  # whose texts are those of the one episode
+                return [Demo(file, "/", columns_of(root), replace(facts, robot=facts.robot or "aloha", texts=()))]
+            raise DataError(
+                f"{file} is laid out neither as robomimic nor as ALOHA: it holds {_some(sorted(root)) or 'nothing'}",
+                fix="convert it to LeRobot v3 (LeRobotDataset.create, add_frame, save_episode, finalize)",
+            )
+
+    def _without(self, demos: list[Demo], why: str, wanted: Callable[[Demo], bool]) -> list[Demo]:
+        """The demonstrations that are wanted; the others are named. Raises: DataError when none is."""
+        kept = [demo for demo in demos if demo.problem or wanted(demo)]
+        if all(demo.problem for demo in kept):
+            raise DataError(f"all {len(demos)} demonstrations of {self.path} hold {why}", fix="leave it out")
+        if len(kept) < len(demos):
+            self.notes.append(f"left out, {why}: {_some(self._name(d) for d in demos if d not in kept)}")
+        return kept
+
+    @property
+    def _sound(self) -> list[Demo]:
+        return [demo for demo in self._demos if not demo.problem]
+
+    def _say_what_is_missing(self) -> None:
+        if not set(self.streams) - {"action", *_SPOKEN}:
+            self.notes.append("no observations; robomimic's dataset_states_to_obs.py adds them to its files")
+        for stream in self.streams:
+            lacking = [self._name(d) for d in self._sound if stream not in d.arrays(self.streams)]
+            if lacking and stream not in _SPOKEN:
+                self.notes.append(f"no {stream} in {len(lacking)} of {len(self._demos)} episodes: {_some(lacking)}")
+        remark = next((d.facts.remark for d in self._demos if d.facts.remark), "nothing here says")
+        if "action" in self.streams and not self._given and not any(d.facts.action_form for d in self._demos):
+            self.notes.append(f"action_form absolute is assumed; {remark} whether actions are absolute or changes")
+
+    def _one(self, what: str, of: Callable[[Facts], Any]) -> Any:
+        """What the files say, None where none says anything. Raises: DataError where they disagree."""
+        said = {of(demo.facts): demo.file.name for demo in reversed(self._demos) if of(demo.facts) is not None}
+        if len(said) > 1:
+            each = ", ".join(f"{value} ({name})" for value, name in said.items())
+            raise DataError(f"{self.path} mixes {what}: {each}", fix="import them separately")
+        return next(iter(said), None)
+
+    def _rate(self, asked: float | None) -> float:
+        own = self._given.rate_hz if self._given else None
+        rate = self._one("rates", lambda facts: facts.rate_hz) or asked or own
+        if rate is None:
+            raise DataError(
+                f"{self._demos[0].file} does not say how many steps a second has",
+                fix="give rate_hz (ALOHA records at 50)",
+            )
+        for what, wanted in (("rate_hz", asked), ("the embodiment", own)):
+            if wanted and abs(wanted - rate) > 1e-6:
+                raise DataError(
+                    f"{self.path} runs at {rate:g} Hz, {what} says {wanted:g}",
+                    fix="leave the rate as it is: HDF5 is not resampled. Convert it to LeRobot v3 for that",
+                )
+        return float(rate)
+
+    # ------------------------------------------------------------------ episodes
+
+    def _name(self, demo: Demo) -> str:
+        file = demo.file
         stem = file.stem if file == self.path else file.relative_to(self.path).with_suffix("").as_posix()
-        return stem if group == "/" else f"{stem}/{group.removeprefix('data/')}"
+        return stem if demo.group == "/" else f"{stem}/{demo.group.removeprefix('data/')}"
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._demos)
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Episode:
-        index = range(len(self))[index]
-        file, group = self._where[index]
-        with self._open(file) as root:
-            try:
-                cameras, proprio, action = self._layout(root, group)
-                values = np.asarray(root[action], dtype=np.float32)
-                parts = [np.asarray(root[part], dtype=np.float32).reshape(len(root[part]), -1) for part in proprio]
-                attributes = dict(root[group].attrs) if group != "/" else dict(root.attrs)
-                problem = json.loads(root["data"].attrs.get("problem_info", "{}")) if group != "/" else {}
-                rewards = root[group].get("rewards") if group != "/" else None
-                success = None if rewards is None else bool(np.any(np.asarray(rewards) > 0))
-            except (OSError, KeyError, ValueError) as error:
-                raise DataError(f"{file}, {group}: {error}", fix=_REPLACE) from error
-        lengths = {"action": len(values)} | {p: len(v) for p, v in zip(proprio, parts, strict=True)}
-        if len(set(lengths.values())) > 1:
-            raise DataError(f"{file}, {group}: lengths differ: {lengths}", fix=_REPLACE)
-        if "success" in attributes:
-            success = bool(attributes["success"])
-        text = attributes.get("language_instruction") or problem.get("language_instruction")
-        arrays: dict[str, Any] = {}
-        for camera in cameras:
-            arrays[f"image.{camera}"] = lambda camera=camera: np.stack(list(self.frames(index, camera)))
-        if parts:
-            arrays["proprio"] = np.concatenate(parts, axis=1)
-        arrays["action"] = values
+        demo = self._demos[range(len(self))[index]]
+        if demo.problem:
+            raise demo.problem
+        steps, arrays = self._steps(demo), {}
+        with self._open(demo.file, demo) as root:
+            group = root[demo.group]
+            for stream, names in demo.arrays(self.streams).items():
+                if stream.startswith(IMAGE_PREFIX):
+                    camera = stream.removeprefix(IMAGE_PREFIX)
+                    arrays[stream] = lambda camera=camera: np.stack(list(self.frames(index, camera)))
+                else:
+                    parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
+                    arrays[stream] = self._checked(demo, stream, np.concatenate(parts, axis=1))
+            (texts, spans), (plans, stages) = (self._texts(demo, group, s, steps) for s in ("text", "plan"))
+            success = self._success(demo, group)
         return Episode.from_arrays(
-            self._name(index),
+            self._name(demo),
             self.rate_hz,
             arrays,
-            length=len(values),
-            texts=[_text(text)] if text is not None and len(text) else [],
+            length=steps,
+            texts=texts or ([] if spans else list(demo.facts.texts)),
+            plans=plans,
+            spans=spans + stages,
             embodiment=self._given.name if self._given else self.robot or "unknown",
             success=success,
-            source=f"{file}#{group}",
+            source=f"{demo.file}#{demo.group}",
             metadata={"format": "hdf5"},
         )
 
+    def _steps(self, demo: Demo) -> int:
+        """How many steps it has. Raises: DataError when its columns disagree."""
+        streams = demo.arrays(self.streams)
+        lengths = {name: demo.entries[name].steps or 0 for names in streams.values() for name in names}
+        acted = {lengths[name] for name in streams.get("action", ())}
+        seen = {steps for name, steps in lengths.items() if name not in streams.get("action", ())}
+        if len(acted | seen) == 1 or (len(acted) == 1 and seen == {max(acted) + 1}):  # one more is seen after the last
+            return max(acted or seen)
+        raise DataError(f"{demo}: lengths differ: {lengths}", fix=_REPLACE)
+
+    def _texts(self, demo: Demo, group: Any, stream: str, steps: int) -> tuple[list[str], list[TextSpan]]:
+        """What holds for the whole episode, and what a text per step says where it changes."""
+        texts: list[str] = []
+        spans: list[TextSpan] = []
+        for name in self.streams.get(stream, ()):
+            entry = demo.entries.get(name)
+            if entry is None:
+                continue
+            value = group.attrs[name] if entry.attribute else group[name][()]
+            per_step = entry.steps is not None and steps <= entry.steps <= steps + 1
+            each = [tuple(phrasings(v)) for v in value[:steps]] if per_step else []
+            if not 1 < len(set(each)) < steps:  # the same at every step; or all different, a list that is as long
+                texts += phrasings(value)
+                continue
+            starts = [0, *(t for t in range(1, steps) if each[t] != each[t - 1]), steps]
+            spans += [TextSpan(stream, a, b, each[a]) for a, b in pairwise(starts) if each[a]]
+        return list(dict.fromkeys(texts)), spans
+
+    def _success(self, demo: Demo, group: Any) -> bool | None:
+        for name in self.streams.get("success", ()):
+            if name in demo.entries:
+                return _truth(group.attrs[name] if demo.entries[name].attribute else group[name][()])
+        return self._ends.get(f"{demo}")
+
+    @cached_property
+    def _ends(self) -> dict[str, bool]:
+        """Whether each demonstration was rewarded, or done. Rewards of 0 and 1 say so where there are any; `done` is
+        also set when time is up, so it says so only where it is set for some and not for others."""
+        for name in ENDS:
+            found: dict[str, bool] = {}
+            for demo in self._demos:
+                if name in demo.entries:
+                    with self._open(demo.file, demo) as root:
+                        marks = np.asarray(root[demo.group][name], dtype=np.float64)
+                    if np.isin(marks, (0, 1)).all():
+                        found[f"{demo}"] = bool(marks.any())
+            if any(found.values()) and (name == "rewards" or not all(found.values())):
+                return found
+        return {}
+
+    @property
+    def cameras(self) -> list[str]:
+        return [s.removeprefix(IMAGE_PREFIX) for s in self.streams if s.startswith(IMAGE_PREFIX)]
+
     def frames(self, index: int, camera: str) -> Iterator[np.ndarray]:
         """The frames of episode `index` one at a time, uint8 (H, W, 3). Raises: DataError."""
-        file, group = self._where[range(len(self))[index]]
-        with self._open(file) as root:
-            images = root[self._layout(root, group)[0][camera]]
-            for step in range(len(images)):
-                image = images[step]
-                if image.ndim == 1:  # JPEG bytes, padded with zeros
-                    try:
-                        with Image.open(io.BytesIO(np.asarray(image, dtype=np.uint8).tobytes())) as stored:
-                            image = np.asarray(stored.convert("RGB"))
-                    except OSError as error:
-                        raise DataError(f"{file}: {camera} of step {step} is no image", fix=_REPLACE) from error
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise DataError(
-                        f"{file}: {camera} of step {step} is {image.dtype} {image.shape}, expected uint8 RGB"
-                    )
-                yield image
+        demo = self._demos[range(len(self))[index]]
+        names = demo.arrays(self.streams).get(f"{IMAGE_PREFIX}{camera}")
+        if names is None:
+            raise DataError(f"{demo} has no camera {camera!r}: {did_you_mean(camera, self.cameras)}")
+        steps = self._steps(demo)
+        with self._open(demo.file, demo) as root:
+            stored = root[demo.group][names[0]]
+            yield from to_rgb(lambda: (stored[step] for step in range(steps)), f"{demo}: {camera}")
+
+    def check(self, index: int) -> None:
+        """Find fault with the first picture of every camera. Raises: DataError."""
+        for stream in self._demos[range(len(self))[index]].arrays(self.streams):
+            if stream.startswith(IMAGE_PREFIX):
+                next(self.frames(index, stream.removeprefix(IMAGE_PREFIX)))
+
+    # ------------------------------------------------------------------ the contract
 
     def embodiment(self) -> Embodiment:
         """The given contract, else one inferred with statistics over every episode."""
@@ -218,30 +328,86 @@ class Hdf5Reader:
         return self._embodiment
 
     def _infer(self) -> Embodiment:
-        file, group = self._where[0]
-        with self._open(file) as root:
-            cameras, proprio, _ = self._layout(root, group)
-            names = [f"{p.rsplit('/', 1)[1]}_{i}" for p in proprio for i in range(int(np.prod(root[p].shape[1:])))]
-        sizes = [
-            Camera(name=c, height=f.shape[0], width=f.shape[1]) for c in cameras for f in [next(self.frames(0, c))]
-        ]
-        episodes = list(self)
-        widths = {tuple(e[s].shape[1] for s in ("proprio", "action") if s in e) for e in episodes}
-        if len(widths) > 1:
-            raise EmbodimentError(
-                f"{self.path} mixes robots: vectors of widths {sorted(widths)}", fix="import them separately"
-            )
-        for episode in episodes:
-            for stream in ("proprio", "action"):
-                if stream in episode and not np.isfinite(episode[stream]).all():
-                    step, axis = np.argwhere(~np.isfinite(episode[stream]))[0]
-                    value = episode[stream][step, axis]
-                    raise DataError(f"{episode.source}: {stream} axis {axis} is {value} at step {step}", fix=_REPLACE)
-        stack = lambda stream: np.concatenate([e[stream] for e in episodes])
+        """From every episode that can be read."""
+        good: list[Episode] = []
+        problems: list[MMSeqError] = []
+        for index in range(len(self)):
+            try:
+                good.append(self[index])
+            except MMSeqError as error:
+                problems.append(error)
+        if not good:
+            raise_all(problems[:1])
+        axes: dict[str, Axes] = {}
+        for stream in (s for s in self.streams if s not in _SPOKEN and not s.startswith(IMAGE_PREFIX)):
+            values = [(f"episode {e.id}", e[stream]) for e in good if stream in e]
+            if values:
+                found = Axes.from_values(np.concatenate([v for _, v in values]), self._axis_names(stream))
+                self.notes += remarks(values, found.names, stream)
+                axes[stream] = found
         return Embodiment(
             name=self.robot or "unknown",
             rate_hz=self.rate_hz,
-            cameras=tuple(sizes),
-            proprio=Axes.from_values(stack("proprio"), names) if "proprio" in episodes[0] else None,
-            action=Axes.from_values(stack("action")),
+            cameras=tuple(self._camera(camera) for camera in self.cameras),
+            proprio=axes.pop("proprio", None),
+            action=axes.pop("action", None),
+            action_form=self._form or "absolute",
+            streams=axes,
         )
+
+    def _checked(self, demo: Demo, stream: str, values: np.ndarray) -> np.ndarray:
+        """A vector that is as wide as in most episodes, and finite. Raises: DataError."""
+        if values.shape[1] != self._widths[stream]:
+            raise DataError(
+                f"{demo}: {stream} has {values.shape[1]} numbers, in most episodes {self._widths[stream]}",
+                fix="import other robots separately",
+            )
+        if not np.isfinite(values).all():
+            step, axis = np.argwhere(~np.isfinite(values))[0]
+            raise DataError(f"{demo}: {stream} axis {axis} is {values[step, axis]} at step {step}", fix=_REPLACE)
+        return values
+
+    @cached_property
+    def _widths(self) -> dict[str, int]:
+        """The width of each vector in most demonstrations."""
+        counts: dict[str, Counter[int]] = {}
+        for demo in self._demos:
+            for stream, names in demo.arrays(self.streams).items():
+                counts.setdefault(stream, Counter())[demo.width(names)] += 1
+        return {stream: count.most_common(1)[0][0] for stream, count in counts.items()}
+
+    def _axis_names(self, stream: str) -> list[str] | None:
+        names = self.streams[stream]
+        if stream == "action" and len(names) == 1:
+            return None
+        usual = self._widths[stream]
+        holder = next(d for d in self._demos if stream in d.arrays(self.streams) and d.width(names) == usual)
+        widths = [(name.rpartition("/")[2], holder.entries[name].width) for name in names]
+        return [f"{name}_{i}" for name, width in widths for i in range(width)]
+
+    def _camera(self, camera: str) -> Camera:
+        """A camera with the size of the first of its pictures that can be read."""
+        problem: MMSeqError | None = None
+        for index, demo in enumerate(self._demos):
+            try:
+                if f"{IMAGE_PREFIX}{camera}" in demo.arrays(self.streams):
+                    height, width = next(self.frames(index, camera)).shape[:2]
+                    return Camera(name=camera, height=height, width=width)
+            except MMSeqError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+
+def _truth(value: Any) -> bool | None:
+    """Whether a flag, one per step, or a word means success; None for what means neither."""
+    if isinstance(value, (str, bytes)) or np.asarray(value).dtype.kind in "SUO":
+        words = {word.lower() for word in phrasings(value)}
+        return True if words & set(_YES) else False if words & set(_NO) else None
+    marks = np.asarray(value, dtype=np.float64)
+    return bool((marks > 0).any()) if marks.size and (marks >= 0).all() else None
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,6 +1,6 @@
 """Import: any supported dataset becomes episode shards, the form that everything after it reads.
 
-    mmseq data import SRC OUT [--rate-hz 5] [--size 128]
+    mmseq data import SRC OUT [--rate-hz 5] [--size 128] [--map action=actions] [--skip-bad 3]
 
     from mmseq.data.importing import EpisodeShardReader, import_episodes
     import_episodes("path/to/lerobot", "shards", size=128)
@@ -9,13 +9,13 @@
 One sample of a shard holds:
 
 ====================  =======================================================================
-`json`                id, rate_hz, length, texts, plans, embodiment, success, source, metadata
-`proprio.npy`         float32 (steps, axes), if there is one
-`action.npy`          float32 (steps, axes), if there is one
+`json`                id, rate_hz, length, texts, plans, spans, embodiment, success, source, metadata
+`<stream>.npy`        float32 (steps, axes): `proprio`, `action` and further vectors of the embodiment
 `image.<camera>.mp4`  h264 4:4:4 at 40 dB or more, one frame per step
 ====================  =======================================================================
 
-The embodiments stand beside them as `embodiments/<name>.json`, their fingerprints in the manifest.
+The embodiments stand beside them as `embodiments/<name>.json`, their fingerprints in the manifest, with `map` (what
+its owner said of columns), `left_out` (columns that nothing uses), `notes`, and `skipped` (episodes that are bad).
 """
 
 from __future__ import annotations
@@ -32,23 +32,29 @@ from PIL import Image
 
 from mmseq.data import hdf5
 from mmseq.data.lerobot import LeRobotReader
+from mmseq.data.mapping import Streams
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
-from mmseq.data.video import VIDEO_SUFFIXES, VideoDecoder, VideoFolderReader, decode_video, encode_video
+from mmseq.data.video import VideoDecoder, decode_video
+from mmseq.data.video_folder import VIDEO_SUFFIXES, VideoFolderReader
 from mmseq.embodiment import Camera, Embodiment
-from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.errors import DataError, EpisodeError, FingerprintError, did_you_mean
+from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
+from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
+from mmseq.mp4 import encode_video
 
 FORMATS = ("lerobot", "video", "hdf5")
-VECTORS = ("proprio", "action")
+MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_TO_LEROBOT = (
-    "convert it to LeRobot v3 first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
-)
+_TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
 
 
 @runtime_checkable
 class EpisodeSource(Protocol):
-    """What every reader offers: a number of episodes, each one lazily, and its frames one at a time."""
+    """What every reader offers: a number of episodes, each one lazily, and its frames one at a time.
+
+    What is wrong with an episode is raised where that is opened, and `embodiment()` is of those that can be read. A
+    reader may also have `notes` (what is odd, and what it leaves out), `left_out` (the columns that nothing uses, with
+    the entry of a map that would), and `check(index)`, which finds fault with pictures without decoding them.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Episode: ...
@@ -60,7 +66,7 @@ def detect_format(src: str | Path) -> str:
     """One of FORMATS. Raises: DataError that says what was found instead, and the way out."""
     src = Path(src)
     if not src.exists():
-        raise DataError(f"{src} does not exist", fix="give a LeRobot v3 dataset, HDF5 files or a folder of videos")
+        raise DataError(f"{src} does not exist", fix="give a LeRobot dataset, HDF5 files or a folder of videos")
     if src.is_file():
         suffix = src.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
@@ -68,7 +74,7 @@ def detect_format(src: str | Path) -> str:
         if suffix in hdf5.SUFFIXES:
             return "hdf5"
         raise DataError(f"{src} is neither a video nor HDF5", fix=_TO_LEROBOT)
-    if (src / "meta" / "info.json").is_file():
+    if (src / "meta" / "info.json").is_file() or (src / "meta_data" / "info.json").is_file():
         return "lerobot"
     if holds_shards(src):
         raise DataError(f"{src} holds shards already", fix="use it as it is")
@@ -88,7 +94,7 @@ def detect_format(src: str | Path) -> str:
     if found["hdf5"] or found["video"]:
         return "hdf5" if found["hdf5"] else "video"
     raise DataError(
-        f"{src} holds no dataset that is known", fix="give a LeRobot v3 dataset, HDF5 files or a folder of videos"
+        f"{src} holds no dataset that is known", fix="give a LeRobot dataset, HDF5 files or a folder of videos"
     )
 
 
@@ -98,17 +104,20 @@ def open_episodes(
     format: str | None = None,
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
+    map: Streams | None = None,
 ) -> EpisodeSource:
-    """A reader of the dataset at `src`; format: one of FORMATS, default: what is found there.
+    """A reader of the dataset at `src`; format: one of FORMATS, default: what is found there. map: see mapping.py.
 
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
     format = format or detect_format(src)
     if format == "lerobot":
-        return LeRobotReader(src, rate_hz=rate_hz, embodiment=embodiment)
+        return LeRobotReader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
     if format == "hdf5":
-        return hdf5.Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment)
+        return hdf5.Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
     if format == "video":
+        if map:
+            raise DataError(f"{src} is video, whose one stream no map changes", fix="leave the map out")
         if embodiment is not None:
             raise DataError(
                 f"{src} is video without actions, so embodiment {embodiment.name!r} does not apply",
@@ -141,70 +150,160 @@ def import_episodes(
     format: str | None = None,
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
+    map: Streams | None = None,
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    skip_bad: int = 0,
+    say: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
     rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the
-    contract to hold the data to, with the cameras of the source. size: crop every frame to its largest
-    centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
-    default: the name of `src`. on_progress: called as (episodes done, episodes in all).
-    Raises: DataError for a broken source or an existing `out`; EpisodeError that names the episode, the
-    axis and the step of a value that is not finite or outside the embodiment's limits.
+    contract to hold the data to, with the cameras of the source. map: columns that fill streams. size: crop every frame
+    to its largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
+    default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
+    is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
+    Raises: DataError for a broken source, an existing `out`, or more bad episodes than `skip_bad`, all named: an
+    episode is bad when it cannot be read, or has a value that is not finite or outside the embodiment's limits.
     """
     if size is not None and size < 8:
         raise DataError(f"size is {size} pixels", fix="give at least 8")
     if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
-    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment)
-    robot = source.embodiment()
-    stored = robot
-    if robot is not None and size is not None:
-        stored = replace(robot, cameras=tuple(Camera(name=c.name, height=size, width=size) for c in robot.cameras))
-    manifest = {
-        "kind": "episodes",
-        "name": name or Path(src).resolve().name,
-        "source": str(src),
-        "embodiments": {stored.name: stored.fingerprint} if stored else {},
-        "tokenizers": {},
-    }
+    say = say or (lambda _: None)
+    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
+    manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
+        robot = source.embodiment()
+        for note in notes_of(source):
+            say(note)
+        _, bad = survey(source, robot, skip_bad, str(src), say)
+        stored = stored_contract(robot, size)
         if stored is not None:
             data = json.dumps(stored.to_dict(), indent=2) + "\n"
             writer.add_file(f"embodiments/{_file_name(stored.name)}.json", data.encode())
         total = len(source)
         for index in range(total):
-            _import_one(writer, source, index, robot, size)
+            if index not in bad.found:
+                bad.attempt(index, lambda index=index: _import_one(writer, source, index, robot, size))
             if on_progress is not None:
                 on_progress(index + 1, total)
+        bad.settle()
+        writer.manifest |= {
+            "embodiments": {stored.name: stored.fingerprint} if stored else {},
+            "map": {stream: list(columns) for stream, columns in (map or {}).items()},
+            "left_out": sorted(getattr(source, "left_out", ())),
+            "notes": notes_of(source),
+            "skipped": {str(index): reason for index, reason in bad.found.items()},
+        }
         return writer.close()
+
+
+def notes_of(source: EpisodeSource) -> list[str]:
+    """What a reader has to say: columns that nothing uses, and what is odd. Complete after `embodiment()`."""
+    return list(getattr(source, "notes", ()))
+
+
+def stored_contract(robot: Embodiment | None, size: int | None) -> Embodiment | None:
+    """The contract of episodes whose frames are scaled to size x size."""
+    if robot is None or size is None:
+        return robot
+    return replace(robot, cameras=tuple(Camera(name=c.name, height=size, width=size) for c in robot.cameras))
+
+
+def survey(
+    source: EpisodeSource, robot: Embodiment | None, skip_bad: int, where: str, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], BadEpisodes]:
+    """What the index of shards would know of each episode that is not bad, found without decoding pictures.
+
+    Raises: DataError for more than `skip_bad` episodes that are bad, all named.
+    """
+    notes: list[dict[str, Any]] = []
+    bad = BadEpisodes(len(source), skip_bad, where, say)
+    for index in range(len(source)):
+        bad.attempt(index, lambda index=index: notes.append(_check_one(source, index, robot)))
+    bad.settle()
+    return notes, bad
+
+
+class BadEpisodes:
+    """The episodes that cannot be read, by number, and why; a budget of them may be left out."""
+
+    def __init__(self, total: int, budget: int, where: str, say: Callable[[str], None]):
+        self.total, self.budget, self.where, self.say = total, budget, where, say
+        self.found: dict[int, str] = {}
+
+    def attempt(self, index: int, work: Callable[[], None]) -> None:
+        """Do the work on an episode, and take it for bad when that fails. Raises: DataError when there are too many."""
+        try:
+            work()
+        except MMSeqError as error:
+            self.found[index] = str(error)
+            self.say(f"bad, {'left out' if len(self.found) <= self.budget else 'looking for more'}: {error}")
+            if len(self.found) > max(self.budget, MOST_BAD):
+                self.settle()
+
+    def settle(self) -> None:
+        """Raises: DataError that lists what was found, when that is more than may be left out, or all there is."""
+        count = len(self.found)
+        if not count or (count <= self.budget and count < self.total):
+            return
+        reasons = " / ".join(reason.rstrip(".") for reason in list(self.found.values())[:MOST_BAD])
+        if self.total == 1 or (count == self.total and len(set(self.found.values())) == 1):
+            raise DataError(f"no episode of {self.where} can be read: {reasons.split(' / ')[0]}")
+        fix = f"leave them out with --skip-bad {count}" if count < self.total else "not one is left: correct the data"
+        raise DataError(f"{count} of {self.total} episodes of {self.where} are bad: {reasons}", fix=fix)
 
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
-def _import_one(
-    writer: ShardWriter, source: EpisodeSource, index: int, robot: Embodiment | None, size: int | None
-) -> None:
+def _vectors(source: EpisodeSource, index: int, robot: Embodiment | None) -> tuple[Episode, str, dict[str, Any]]:
+    """An episode, what errors call it, and its vectors as members, held to the contract."""
     episode = source[index]
     where = f"episode {episode.id!r} ({episode.source})"
-    sizes = {camera.name: (camera.height, camera.width) for camera in robot.cameras} if robot else {}
     members: dict[str, Any] = {}
-    for stream in VECTORS:
-        axes = getattr(robot, stream) if robot else None
-        if stream in episode:
-            if axes is None:
-                raise EpisodeError(f"{where} has {stream}, its embodiment has none", fix="correct the embodiment")
-            members[f"{stream}.npy"] = axes.check(episode[stream], what=stream, where=where)
+    for stream in episode.streams:
+        if stream.startswith(IMAGE_PREFIX):
+            continue
+        axes = robot.vectors.get(stream) if robot else None
+        if axes is None:
+            raise EpisodeError(f"{where} has {stream}, its embodiment has none", fix="correct the embodiment")
+        members[f"{stream}.npy"] = axes.check(episode[stream], what=stream, where=where)
+    return episode, where, members
+
+
+def _check_one(source: EpisodeSource, index: int, robot: Embodiment | None) -> dict[str, Any]:
+    """Everything that can be known of an episode without decoding its pictures, and what the index says of it."""
+    episode, where, _ = _vectors(source, index, robot)
     for camera in episode.cameras:
         if not _NAME.fullmatch(camera):
             raise DataError(
-                f"{where}: camera {camera!r} has a name that cannot be stored", fix="rename it: letters, digits, '_'"
+                f"{where}: camera {camera!r} has a name that cannot be stored",
+                fix="name it with --map image.NAME=COLUMN",
             )
+    if check := getattr(source, "check", None):
+        check(index)
+    return _note(episode)
+
+
+def _note(episode: Episode) -> dict[str, Any]:
+    """What the index of shards says of an episode."""
+    note = {key: getattr(episode, key) for key in ("id", "rate_hz", "embodiment", "success")}
+    note |= {"length": len(episode), "streams": list(episode.streams)}
+    note |= {"texts": len(episode.texts), "plans": len(episode.plans)}
+    return note | {"spans": sorted({span.stream for span in episode.spans})}
+
+
+def _import_one(
+    writer: ShardWriter, source: EpisodeSource, index: int, robot: Embodiment | None, size: int | None
+) -> None:
+    episode, where, members = _vectors(source, index, robot)
+    sizes = {camera.name: (camera.height, camera.width) for camera in robot.cameras} if robot and not size else {}
+    for camera in episode.cameras:
         frames = _checked(source.frames(index, camera), sizes.get(camera), f"{where}, camera {camera!r}")
         data, count = encode_video((square(f, size) for f in frames) if size else frames, episode.rate_hz)
         if count != len(episode):
@@ -212,20 +311,10 @@ def _import_one(
                 f"{where}: camera {camera!r} has {count} frames for {len(episode)} steps", fix="repair the dataset"
             )
         members[f"{IMAGE_PREFIX}{camera}.mp4"] = data
-    head = {
-        "id": episode.id,
-        "rate_hz": episode.rate_hz,
-        "length": len(episode),
-        "texts": episode.texts,
-        "plans": episode.plans,
-        "embodiment": episode.embodiment,
-        "success": episode.success,
-        "source": episode.source,
-        "metadata": episode.metadata,
-    }
-    note = {key: head[key] for key in ("id", "length", "rate_hz", "embodiment", "success")}
-    note |= {"streams": list(episode.streams), "texts": len(episode.texts), "plans": len(episode.plans)}
-    writer.add(f"{index:08d}", {"json": head} | members, metadata=note)
+    fields = ("id", "rate_hz", "texts", "plans", "embodiment", "success", "source", "metadata")
+    head = {field: getattr(episode, field) for field in fields} | {"length": len(episode)}
+    head["spans"] = [[span.stream, span.start, span.stop, list(span.texts)] for span in episode.spans]
+    writer.add(f"{index:08d}", {"json": head} | members, metadata=_note(episode))
 
 
 def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, where: str) -> Iterator[np.ndarray]:
@@ -307,9 +396,9 @@ class EpisodeShardReader:
                         shards.read_bytes(index, extension), shards.where(index, extension)
                     )
             fields = ("texts", "plans", "embodiment", "success", "source", "metadata")
-            return Episode.from_arrays(
-                head["id"], float(head["rate_hz"]), arrays, length=length, **{field: head[field] for field in fields}
-            )
+            kept: dict[str, Any] = {field: head[field] for field in fields}
+            kept["spans"] = [TextSpan(s, int(a), int(b), tuple(texts)) for s, a, b, texts in head.get("spans", ())]
+            return Episode.from_arrays(head["id"], float(head["rate_hz"]), arrays, length=length, **kept)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{shards.where(index, 'json')} is incomplete: {error!r}", fix="write the shards again"

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
+from mmseq.data.mapping import Streams
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError
 
 
 def open_source(
-    path: str | Path, *, rate_hz: float | None = None, embodiments: Mapping[str, Embodiment] | None = None
+    path: str | Path,
+    *,
+    rate_hz: float | None = None,
+    embodiments: Mapping[str, Embodiment] | None = None,
+    map: Streams | None = None,
 ) -> EpisodeSource:
-    """Episode shards, a LeRobot v3 dataset, HDF5 files or videos.
+    """Episode shards, a LeRobot dataset, HDF5 files or videos.
 
     embodiments: contracts to hold the data to, by name. A dataset is read by the contract of its
-    robot's name; shards must have been written with the same one.
+    robot's name; shards must have been written with the same one. map: columns of a dataset that fill streams.
     Raises: DataError, EmbodimentError, or FingerprintError that names the fields that differ.
     """
     embodiments = embodiments or {}
     if holds_shards(path):
+        if map:
+            raise DataError(f"{path} holds shards, whose streams no map changes", fix="give --map when importing")
         reader = EpisodeShardReader(path)
         for name, robot in reader.embodiments.items():
             if name in embodiments:
@@ -36,10 +43,10 @@ def open_source(
                 fix="import it again with --rate-hz, or leave rate_hz out",
             )
         return reader
-    source = open_episodes(path, rate_hz=rate_hz)
+    source = open_episodes(path, rate_hz=rate_hz, map=map)
     robot = source.embodiment()
     if robot is not None and robot.name in embodiments and robot.fingerprint != embodiments[robot.name].fingerprint:
-        source = open_episodes(path, rate_hz=rate_hz, embodiment=embodiments[robot.name])
+        source = open_episodes(path, rate_hz=rate_hz, embodiment=embodiments[robot.name], map=map)
     return source
 
 
@@ -51,13 +58,23 @@ def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
     return [robot] if robot is not None else []
 
 
-def source_identity(path: str | Path, rate_hz: float | None = None) -> dict[str, Any]:
-    """What changes when the data does: the manifest of shards, else the files with their sizes and times."""
+def source_identity(path: str | Path, rate_hz: float | None = None, map: Streams | None = None) -> dict[str, Any]:
+    """What changes when the data does: the manifest of shards, else the map, and the files with sizes and times."""
     path = Path(path)
     if holds_shards(path):
         data = (path / "manifest.json").read_bytes()
     else:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         seen = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        data = json.dumps(seen).encode()
+        data = json.dumps([seen, map] if map else seen).encode()
     return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def streams_of(notes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every stream that some episode has, of what an index of shards says of each."""
+    found: set[str] = set()
+    for note in notes:
+        found |= {*note["streams"], *note.get("spans", ())}
+        found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
+        found |= {"progress"} if note["success"] is not False else set()
+    return sorted(found)

@@ -31,35 +31,29 @@ from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
 from mmseq.simulation.base import find_simulator
+from mmseq.simulation.experts import DEMO_SPREAD
 
 CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_tokens")
 
 
 @dataclass(kw_only=True)
 class ClosedLoopConfig:
-    """What is driven and how.
+    """What is driven and how."""
 
-    chunking, execute: how chunks become actions, and the control steps from one request to the next (see
-    `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
-    passes: forward passes per chunk, see `ModelPolicy`. simulator: a name in `mmseq.simulation.base.SIMULATORS`.
-    spread: of the layouts, for a simulator that has it (see `MetaWorldEnv`). seed: first layout; episode i of a task
-    uses seed + i. keep: rollouts per task whose frames are returned. controllers: among `CONTROLLERS`.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    episodes: int = 20
-    seed: int = 100_000
-    chunking: str = "plain"
-    execute: int = 1
-    delay_ms: float = 0.0
-    jitter_ms: float = 0.0
-    passes: int | None = None
-    max_steps: int = 90
-    simulator: str = "metaworld"
-    spread: float = 1.0
-    keep: int = 1
-    workers: int = 2
-    controllers: tuple[str, ...] = ("policy",)
+    tasks: list[str] = field(default_factory=list)  # of the simulator; default: the demo's
+    episodes: int = 20  # unseen layouts per task
+    seed: int = 100_000  # of the first layout; episode i of a task uses seed + i
+    chunking: str = "plain"  # how chunks become actions: plain, ensemble or realtime
+    execute: int = 1  # control steps of each chunk before the next request
+    delay_ms: float = 0.0  # of an answer, in the simulator's time
+    jitter_ms: float = 0.0  # the delay varies by up to this much to either side, never below 0
+    passes: int | None = None  # forward passes per chunk, of a policy trained for it
+    max_steps: int = 90  # control steps after which an episode has failed
+    simulator: str = "metaworld"  # a name among the simulators, built in or a plug-in's
+    spread: float = DEMO_SPREAD  # how far layouts vary, 1 as in Meta-World
+    keep: int = 1  # episodes per task whose frames are returned
+    workers: int = 2  # simulators at once, each in a process of its own
+    controllers: tuple[str, ...] = ("policy",)  # among `CONTROLLERS`
 
 
 @dataclass
@@ -134,7 +128,7 @@ def _serve_and_drive(
         raise ConfigError(
             f"execute is {config.execute}, the policy's chunks have {policy.horizon} control steps", fix="use fewer"
         )
-    bins = policy.tokenizers.action.bins
+    bins = policy.tokenizers["action"].size
     with Server(policy, ServerConfig(port=0)) as seeing:
         options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
         blind = ModelPolicy(policy.model, **options, blank_images=True)

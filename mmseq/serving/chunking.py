@@ -31,13 +31,14 @@ TURN_KEYS = ("step", "executed", "sent_at", "deadline_ms", "delay", "reset", "ch
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """mode: see above. execute: control steps between two requests of a client that does not say; default: not
-    known (plain), one (ensemble), half of the chunk (realtime). decay: of the ensemble's weights.
-    """
+    """How chunks become actions for clients that do not do it themselves."""
 
+    # `plain`, `ensemble` (ACT), `realtime` (actions under way are forced as the beginning)
     mode: Literal["plain", "ensemble", "realtime"] = "plain"
+    # control steps between two requests of a client that does not say; default: not known (plain), one (ensemble), half
+    # of the chunk (realtime)
     execute: int | None = None
-    decay: float = 0.01
+    decay: float = 0.01  # of the ensemble's weights
 
     def __post_init__(self):
         if self.mode not in MODES:

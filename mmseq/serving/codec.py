@@ -39,16 +39,13 @@ _SCALAR_FIELDS = {"__npgeneric__", "data", "dtype"}
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a message may be at most.
+    """What a message may be at most."""
 
-    max_items: values of any kind in one message, an array counting as about eight. max_dims: axes of an array.
-    """
-
-    max_message_bytes: int = 64 << 20
-    max_array_bytes: int = 64 << 20
-    max_depth: int = 16
-    max_items: int = 65_536
-    max_dims: int = 8
+    max_message_bytes: int = 64 << 20  # of the whole message
+    max_array_bytes: int = 64 << 20  # of one array
+    max_depth: int = 16  # of lists and maps inside each other
+    max_items: int = 65_536  # values of any kind, an array counting as about eight
+    max_dims: int = 8  # axes of an array
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -41,16 +41,13 @@ MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
 
 @dataclass(frozen=True, kw_only=True)
 class ObservationRules:
-    """How strict the server is.
+    """How strict the server is."""
 
-    unknown_keys: `ignore` for clients that send more than the model reads. state_range: `clamp` limits a
-    state outside of the contract instead of refusing it, `ignore` passes it on. aliases: a client's own
-    key -> ours; several keys that are one vector of ours are joined in this order.
-    """
-
+    # `refuse`, or `ignore` for clients that send more than the model reads
     unknown_keys: Literal["refuse", "ignore"] = "refuse"
+    # a state outside of the contract: `refuse`, `clamp` limits it, `ignore` passes it on
     state_range: Literal["refuse", "clamp", "ignore"] = "refuse"
-    aliases: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # a client's own key: ours
 
 
 def choose_embodiment(observation: Mapping[str, Any], contract: Contract) -> Embodiment:

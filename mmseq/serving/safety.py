@@ -23,17 +23,15 @@ from mmseq.serving.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Of each rule: `clamp` limits the axis, `refuse` answers with an error instead; the gripper's can be ignored.
+    """Of each rule: `clamp` limits the axis, `refuse` answers with an error instead."""
 
-    tolerance: how far outside, as a share of the axis' range, still counts as rounding and is only limited.
-    max_age_ms: an answer to an observation older than this is refused as `late`; 0 is no limit.
-    """
-
-    out_of_range: Literal["clamp", "refuse"] = "clamp"
+    out_of_range: Literal["clamp", "refuse"] = "clamp"  # beyond the embodiment's minimum..maximum
+    # more than the embodiment's max_step from one control step to the next
     too_fast: Literal["clamp", "refuse"] = "clamp"
-    gripper: Literal["clamp", "refuse", "ignore"] = "clamp"
+    gripper: Literal["clamp", "refuse", "ignore"] = "clamp"  # beyond open or closed; or `ignore`
+    # how far outside, as a share of the axis' range, still counts as rounding and is only limited
     tolerance: float = TOLERANCE
-    max_age_ms: float = 0.0
+    max_age_ms: float = 0.0  # an answer to an observation older than this is refused as `late`; 0 is no limit
 
     def __post_init__(self):
         if not 0 <= self.tolerance <= 0.1:

@@ -43,37 +43,30 @@ MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
 
 @dataclass(kw_only=True)
-class ServerOptions:
-    """Where and how to serve, as a file of settings can say it too.
+class Listening:
+    """Where a server listens, and how it treats those who connect: settings of `mmseq serve` too."""
 
-    port: 0 takes a free one. insecure_public: serve on a host other than loopback without a token. tls_cert, tls_key:
-    PEM files; with them the addresses are https and wss. max_connections: of robots; one more is answered `busy`, and
-    HTTP is not counted. stuck_s: a model call that takes longer makes `/readyz` say 503. grace_s: time that requests
-    under way get to finish when the server stops. hold_file: where operators' holds are kept, so that they outlive the
-    process.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    insecure_public: bool = False
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    max_connections: int = 256
+    host: str = "127.0.0.1"  # another address needs a token
+    port: int = 8000  # 0 takes a free one
+    insecure_public: bool = False  # other machines may connect without a token
+    tls_cert: str | None = None  # PEM file; with it and its key the addresses are https and wss
+    tls_key: str | None = None  # its private key
+    max_connections: int = 256  # of robots; one more is answered `busy`, and HTTP is not counted
     limits: Limits = field(default_factory=Limits)
     observation: ObservationRules = field(default_factory=ObservationRules)
     gate: GateConfig = field(default_factory=GateConfig)
     scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
     chunking: Chunking = field(default_factory=Chunking)
-    stuck_s: float = 30.0
-    grace_s: float = 10.0
-    hold_file: str | None = None
+    stuck_s: float = 30.0  # a model call that takes longer makes `/readyz` say 503
+    grace_s: float = 10.0  # time that requests under way get to finish when the server stops
+    hold_file: str | None = None  # where operators' holds are kept; default: they end with the process
 
 
 @dataclass(kw_only=True)
-class ServerConfig(ServerOptions):
-    """`ServerOptions`, checked. token: clients send it as `Authorization: Api-Key TOKEN`."""
+class ServerConfig(Listening):
+    """Where and how to serve."""
 
-    token: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)  # clients send it as `Authorization: Api-Key TOKEN`
 
     def __post_init__(self):
         if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):

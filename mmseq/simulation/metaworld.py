@@ -271,7 +271,7 @@ def _make(task: str, spread: float):
     box = env._random_reset_space  # x, y, z of the object, in some tasks followed by those of the goal
     middle, half = (box.low + box.high) / 2, (box.high - box.low) / 2
     half = half * np.where(np.arange(len(half)) % 3 == 2, 1.0, spread)
-    env._random_reset_space = gymnasium.spaces.Box(middle - half, middle + half, dtype=np.float64)
+    env._random_reset_space = gymnasium.spaces.Box(middle - half, middle + half, dtype=np.float64)  # type: ignore[arg-type]
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     env._set_task_called = True

@@ -87,11 +87,13 @@ def tokenizers(
         size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1
     )
     return Tokenizers(
-        text=TextTokenizer.load(text) if text else TextTokenizer.train(TEXTS, vocab_size=300),
-        vision=VisionTokenizer(config, FSQAutoencoder(config)),
-        action=BinTokenizer(32),
-        proprio=BinTokenizer(32),
-        progress=ScalarTokenizer(16),
+        {
+            "text": TextTokenizer.load(text) if text else TextTokenizer.train(TEXTS, vocab_size=300),
+            "vision": VisionTokenizer(config, FSQAutoencoder(config)),
+            "action": BinTokenizer(32),
+            "proprio": BinTokenizer(32),
+            "progress": ScalarTokenizer(16),
+        },
         embodiments=robots if robots is not None else (embodiment(),),
         merge=merge,
     )
@@ -146,7 +148,7 @@ def language_model(directory: str | Path, family: str = "llama", *, seed: int = 
 def write_episodes(directory: str | Path, episodes: Iterable[Episode], robots: tuple[Embodiment, ...] = ()) -> Path:
     """Episode shards, as `mmseq data import` writes them."""
     from mmseq.data.shards import ShardWriter
-    from mmseq.data.video import encode_video
+    from mmseq.mp4 import encode_video
 
     directory = Path(directory)
     manifest = {

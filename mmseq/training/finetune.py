@@ -1,13 +1,14 @@
-"""Fine-tune: a checkpoint learns a new robot from a LeRobot v3 dataset, in one command.
+"""Fine-tune: a checkpoint learns a new robot from a LeRobot dataset, in one command.
 
     mmseq finetune runs/demo/checkpoint --dataset PATH --embodiment robot.yaml [--lora] [--hours 2]
 
 runs/finetune/episodes/<robot>   tokenizers/   tokens/   mix.yaml   recipe.yaml   what training starts from
              checkpoints/   metrics.jsonl   checkpoint/   finetune.json              what it leaves
 
-The dataset is imported under its contract (`data/contract.py`), tokenized with the checkpoint's tokenizers, and
-trained on every arrow of the checkpoint that it can fill. A share of what the checkpoint was trained on goes on
-being trained, against forgetting. `recipe.yaml` runs under any launcher of `mmseq train`.
+What is wrong, missing or left out is said before any work. The dataset is imported under its contract
+(`data/contract.py`), tokenized with the checkpoint's tokenizers, and trained on every arrow of the checkpoint that it
+can fill. A share of what the checkpoint was trained on goes on being trained, against forgetting. `recipe.yaml` runs
+under any launcher of `mmseq train`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,18 @@ from typing import Any
 
 from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
-from mmseq.data.importing import EpisodeShardReader, EpisodeSource, import_episodes, open_episodes
+from mmseq.data.importing import (
+    EpisodeShardReader,
+    EpisodeSource,
+    import_episodes,
+    notes_of,
+    open_episodes,
+    stored_contract,
+    survey,
+)
+from mmseq.data.mapping import Streams
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError
@@ -38,33 +49,30 @@ POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
 BEGUN = "begun.json"  # in its folder: what a fine-tuning is of
 KEPT = "kept."  # before the names of tasks that are rehearsed
+type Notes = list[dict[str, Any]]  # what an index of shards says of each episode
 
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """checkpoint: to start from. dataset: LeRobot v3 of the new robot. out: the folder of it all.
+    """What `mmseq finetune` is told."""
 
-    embodiment: the answers to what the dataset does not say. rate_hz: resample to this rate. tasks: arrows to
-    train instead of the checkpoint's. keep: the share of samples that rehearse what the checkpoint knows;
-    tokens: where its token shards are, default: where they were. hours: the limit; steps: another limit.
-    settings: `key=value` of the training recipe. ranks: that will train, which must be able to share the rows.
-    """
-
-    checkpoint: str
-    dataset: str
-    out: str = "runs/finetune"
-    embodiment: str | None = None
-    rate_hz: float | None = None
-    tasks: list[str] = field(default_factory=list)
-    lora: bool = False
-    lora_rank: int = 16
-    hours: float = 2.0
-    steps: int = 20_000
-    keep: float = 0.2
-    tokens: str | None = None
-    seed: int = 0
-    settings: list[str] = field(default_factory=list)
-    ranks: int = 1
+    checkpoint: str  # to start from
+    dataset: str  # LeRobot of the new robot, or HDF5 files
+    out: str = "runs/finetune"  # the folder of it all
+    map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
+    skip_bad: int = 0  # leave out up to so many episodes that cannot be read
+    embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
+    rate_hz: float | None = None  # steps per second; default: the dataset's
+    tasks: list[str] = field(default_factory=list)  # arrows to train instead of the checkpoint's
+    lora: bool = False  # train adapters instead of every weight
+    lora_rank: int = 16  # of the adapters
+    hours: float = 2.0  # at most
+    steps: int = 20_000  # at most
+    keep: float = 0.2  # share of the samples that rehearse what the checkpoint knows
+    tokens: str | None = None  # the checkpoint's own token shards; default: where they were
+    seed: int = 0  # of the data order and of fresh weights
+    settings: list[str] = field(default_factory=list)  # `key=value` of the training recipe
+    ranks: int = 1  # processes on this machine, which share the rows; default: one per GPU
 
     def check(self) -> None:
         if not 0 < self.hours <= 24 * 365:
@@ -89,29 +97,41 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     assert old.tokenizers is not None
     recipe = _recipe(config, old, out)
     _refuse_another(config, out)
-    robot, source = _contract(config, old.tokenizers, out)
-    say(f"{config.dataset}: {len(source)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
-    if len(source) < 4:
-        raise DataError(f"{config.dataset} has {len(source)} episodes", fix="give at least four: one part is held out")
+    say = _once(say)
+    robot, source = _contract(config, old.tokenizers, out, say)
+    notes, _ = survey(source, robot, config.skip_bad, config.dataset, say)
+    say(f"{config.dataset}: {len(notes)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
+    if len(notes) < 4:
+        raise DataError(f"{config.dataset} has {len(notes)} episodes", fix="give at least four: one part is held out")
     tokenizers = old.tokenizers
     size = tokenizers.vision.config.size
     name = re.sub(r"[^A-Za-z0-9_-]", "_", robot.name)
     episodes = out / "episodes" / name
-    _begin(config, robot, len(source), recipe, out)
-    _import(config, robot, episodes, size, on_progress)
-    stored = EpisodeShardReader(episodes).embodiment()
+    stored = stored_contract(robot, size)
     assert stored is not None
     _say_doubts(stored, say)
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
+    _new_tasks(config, old, _old_mix(checkpoint), notes, name)
+    _begin(config, robot, len(notes), recipe, out)
+    mix = _mix(config, old, notes, name, out, say)
+    _import(config, robot, episodes, size, say, on_progress)
+    kept = EpisodeShardReader(episodes).metadata
+    if len(kept) < len(notes):  # pictures of some could not be decoded
+        mix = _mix(config, old, kept, name, out, say)
     tokenizers.save(out / "tokenizers")
-    mix = _mix(config, old, episodes, name, out, say)
     save_mix(mix, out / "mix.yaml")
     new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
     save_mix(new_only, out / "new.yaml")
     tokenize_mix(out / "new.yaml", out / "tokens", tokenizers, root=out, on_progress=on_progress)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
     return stored.name
+
+
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same, but each text a single time: a dataset is opened more than once."""
+    said: set[str] = set()
+    return lambda text: None if text in said or said.add(text) else say(text)
 
 
 def _say_doubts(robot: Embodiment, say: Callable[[str], None]) -> None:
@@ -145,6 +165,7 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "data": hashlib.sha256(info.read_bytes()).hexdigest()[:16] if info.is_file() else "",
         "episodes": episodes,
         "robot": robot.to_dict(),
+        "map": config.map,
         "tasks": config.tasks,
         "keep": config.keep,
         "lora": recipe.lora.rank,
@@ -166,10 +187,14 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
     path.write_text(json.dumps(identity, indent=1) + "\n")
 
 
-def _contract(config: FinetuneConfig, known: Tokenizers, out: Path) -> tuple[Embodiment, EpisodeSource]:
+def _contract(
+    config: FinetuneConfig, known: Tokenizers, out: Path, say: Callable[[str], None]
+) -> tuple[Embodiment, EpisodeSource]:
     """The contract of the dataset, and a reader that holds it to that."""
-    source = open_episodes(config.dataset, rate_hz=config.rate_hz)
+    source = open_episodes(config.dataset, rate_hz=config.rate_hz, map=config.map)
     robot = source.embodiment()
+    for note in notes_of(source):
+        say(f"note: {note}")
     if robot is None or robot.action is None:
         raise DataError(f"{config.dataset} has no actions", fix="fine-tune on episodes of a robot")
     if robot.name in known.embodiments and config.embodiment is None:
@@ -192,14 +217,20 @@ def _contract(config: FinetuneConfig, known: Tokenizers, out: Path) -> tuple[Emb
             raise EmbodimentError(
                 f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
             )
-    return robot, open_episodes(config.dataset, rate_hz=config.rate_hz, embodiment=robot)
+    return robot, open_episodes(config.dataset, rate_hz=config.rate_hz, embodiment=robot, map=config.map)
 
 
 def _import(
-    config: FinetuneConfig, robot: Embodiment, episodes: Path, size: int, on_progress: Callable[[str, int, int], None]
+    config: FinetuneConfig,
+    robot: Embodiment,
+    episodes: Path,
+    size: int,
+    say: Callable[[str], None],
+    on_progress: Callable[[str, int, int], None],
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
+    identity = json.loads(json.dumps(identity | {"map": config.map}))
     try:
         if episodes.is_dir() and json.loads(mark.read_text()) == identity:
             return
@@ -210,28 +241,30 @@ def _import(
         episodes,
         rate_hz=config.rate_hz,
         embodiment=robot,
+        map=config.map,
         size=size,
         name=episodes.name,
         overwrite=True,
+        skip_bad=config.skip_bad,
+        say=lambda note: say(f"note: {note}"),
         on_progress=lambda done, total: on_progress("importing", done, total),
     )
     mark.write_text(json.dumps(identity))
 
 
 def _mix(
-    config: FinetuneConfig, old: SequenceModel, episodes: Path, name: str, out: Path, say: Callable[[str], None]
+    config: FinetuneConfig, old: SequenceModel, notes: Notes, name: str, out: Path, say: Callable[[str], None]
 ) -> MixConfig:
     """The arrows for the new robot, and beside them what is rehearsed."""
-    reader = EpisodeShardReader(episodes)
     before = _old_mix(Path(config.checkpoint))
     rehearsed = _rehearsed(config, before, name, out, say)
     share = config.keep if rehearsed else 0.0
-    tasks = _new_tasks(config, old, before, reader, name)
+    tasks = _new_tasks(config, old, before, notes, name)
     total = sum(t.weight for t in tasks)
     tasks = [replace(t, weight=t.weight / total * (1 - share)) for t in tasks]
     total = sum(t.weight for t in rehearsed)
     tasks += [replace(t, weight=t.weight / total * share) for t in rehearsed]
-    least = least_holdout([f"{name}/{note['id']}" for note in reader.metadata])
+    least = least_holdout([f"{name}/{note['id']}" for note in notes])
     sources = {name: SourceConfig(path=f"episodes/{name}", holdout=max(before.holdout if before else 0.1, least))}
     if before is None:
         return MixConfig(name=f"{name}_finetune", sources=sources, tasks=tasks)
@@ -247,17 +280,17 @@ def _old_mix(checkpoint: Path) -> MixConfig | None:
 
 
 def _new_tasks(
-    config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, reader: EpisodeShardReader, name: str
+    config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, notes: Notes, name: str
 ) -> list[TaskConfig]:
+    """The arrows that the episodes can fill, be it that only some can. notes: what an index of shards says of each."""
     weights = {task_name(t): t.weight for t in before.tasks} if before else {}
     parallel = {task_name(t): t.parallel for t in before.tasks} if before else {}
     known = dict(old.tasks) or {task_name(t): t.task for t in (before.tasks if before else ())}
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
     if not any("action" in _predicted(a) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
-    notes = reader.metadata
     longest = max(note["length"] for note in notes)
-    streams = _streams(reader)
+    streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
         arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
@@ -265,7 +298,7 @@ def _new_tasks(
         missing = task.missing(streams)
         if missing:
             reasons.append(f"{key} needs {', '.join(missing)}")
-        elif not len(task.moments(longest, float(notes[0]["rate_hz"]))):
+        elif not any(len(task.moments(note["length"], float(note["rate_hz"]))) for note in notes):
             reasons.append(f"{key} needs longer episodes than {longest} steps")
         else:
             shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
@@ -289,12 +322,6 @@ def _without(arrow: str, streams: list[str]) -> str:
 
 def _predicted(arrow: str) -> str:
     return arrow.rpartition("->")[2]
-
-
-def _streams(reader: EpisodeShardReader) -> list[str]:
-    episode = reader[0]
-    names = list(episode.streams) + (["text"] if episode.texts else []) + (["plan"] if episode.plans else [])
-    return names + (["progress"] if episode.success is not False else [])
 
 
 def _rehearsed(

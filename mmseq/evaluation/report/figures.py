@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from mmseq.errors import TaskError
-from mmseq.evaluation.wording import task_title
+from mmseq.evaluation.report.wording import task_title
 from mmseq.tasks import Group, Segment, Task
 
 # of a stream's block in the picture of the tasks

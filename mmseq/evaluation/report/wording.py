@@ -96,3 +96,19 @@ def measure_words(measure: str) -> str:
 
 def baseline_words(name: str) -> str:
     return BASELINES.get(name, name.replace("_", " "))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    task, _, measure = name.partition(".")
+    return task, measure or "value"
+
+
+def task_of(key: str) -> str:
+    """The task of a key of the media: `chain.plan` and `caption_human` -> `chain`, `caption`."""
+    return key.split(".")[0].removesuffix("_human")
+
+
+def key_title(key: str) -> str:
+    part = f" ({key.split('.', 1)[1]})" if "." in key else ""
+    human = ", human video" if key.split(".")[0].endswith("_human") else ""
+    return task_title(task_of(key)) + part + human

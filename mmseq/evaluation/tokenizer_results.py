@@ -12,6 +12,7 @@ from mmseq.evaluation.measures import mean_action
 from mmseq.evaluation.results import Result, bootstrap
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.pictures import psnr
+from mmseq.tokenization.quality import vector_errors, vision_quality
 from mmseq.tokenization.vision import fit_frames
 
 FRAMES = 96  # pictures per kind
@@ -46,7 +47,7 @@ def mean_frame(episodes: Sequence[Episode], camera: str, size: int) -> np.ndarra
     return np.concatenate(frames).astype(np.float64).mean(0).round().astype(np.uint8)
 
 
-def evaluate_tokenizers(
+def tokenizer_results(
     tokenizers: Tokenizers | None,
     held: Mapping[str, Sequence[EpisodeTokens]],
     train: Sequence[Episode],
@@ -59,20 +60,14 @@ def evaluate_tokenizers(
     results: list[Result] = []
     media["reconstructions"], media["codebook"], media["action_tokenizer"] = {}, {}, {}
     vision, size = tokenizers.vision, tokenizers.vision.config.size
-    used = np.zeros(vision.codebook_size, dtype=np.int64)
-    pictures = 0
-    for kind, tokens in held.items():
-        chosen = sample_frames([t.episode for t in tokens], size, FRAMES, seed)
-        if not chosen:
-            continue
-        real = np.stack([frame for _, _, frame in chosen])
-        codes = vision.encode(real)
-        decoded = vision.decode(codes)
-        used += np.bincount(codes.reshape(-1), minlength=len(used))
-        pictures += len(real)
+    kinds = {kind: sample_frames([t.episode for t in tokens], size, FRAMES, seed) for kind, tokens in held.items()}
+    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen}
+    pictures = {kind: np.stack([frame for _, _, frame in chosen]) for kind, chosen in kinds.items()}
+    found = vision_quality(vision, pictures) if pictures else {}
+    for kind, chosen in kinds.items():
+        real, values = pictures[kind], found["psnr_images"][kind]
         own = [e for e in train if (e.embodiment is None) == (kind == "human")]
         means = {camera: mean_frame(own, camera, size) for camera in {camera for _, camera, _ in chosen}}
-        values = psnr(real, decoded)
         name = f"vision_tokenizer.psnr_{kind}"
         results.append(
             Result(
@@ -90,26 +85,19 @@ def evaluate_tokenizers(
         if interval:
             media["intervals"][name] = interval
         shown = np.linspace(0, len(real) - 1, min(SHOWN, len(real))).round().astype(int)
-        media["reconstructions"][kind] = {"real": real[shown], "decoded": decoded[shown], "psnr": values[shown]}
+        decoded = found["decoded"][kind][shown]
+        media["reconstructions"][kind] = {"real": real[shown], "decoded": decoded, "psnr": values[shown]}
     if pictures:
-        share = used[used > 0] / used.sum()
-        perplexity = float(np.exp(-(share * np.log(share)).sum()))
-        media["codebook"] = {
-            "size": len(used),
-            "used": int((used > 0).sum()),
-            "perplexity": perplexity,
-            "tokens": int(used.sum()),
-            "tokens_per_frame": vision.tokens_per_frame,
-        }
+        book = media["codebook"] = found["codebook"] | {"tokens_per_frame": vision.tokens_per_frame}
         results.append(
             Result(
                 name="vision_tokenizer.codebook_use",
-                value=(used > 0).mean(),
+                value=book["used"] / book["size"],
                 unit="share",
                 better="higher",
                 baseline_name="one_code",
-                baseline_value=1 / len(used),
-                n=pictures,
+                baseline_value=1 / book["size"],
+                n=sum(map(len, pictures.values())),
                 seed=seed,
             )
         )
@@ -124,13 +112,9 @@ def _actions(
     seed: int,
 ) -> list[Result]:
     results = []
-    episodes = [t.episode for tokens in held.values() for t in tokens if t.embodiment and "action" in t.streams]
-    robots = list(dict.fromkeys(str(e.embodiment) for e in episodes))
-    for robot in robots:
-        axes = tokenizers.embodiment(robot).action
-        assert axes is not None
-        values = np.concatenate([e["action"] for e in episodes if e.embodiment == robot])
-        errors = tokenizers.action.error(values, axes)
+    known = [t.episode for tokens in held.values() for t in tokens if t.embodiment and "action" in t.streams]
+    robots = vector_errors(tokenizers, known, "action")
+    for robot, (axes, values, errors) in robots.items():
         mean = mean_action(train, robot)
         baseline = np.abs(values - (values.mean(0) if mean is None else mean)).mean(0)
         media["action_tokenizer"][robot] = {
@@ -138,7 +122,7 @@ def _actions(
             "units": list(axes.units),
             "error": errors,
             "baseline_error": baseline,
-            "bins": tokenizers.action.bins,
+            "bins": tokenizers["action"].size,
         }
         prefix = f"{robot}_" if len(robots) > 1 else ""
         for i, axis in enumerate(axes.names):

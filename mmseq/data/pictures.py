@@ -1,0 +1,195 @@
+"""Pictures in the forms that others store, as uint8 (H, W, 3) RGB: encoded or raw, of any channel order and type.
+
+==========================================  ==================================================================
+stored as                                   read as
+==========================================  ==================================================================
+JPEG, PNG, ... in a row of bytes            decoded; padding behind it does not matter. Rows of uint8, of any
+                                            length, numpy's `S<n>` and `V<n>`, byte strings
+integers 0 to 255                           as they are, (H, W, 3) or (3, H, W); grey is repeated
+floats 0 to 1, or whole floats 0 to 255     scaled to 0 to 255; which of the two it is, the whole episode says
+a fourth channel that hides nothing         without it
+==========================================  ==================================================================
+
+Anything else would lose something (depth, 16 bits, normalised values, transparency) and is refused with the way out.
+Whether red and blue were swapped (OpenCV's order given to an encoder that wants RGB) no file says: `SwappedColours`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmseq.episode import IMAGE_PREFIX, Episode, Stream
+from mmseq.errors import DataError, did_you_mean
+
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")  # how encoded pictures begin
+_CHANNELS = (1, 3, 4)
+_COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # PIL's modes of 8 bits
+
+
+def as_bytes(value: Any) -> bytes | None:
+    """The bytes of an encoded picture in any of the forms in use, None for what is none of them."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, np.void):
+        return value.tobytes()
+    array = np.asarray(value)
+    if array.ndim == 1 and array.dtype in (np.uint8, np.int8):
+        return array.tobytes()
+    if array.size == 1 and array.dtype.kind in "SVO":  # one byte string, perhaps in an array of its own
+        return as_bytes(array.reshape(-1)[0])
+    return None
+
+
+def is_encoded(value: Any) -> bool:
+    """Whether a value begins as a JPEG, PNG or another encoded picture does."""
+    data = as_bytes(value)
+    return data is not None and data.startswith(_MAGIC)
+
+
+def has_picture_shape(shape: Sequence[int]) -> bool:
+    """Whether arrays of this shape, without the axis of time, may be pictures with channels first or last."""
+    return len(shape) == 3 and min(shape) > 0 and (shape[2] in _CHANNELS or shape[0] in _CHANNELS)
+
+
+def decode_picture(data: bytes, where: str) -> np.ndarray:
+    """An encoded picture as uint8 (H, W, 3). Raises: DataError when it is none, or holds more than 8 bits of colour."""
+    try:
+        with Image.open(io.BytesIO(data)) as stored:
+            if stored.mode not in _COLOURS:
+                raise DataError(
+                    f"{where} is a picture of mode {stored.mode}, more than 8 bits of one channel",
+                    fix="leave this camera out if it is depth; else store it as 8-bit colour",
+                )
+            if "A" in stored.getbands() or "transparency" in stored.info:
+                return _opaque(np.asarray(stored.convert("RGBA")), where)
+            return np.asarray(stored.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        begins = data[:8].hex(" ")
+        raise DataError(
+            f"{where} is no picture ({len(data)} bytes that begin with {begins or 'nothing'})",
+            fix="record the episode again, or take it out",
+        ) from error
+
+
+def to_rgb(values: Callable[[], Iterator[Any]], where: str) -> Iterator[np.ndarray]:
+    """The pictures of one camera in one episode, one at a time.
+
+    values: makes an iterator of them as stored, more than once: the range of floats is that of all of them.
+    Raises: DataError naming the step and the way out.
+    """
+    scale: float | None = None
+    for step, value in enumerate(values()):
+        at = f"{where} of step {step}"
+        data = as_bytes(value)
+        if data is not None:
+            yield decode_picture(data, at)
+            continue
+        image = np.asarray(value)
+        if image.dtype.kind == "f":
+            scale = _float_scale(values(), where) if scale is None else scale
+            image = np.rint(image.astype(np.float64) * scale).astype(np.uint8)
+        elif image.dtype != np.uint8:
+            image = _narrow(image, at)
+        yield _last_channels(image, at)
+
+
+def _float_scale(values: Iterator[Any], where: str) -> float:
+    """What makes 0 to 255 of all these floats."""
+    low, high, whole = np.inf, -np.inf, True
+    for value in values:
+        array = np.asarray(value)
+        low, high = min(low, float(array.min(initial=np.inf))), max(high, float(array.max(initial=-np.inf)))
+        whole = whole and bool((array == np.rint(array)).all())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError(f"{where} holds pictures with values that are not finite", fix="leave out the episode")
+    if low >= 0 and high <= 1:
+        return 255.0
+    if whole and low >= 0 and high <= 255:
+        return 1.0
+    raise DataError(
+        f"{where} holds pictures of floats from {low:g} to {high:g}",
+        fix="undo their normalisation and store 0 to 1 or uint8; leave the camera out if it is depth",
+    )
+
+
+def _narrow(image: np.ndarray, where: str) -> np.ndarray:
+    """Integers of another width, or truth values, as uint8 where nothing is lost."""
+    if image.dtype.kind in "iu" and image.size and image.min() >= 0 and image.max() <= 255:
+        return image.astype(np.uint8)
+    extent = f" from {image.min()} to {image.max()}" if image.dtype.kind in "iu" and image.size else ""
+    raise DataError(
+        f"{where} is {image.dtype} {image.shape}{extent}, expected 8 bits of colour",
+        fix="leave the camera out if it is depth or a mask; else store it as uint8",
+    )
+
+
+def _last_channels(image: np.ndarray, where: str) -> np.ndarray:
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim == 3 and image.shape[2] not in _CHANNELS and image.shape[0] in _CHANNELS:
+        image = np.moveaxis(image, 0, 2)
+    if image.ndim != 3 or image.shape[2] not in _CHANNELS or not image.size:
+        raise DataError(
+            f"{where} is {image.dtype} {image.shape}, expected (height, width, 3)",
+            fix="store one picture per step, or leave the camera out",
+        )
+    if image.shape[2] == 4:
+        return _opaque(image, where)
+    return np.ascontiguousarray(image if image.shape[2] == 3 else np.repeat(image, 3, axis=2))
+
+
+def _opaque(image: np.ndarray, where: str) -> np.ndarray:
+    if (image[:, :, 3] != 255).any():
+        raise DataError(
+            f"{where} has a fourth channel that is not 255 everywhere",
+            fix="store colour alone: what is transparent has no colour, and depth has no place in a picture",
+        )
+    return np.ascontiguousarray(image[:, :, :3])
+
+
+class SwappedColours:
+    """Another reader's episodes with red and blue exchanged for some cameras. Raises: DataError for an unknown one."""
+
+    def __init__(self, source: Any, cameras: Sequence[str]):
+        self._source, self._swapped = source, tuple(cameras)
+        robot = source.embodiment()
+        known = [c.name for c in robot.cameras] if robot else source[0].cameras if len(source) else []
+        for camera in self._swapped:
+            if camera not in known:
+                raise DataError(f"swap_colours names the camera {camera!r}: {did_you_mean(camera, known)}")
+
+    def __getattr__(self, name: str) -> Any:  # notes and whatever else a reader has
+        if name.startswith("_"):  # also while it is unpickled, when there is no reader yet
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Episode:
+        episode = self._source[index]
+        for camera in self._swapped:
+            stream = episode.streams.get(f"{IMAGE_PREFIX}{camera}")
+            if stream is not None:
+                stored = Stream(stream.values, stream.times)
+                stream.values = lambda stored=stored: _exchanged(stored.load())
+        return episode
+
+    def embodiment(self) -> Any:
+        return self._source.embodiment()
+
+    def frames(self, index: int, camera: str, *args: Any, **options: Any) -> Iterator[np.ndarray]:
+        frames = self._source.frames(index, camera, *args, **options)
+        return map(_exchanged, frames) if camera in self._swapped else frames
+
+
+def _exchanged(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images[..., ::-1])

@@ -1,0 +1,137 @@
+import pytest
+
+from mmseq.data.mapping import Column, describe, fill, left_out, read_map
+from mmseq.errors import ConfigError, DataError
+
+COLUMNS = {
+    "observation.state": Column("vector", "float32 (6,)"),
+    "observation.ft": Column("vector", "float32 (6,)"),
+    "actions": Column("vector", "float32 (7,)"),
+    "action.base": Column("vector", "float32 (2,)"),
+    "rgb": Column("image", "64 x 64"),
+    "observation.images.top": Column("image", "64 x 64"),
+    "depth": Column("depth", "16 bit"),
+    "instruction": Column("text", "text"),
+    "done": Column("flag", "bool"),
+    "blob": Column("other", "float32 (3, 3)"),
+}
+FOUND = {"proprio": ("observation.state",), "image.top": ("observation.images.top",)}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {}),
+        ("", {}),
+        ("action=actions", {"action": ("actions",)}),
+        (" action = actions , proprio=a + b", {"action": ("actions",), "proprio": ("a", "b")}),
+        ("image.front=rgb,image.top=", {"image.front": ("rgb",), "image.top": ()}),
+        ({"image": {"front": "rgb"}, "force": ["f+t", "g"]}, {"image.front": ("rgb",), "force": ("f+t", "g")}),
+        ({"image.front": "rgb", "action": None}, {"image.front": ("rgb",), "action": ()}),
+    ],
+)
+def test_a_map_is_read_in_all_its_forms(given, expected):
+    assert read_map(given) == expected
+
+
+def test_a_map_is_read_from_a_file(tmp_path):
+    (tmp_path / "map.yaml").write_text("action: actions\nimage: {front: rgb}\n")
+    assert read_map(str(tmp_path / "map.yaml")) == {"action": ("actions",), "image.front": ("rgb",)}
+    with pytest.raises(ConfigError, match=r"cannot read the map 'actions'.*STREAM=COLUMN"):
+        read_map("actions")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="the map holds"):
+        read_map(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("action=a,b", "'b' names no column"),
+        ("action=a,action=b", "'action' twice. Join its columns: action=COLUMN"),
+        ("image=rgb", "name the camera"),
+        ("image.a/b=rgb", "name the camera"),
+        ("progress=a", "fills 'progress', which no column can"),
+        ("Force=a", "'Force'"),
+        ("text=a+b", "only vectors can be joined"),
+        ("image.front=a+b", "only vectors can be joined"),
+        ({"action": 3}, "gives action 3"),
+        ({"action": [1]}, "gives action"),
+    ],
+)
+def test_what_is_wrong_in_a_map_is_named(given, message):
+    with pytest.raises(ConfigError, match="(?i)" + message):
+        read_map(given)
+
+
+def test_what_the_owner_says_is_laid_over_what_was_found():
+    given = read_map("action=actions+action.base,force=observation.ft,image.front=rgb")
+    assert fill(FOUND, given, COLUMNS, "here") == {
+        "proprio": ("observation.state",),
+        "image.top": ("observation.images.top",),
+        "action": ("actions", "action.base"),
+        "force": ("observation.ft",),
+        "image.front": ("rgb",),
+    }
+    assert fill(FOUND, {}, COLUMNS, "here") == FOUND
+
+
+def test_a_camera_moves_a_vector_is_shared_and_nothing_leaves_out():
+    moved = fill(FOUND, read_map("image.head=observation.images.top"), COLUMNS, "here")
+    assert moved == {"proprio": ("observation.state",), "image.head": ("observation.images.top",)}
+    shared = fill(FOUND, read_map("action=observation.state"), COLUMNS, "here")
+    assert shared["proprio"] == shared["action"] == ("observation.state",)
+    assert fill(FOUND, read_map("image.top="), COLUMNS, "here") == {"proprio": ("observation.state",)}
+    assert fill(FOUND, read_map("grip=done"), COLUMNS, "here")["grip"] == ("done",)  # one number is a vector too
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("action=action", "here: the map names the column 'action': did you mean 'actions'"),
+        ("image.depth=depth", "fills image.depth from 'depth', which is 16 bit. Name a column that holds pictures"),
+        ("action=rgb", "a column that holds numbers"),
+        ("text=actions", "a column that holds a text"),
+        ("success=actions", "a column that holds a truth value"),
+        ("force=blob", r"which is float32 \(3, 3\)"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_named(given, message):
+    with pytest.raises(DataError, match=message):
+        fill(FOUND, read_map(given), COLUMNS, "here")
+
+
+def test_everything_unused_is_named_with_the_entry_that_uses_it():
+    unused = left_out(COLUMNS, FOUND)
+    assert unused == {
+        "observation.ft": "ft=observation.ft",
+        "actions": "action=actions",
+        "action.base": "action=action.base",
+        "rgb": "image.rgb=rgb",
+        "depth": "",
+        "instruction": "text=instruction",
+        "done": "",
+        "blob": "",
+    }
+    for entry in filter(None, unused.values()):
+        fill(FOUND, read_map(entry), COLUMNS, "here")
+    notes = describe(COLUMNS, unused)
+    assert notes[0] == "left out, cameras: rgb (64 x 64); to use: --map image.rgb=rgb"
+    assert notes[-1] == "left out, others: blob (float32 (3, 3))"
+    assert [n for n in notes if "depth cameras: depth (16 bit)" in n]
+
+
+def test_advice_joins_to_actions_and_takes_no_name_twice():
+    columns = {"action.base": Column("vector"), "b.force": Column("vector"), "x.plan": Column("text")}
+    columns |= {"other.top": Column("image"), "next.success": Column("flag"), "obs.action_pose": Column("vector")}
+    streams = FOUND | {"action": ("action",), "force": ("a.force",)}
+    assert left_out(columns, streams) == {
+        "action.base": "action=action+action.base",
+        "b.force": "force_2=b.force",
+        "x.plan": "plan=x.plan",
+        "other.top": "image.other_top=other.top",
+        "next.success": "success=next.success",
+        "obs.action_pose": "action=action+obs.action_pose",
+    }
+    assert left_out({"qpos": Column("vector")}, {})["qpos"] == "proprio=qpos"
+    assert left_out({"qpos": Column("vector")}, FOUND)["qpos"] == "qpos=qpos"
