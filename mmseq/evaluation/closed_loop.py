@@ -249,7 +249,8 @@ def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
 
     add("policy.success", "policy", ("blanked_images", "random"))
     add("policy.success_over_random", "policy", ("random",))
-    add("expert_tokens.success", "expert_tokens", ("random",))
+    for controller in ("expert_tokens", "hold", "replay"):
+        add(f"{controller}.success", controller, ("random",))
     for task in tasks:
         add(f"policy.success.{task}", "policy", ("blanked_images", "random"), task)
         add(f"expert_tokens.success.{task}", "expert_tokens", ("random",), task)

@@ -55,7 +55,8 @@ def canonical_keys(
 
     for key, value in observation.items():
         put(key, value)
-    for ours, theirs in {STATE: [*PARTS], **parts}.items():
+    own: dict[str, list[str]] = {STATE: list(PARTS)}
+    for ours, theirs in (own | parts).items():
         if ours not in flat and any(key in flat for key in theirs):
             flat[ours] = _join(flat, theirs, ours)
     return flat
