@@ -45,8 +45,8 @@ def run_demo(config: DemoConfig) -> Path:
     _clear(out)
     speed = speed_here()
     stages.say(
-        f"{config.steps:,} training steps, about {config.minutes / speed:.0f} minutes here: this machine computes "
-        f"{speed:.1f} times as fast as the two cores on which it takes {config.minutes:g}"
+        f"{config.steps:,} training steps and all around them take about {max(1, config.minutes / speed):.0f} minutes "
+        f"here: a core computes {speed:.2g} times what it does where they take {config.minutes:g}"
     )
     sources = {"robot": Path(config.data)} if config.data else _record(config, tasks, out, stages)
     for name, path in sources.items():
