@@ -35,8 +35,9 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        gradient = gradient.contiguous()
         out = torch.empty_like(gradient)
-        distributed.all_to_all_single(out, gradient.contiguous(), group=ctx.group)
+        distributed.all_to_all_single(out, gradient, group=ctx.group)
         return out, None
 
 
@@ -122,7 +123,8 @@ def work(rank: int, ranks: int, tokens: int, turns: int, port: int) -> None:
                 torch.autograd.grad(runs[name](*inputs).float().square().sum(), inputs)
                 times[name].append(time.perf_counter() - began)
         for name, taken in times.items():
-            apart = max(float((a - b).abs().max()) for a, b in zip(outputs[name], outputs["one exchange"]))
+            pairs = zip(outputs[name], outputs["one exchange"])
+            apart = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
             say(
                 f"{HEADS} heads, {kv_heads} key/value heads  {name}: {1000 * statistics.median(taken):.1f} ms, "
                 f"{statistics.median(taken) / statistics.median(times['one exchange']):.2f} of one exchange, "
