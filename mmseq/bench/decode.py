@@ -133,7 +133,7 @@ class Ours:
     def __init__(self, config: Config, device: str):
         self.config = config
         base, axes = tiny.embodiment(size=SIZE), tiny.axes(ascii_lowercase[: config.axes])
-        robot = replace(base, proprio=axes, action=axes, gripper=None)
+        robot = replace(base, proprio=axes, action=axes, grippers=())
         tokenizers = demo_tokenizers(word_tokenizer(config.vocabulary), [robot], merge=1)
         heads = config.width // 64
         shape = ModelConfig(

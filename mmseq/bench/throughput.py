@@ -190,8 +190,8 @@ class Trainer:
         # its rows only say which samples come; they are packed below, into rows of the bench
         mixture = Mixture(load_mix(c.mix), c.tokens, self.tokenizers, row_tokens=1 << 20, seed=c.seed)
         drawn = [
-            stream.sample(k, c.seed)
-            for stream, weight in zip(mixture.streams, mixture.weights)
+            moments.sample(k, c.seed)
+            for moments, weight in zip(mixture.moments, mixture.weights)
             for k in range(max(1, round(c.samples * weight)))
         ]
         samples = [drawn[i] for i in np.random.default_rng(c.seed).permutation(len(drawn))]

@@ -122,7 +122,7 @@ def _actions(
             "units": list(axes.units),
             "error": errors,
             "baseline_error": baseline,
-            "bins": tokenizers.action.bins,
+            "bins": tokenizers["action"].size,
         }
         prefix = f"{robot}_" if len(robots) > 1 else ""
         for i, axis in enumerate(axes.names):

@@ -44,6 +44,8 @@ class ModelConfig:
     # a predicted vision token may repeat the one at its place in the frame before; off for a plain language model
     copying: bool = True
     merge: int = 0  # the tokenizers'; 0 takes it from them
+    slots: int = 0  # rows of the table of slots; the tokenizers', 0 takes them from them
+    soft: int = 0  # features of an encoder's position; the tokenizers', 0 takes them from them
     vocabulary: int = 0  # of a recipe, a forecast for `mmseq inspect`; the tokenizers decide
     attention: str = "auto"  # backend: `auto`, or one of those in model/attention.py
     activation_checkpointing: bool = False  # compute activations again in the backward pass, for less memory
@@ -58,7 +60,7 @@ class ModelConfig:
         for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
             if getattr(self, name) < 1:
                 yield ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("nope_every", "context_tokens"):
+        for name in ("nope_every", "context_tokens", "slots", "soft"):
             if getattr(self, name) < 0:
                 yield ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
             if getattr(self, name) > 1 << 30:
@@ -80,11 +82,18 @@ class ModelConfig:
         if self.head_size % 2:
             yield ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
 
-    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
-        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
-        if self.merge not in (0, merge):
-            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
-        return replace(self, vocabulary=vocabulary, merge=merge)
+    def for_tokenizers(self, tokenizers: Any) -> ModelConfig:
+        """This config with what the tokenizers (`Tokenizers`) decide.
+
+        Raises: ConfigError when it says something else.
+        """
+        layout = tokenizers.layout
+        theirs = {"merge": layout.merge, "slots": layout.slot_rows, "soft": layout.soft and tokenizers.soft_features}
+        for name, value in theirs.items():
+            mine = getattr(self, name)
+            if mine not in (0, value):
+                raise ConfigError(f"model.{name} is {mine}, the tokenizers have {value}", fix="leave it out")
+        return replace(self, vocabulary=len(tokenizers.vocabulary), **theirs)
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer 0 .. layers - 1 rotates its queries and keys."""
@@ -118,7 +127,7 @@ LANGUAGE_MODEL_FIELDS = (
     *("width", "layers", "heads", "kv_heads", "head_size", "mlp", "rope_theta", "rope_scaling", "nope_every"),
     *("norm_eps", "qk_norm", "qkv_bias", "tie_embeddings", "context_tokens"),
 )
-CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge")
+CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge", "soft")
 
 
 def _typed[T](schema: type[T], data: Any, where: str) -> T:

@@ -24,17 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mmseq.errors import MMSeqError, ServeError, require
-from mmseq.serving.app import build_app
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
 from mmseq.serving.errors import RequestError
-from mmseq.serving.notify import Notifier
+from mmseq.serving.net.app import build_app
+from mmseq.serving.net.notify import Notifier
+from mmseq.serving.net.sockets import check_tls, is_loopback, listen, raise_file_limit
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, prepare
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.service import Service
-from mmseq.serving.sockets import check_tls, is_loopback, listen, raise_file_limit
 
 log = logging.getLogger("mmseq.serving")
 
@@ -121,8 +121,8 @@ class Server:
         if self._thread is not None:
             raise ServeError("the server has been started already", fix="make a new Server")
         uvicorn = require("uvicorn", "serve")
-        from mmseq.serving.http import HttpProtocol
-        from mmseq.serving.websocket import WebSocketProtocol
+        from mmseq.serving.net.http import HttpProtocol
+        from mmseq.serving.net.websocket import WebSocketProtocol
 
         app = build_app(
             self.service,

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmseq.embodiment import Axes
 from mmseq.episode import Episode
+from mmseq.streams import stream_row
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.pictures import psnr, psnr_db
 from mmseq.tokenization.vision import VisionTokenizer
@@ -37,7 +38,7 @@ def vision_quality(tokenizer: VisionTokenizer, sources: Mapping[str, Frames]) ->
     tokenizer.encode(next(iter(fitted.values()))[:1])  # the first call is no measure of speed
     names = ("decoded", "psnr_images", "psnr", "psnr_image", "psnr_foreground")
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    counts = np.zeros(tokenizer.codebook_size, np.int64)
+    counts = np.zeros(tokenizer.size, np.int64)
     seconds = 0.0
     for name, frames in fitted.items():
         started = time.perf_counter()
@@ -70,8 +71,9 @@ def vector_errors(
             found.setdefault(episode.embodiment, []).append(episode[stream])
     out = {}
     for robot, values in found.items():
-        axes = getattr(tokenizers.embodiment(robot), stream)
+        axes = tokenizers.embodiment(robot).vectors.get(stream)
         if axes is not None:
-            joined = np.concatenate(values)
-            out[robot] = (axes, joined, getattr(tokenizers, stream).error(joined, axes))
+            joined, tokenizer = np.concatenate(values), tokenizers[stream_row(stream).range]
+            error = np.abs(tokenizer.decode(tokenizer.encode(joined, axes), axes) - joined).mean(0)
+            out[robot] = (axes, joined, error)
     return out

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmseq.errors import ConfigError, did_you_mean, raise_all
 from mmseq.model.transformer import ModelConfig
-from mmseq.sequence import RANGES
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
@@ -148,11 +147,7 @@ class TrainConfig:
         for name, most in (("row_tokens", 1 << 24), ("prefetch", 1024), ("workers", 1024)):
             if getattr(self.data, name) > most:
                 yield ConfigError(f"data.{name} is {getattr(self.data, name)}", fix=f"use at most {most}")
-        if self.range_weights and not any(self.range_weights.get(r, 1.0) for r in RANGES):
-            yield ConfigError("range_weights are 0 for every range, so nothing would be learned")
         for name, weight in self.range_weights.items():
-            if name not in RANGES:
-                yield ConfigError(f"range_weights names an unknown range {name!r}: {did_you_mean(name, RANGES)}")
             if not (math.isfinite(weight) and weight >= 0):
                 yield ConfigError(f"range_weights.{name} must not be negative, got {weight}")
 

@@ -115,7 +115,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, *, teacher_forced: bool = False) -> tuple[Any, ...]:
         if teacher_forced:
             return self._teacher_forced(batch)
-        loss = torch.zeros((), device=batch.ids.device)
+        loss = torch.zeros((), device=batch.input.ids.device)
         sums = self._sums(batch)
         with self._precision(batch):
             groups = self.model.losses(batch)
@@ -133,10 +133,10 @@ class Objective(nn.Module):
         return sums[0, -1], sums, {name: (nats, codes) for name, (nats, codes, _) in groups.items()}
 
     def _precision(self, batch: Batch) -> Any:
-        return torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(batch.input.ids.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _sums(self, batch: Batch) -> Tensor:
-        return torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
+        return torch.zeros(2, self.tasks + 1, device=batch.input.ids.device, dtype=torch.float64)
 
     def _add(self, sums: Tensor, name: str, nats: Tensor, task: Tensor) -> None:
         nats = nats.double()

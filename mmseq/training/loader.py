@@ -62,7 +62,7 @@ def build_batch(mixture: Mixture, rows: list[list[Sample]]) -> _Built:
                 bad.append((sample, str(error)))
     vocabulary = mixture.tokenizers.vocabulary
     if not sequences:  # every sample of the pass is bad: the rank still takes part in the step
-        sequences, tasks = [void_sequence(vocabulary, mixture.tokenizers.layout)], [0]
+        sequences, tasks = [void_sequence(mixture.builder)], [0]
     return _Built(collate(sequences, vocabulary, tasks=tasks, pad_to=mixture.row_tokens * len(rows)), bad)
 
 

@@ -59,11 +59,13 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
             )
     vision = _train_vision(config, sources, seen, on_progress)
     tokenizers = Tokenizers(
-        text=_train_text(config.text, sources, seen),
-        vision=vision,
-        action=BinTokenizer(config.action_bins),
-        proprio=BinTokenizer(config.proprio_bins),
-        progress=ScalarTokenizer(config.progress_bins),
+        {
+            "text": _train_text(config.text, sources, seen),
+            "vision": vision,
+            "action": BinTokenizer(config.action_bins),
+            "proprio": BinTokenizer(config.proprio_bins),
+            "progress": ScalarTokenizer(config.progress_bins),
+        },
         embodiments=list(robots.values()),
         merge=config.merge,
     )
@@ -179,8 +181,8 @@ def evaluate_tokenizers(
     """Measure tokenizers on episodes of each source (default: all of them).
 
     Returns: `vision`: PSNR and use of the codebook (see `vision_quality`; None without frames); `text`: tokens per
-    text by source; `action` and `proprio`: mean absolute round-trip error by source and axis, in its unit;
-    `episodes`: how many were measured, by source.
+    text by source; `action`, `proprio` and further vectors: mean absolute round-trip error by source and axis, in its
+    unit; `episodes`: how many were measured, by source.
     """
     chosen = {name: list(episodes[name]) if episodes else list(range(len(s))) for name, s in sources.items()}
     size = tokenizers.vision.config.size
@@ -190,14 +192,13 @@ def evaluate_tokenizers(
         "episodes": {name: len(ids) for name, ids in chosen.items()},
         "vision": _vision_report(tokenizers.vision, frames) if frames else None,
         "text": {},
-        "action": {},
-        "proprio": {},
+        **{stream: {} for stream in tokenizers.vectors},
     }
     for name, source in sources.items():
         texts = [text for i in chosen[name] for text in _texts(source, i)]
         if texts:
             report["text"][name] = float(np.mean([len(tokenizers.text.encode(t)) for t in texts]))
-        for stream in ("action", "proprio"):
+        for stream in tokenizers.vectors:
             errors = vector_errors(tokenizers, (source[i] for i in chosen[name]), stream)
             if errors:
                 report[stream][name] = {

@@ -42,7 +42,7 @@ def test_shapes_and_types(trained):
     assert codes.shape == (5, 64)
     assert trained.grid == (8, 8)
     assert trained.tokens_per_frame == 64
-    assert trained.codebook_size == 1000
+    assert trained.size == 1000
     frames = trained.decode(codes)
     assert frames.dtype == np.uint8
     assert frames.shape == (5, 64, 64, 3)
@@ -55,10 +55,10 @@ def test_features_tell_codes_apart_and_say_which_are_alike(levels):
     config = VisionConfig(levels=levels, width=8, hidden=8)
     tokenizer = VisionTokenizer(config, FSQAutoencoder(config))
     features = tokenizer.code_features()
-    assert features.shape == (tokenizer.codebook_size, len(levels) + sum(levels))
+    assert features.shape == (tokenizer.size, len(levels) + sum(levels))
     assert features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-    assert len(np.unique(features.round(4), axis=0)) == tokenizer.codebook_size
+    assert len(np.unique(features.round(4), axis=0)) == tokenizer.size
     # code 0 and code 1 differ by one step of the first level, code 0 and the last one in every level
     assert features[0] @ features[1] >= features[0] @ features[-1]
 

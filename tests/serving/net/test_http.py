@@ -13,7 +13,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from mmseq.serving import ReplayPolicy, Server, ServerConfig, app, codec, http, sockets
+from mmseq.serving import ReplayPolicy, Server, ServerConfig, codec
+from mmseq.serving.net import app, http, sockets
 
 BODY = codec.pack({"arrow": "image -> action[2]", "observation": {}})
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: robot\r\n\r\n"

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from mmseq.serving import codec, websocket
-from mmseq.serving.websocket import LARGE, WebSocketProtocol
+from mmseq.serving import codec
+from mmseq.serving.net import websocket
+from mmseq.serving.net.websocket import LARGE, WebSocketProtocol
 from mmseq.testing.wire import Raw, ask, dial, frame, http
 
 

@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 from mmseq.serving.errors import HTTP_STATUS
-from mmseq.serving.policy import Contract
+from mmseq.serving.policy import Contract, vector_keys
 
 _ERROR = {
     "type": "object",
@@ -43,7 +43,7 @@ def describe(contract: Contract, *, token: bool) -> dict[str, Any]:
     observation = {
         key: {"$ref": "#/components/schemas/Array"} if key.startswith("observation.") else {"type": "string"}
         for body in contract.embodiments.values()
-        for key in (*contract.required(body), "prompt", "embodiment")
+        for key in (*contract.required(body), *vector_keys(body), "prompt", "embodiment")
     }
     predict = {
         "type": "object",

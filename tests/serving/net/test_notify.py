@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mmseq.serving import notify
-from mmseq.serving.notify import Notifier
+from mmseq.serving.net import notify
+from mmseq.serving.net.notify import Notifier
 from mmseq.testing import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Listener:

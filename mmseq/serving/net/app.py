@@ -26,10 +26,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from mmseq.errors import MMSeqError, require
-from mmseq.serving import codec, media
+from mmseq.serving import codec
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
+from mmseq.serving.net import media
 from mmseq.serving.service import TOLD_S, Service
 
 log = logging.getLogger("mmseq.serving")
@@ -112,7 +113,7 @@ def build_app(
     from starlette.responses import PlainTextResponse, Response
     from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-    from mmseq.serving.openapi import describe, page_of
+    from mmseq.serving.net.openapi import describe, page_of
 
     app = fastapi.FastAPI(title="mmseq", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(service, stuck_s=stuck_s)

@@ -10,7 +10,7 @@ import pytest
 
 from mmseq.errors import ServeError
 from mmseq.serving import ServerConfig, codec
-from mmseq.serving.websocket import CONTROLS, FRAMES, IN_PLACE, WebSocketProtocol
+from mmseq.serving.net.websocket import CONTROLS, FRAMES, IN_PLACE, WebSocketProtocol
 from mmseq.testing.wire import UPGRADE, Raw, ask, dial, frame
 
 
