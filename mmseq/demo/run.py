@@ -45,7 +45,7 @@ def run_demo(config: DemoConfig) -> Path:
     _clear(out)
     speed = speed_here()
     stages.say(
-        f"{config.steps:,} training steps and all around them take about {max(1, config.minutes / speed):.0f} minutes "
+        f"{config.steps:,} training steps and all around them take about {max(1, config.minutes / speed):.0f} min "
         f"here: a core computes {speed:.2g} times what it does where they take {config.minutes:g}"
     )
     sources = {"robot": Path(config.data)} if config.data else _record(config, tasks, out, stages)
@@ -130,7 +130,7 @@ def _tokenize(config: DemoConfig, out: Path, mix: MixConfig, stages: Stages) -> 
     overrides += [f"sources.{name}.path={out / 'data/episodes' / name}" for name in mix.sources]
     with stages.stage("Training the tokenizers: text, vision, actions") as update:
         recipe = load_config(TokenizerConfig, RECIPES / "demo_tokenizers.yaml", overrides)
-        train_tokenizers(recipe, lambda stage, done, total: update(done, total, stage))
+        train_tokenizers(recipe, lambda stage, done, total: update(done, total) if stage == "vision" else None)
     with stages.stage("Tokenizing", "episodes") as update:
         tokenize_mix(
             out / "mix.yaml",
