@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from mmseq.config import load_config
 from mmseq.data.importing import EpisodeShardReader, import_episodes
 from mmseq.data.mixture import MixConfig, least_holdout, load_mix, save_mix
@@ -43,6 +45,8 @@ def run_demo(config: DemoConfig) -> Path:
         if Path(config.data).resolve().is_relative_to(out.resolve()):
             raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
     _clear(out)
+    # several threads wait for each other on a busy machine: two trained the tokenizer at a fortieth of the speed of one
+    torch.set_num_threads(1)
     speed = speed_here()
     stages.say(
         f"{config.steps:,} training steps and all around them take about {max(1, config.minutes / speed):.0f} min "
