@@ -45,7 +45,7 @@ def run_demo(config: DemoConfig) -> Path:
         if Path(config.data).resolve().is_relative_to(out.resolve()):
             raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
     _clear(out)
-    # several threads wait for each other on a busy machine: two trained the tokenizer at a fortieth of the speed of one
+    # threads wait for each other on a busy machine: two trained the tokenizer many times slower than one does
     torch.set_num_threads(1)
     speed = speed_here()
     stages.say(
