@@ -5,9 +5,12 @@ import json
 import pytest
 
 from mmseq.data.mixture import held_out, least_holdout
+from mmseq.demo import stages as demo_stages
 from mmseq.demo.config import DemoConfig
-from mmseq.demo.run import run_demo
+from mmseq.demo.run import _mix, run_demo
+from mmseq.demo.stages import Stages, speed_here
 from mmseq.errors import MMSeqError
+from mmseq.testing import tiny
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,37 @@ def test_a_small_dataset_holds_something_out_and_keeps_something(name, count):
     held = sum(held_out(episode, share) for episode in names)
     assert 1 <= held <= max(4, count // 10)
     assert held < count
+
+
+@pytest.mark.parametrize(
+    ("minutes", "sizes"), [(0.5, (55, 5, 2, 40)), (10, (1100, 100, 24, 800)), (30, (3300, 300, 72, 800))]
+)
+def test_minutes_choose_a_size_and_nothing_else_does(minutes, sizes):
+    config = DemoConfig(minutes=minutes)
+    assert (config.steps, config.demonstrations, config.videos, config.vision_steps) == sizes
+
+
+def test_progress_says_what_is_counted(capsys, monkeypatch):
+    stages = Stages()
+    with stages.stage("Recording 2 expert episodes", "episodes") as update:
+        update(2, 2)
+    assert "recording: 2 of 2 episodes" in capsys.readouterr().err
+    assert stages.seconds.keys() == {"Recording 2 expert episodes"}
+
+
+def test_the_speed_of_this_machine_is_a_multiple(monkeypatch):
+    monkeypatch.setattr(demo_stages, "TRIAL_S", 0.05)
+    monkeypatch.setattr(demo_stages, "TRIALS_PER_S", 1.0)
+    assert speed_here() > 1
+
+
+def test_chunks_of_a_mix_fit_into_the_users_own_episodes(tmp_path):
+    tiny.write_episodes(tmp_path / "data/episodes/robot", [tiny.episode(i, 10) for i in range(4)], (tiny.embodiment(),))
+    mix = _mix(DemoConfig(data="mine"), tmp_path, ["robot"])
+    arrows = {task.name: task.task for task in mix.tasks}
+    assert arrows["policy"] == "text, image, proprio -> action[5]"
+    assert arrows["forward_dynamics"] == "image, action[5] -> image@+5"
+    assert arrows["inverse_dynamics"] == "image, image@+4 -> action[4]"
 
 
 @pytest.mark.slow

@@ -80,9 +80,9 @@ def _data_import(args: argparse.Namespace) -> None:
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
-            skip_bad=args.skip_bad,
             say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
             on_progress=update,
+            **given(args, "skip_bad"),
         )
     robots = ", ".join(manifest["embodiments"]) or "no embodiment"
     skipped = f", {len(manifest['skipped'])} left out" if manifest["skipped"] else ""

@@ -118,7 +118,6 @@ def add_foreign(command: Parser) -> None:
     command.add_argument(
         "--skip-bad",
         type=int,
-        default=0,
         metavar="N",
         help="leave out up to N episodes that cannot be read (default: 0)",
     )

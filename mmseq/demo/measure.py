@@ -102,9 +102,8 @@ def _drive(config: DemoConfig, tasks: list[str], out: Path, stages: Stages) -> t
         loop = ClosedLoopConfig(**common, episodes=config.episodes)  # type: ignore[arg-type]
         rollouts += evaluate_checkpoint(out / "checkpoint", loop, on_progress=update)
     fewer = max(1, config.episodes // 3)
-    with stages.stage(
-        "Baselines: blanked images, random actions, the expert through the action bins", "episodes"
-    ) as update:
+    others = "Comparing it with itself blindfold, with random actions, and with the expert through the action bins"
+    with stages.stage(others, "episodes") as update:
         controllers = ("blanked_images", "random", "expert_tokens")
         loop = ClosedLoopConfig(**common, episodes=fewer, controllers=controllers)  # type: ignore[arg-type]
         rollouts += evaluate_checkpoint(out / "checkpoint", loop, on_progress=update)

@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from mmseq.config import load_config
 from mmseq.data.importing import EpisodeShardReader, import_episodes
 from mmseq.data.mixture import MixConfig, least_holdout, load_mix, save_mix
@@ -43,10 +45,12 @@ def run_demo(config: DemoConfig) -> Path:
         if Path(config.data).resolve().is_relative_to(out.resolve()):
             raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
     _clear(out)
+    # threads wait for each other on a busy machine: two trained the tokenizer many times slower than one does
+    torch.set_num_threads(1)
     speed = speed_here()
     stages.say(
-        f"{config.steps:,} training steps, about {config.minutes / speed:.0f} minutes here: this machine computes "
-        f"{speed:.1f} times as fast as the two cores on which it takes {config.minutes:g}"
+        f"{config.steps:,} training steps and all around them take about {max(1, config.minutes / speed):.0f} min "
+        f"here: a core computes {speed:.2g} times what it does where they take {config.minutes:g}"
     )
     sources = {"robot": Path(config.data)} if config.data else _record(config, tasks, out, stages)
     for name, path in sources.items():
@@ -130,7 +134,7 @@ def _tokenize(config: DemoConfig, out: Path, mix: MixConfig, stages: Stages) -> 
     overrides += [f"sources.{name}.path={out / 'data/episodes' / name}" for name in mix.sources]
     with stages.stage("Training the tokenizers: text, vision, actions") as update:
         recipe = load_config(TokenizerConfig, RECIPES / "demo_tokenizers.yaml", overrides)
-        train_tokenizers(recipe, lambda stage, done, total: update(done, total, stage))
+        train_tokenizers(recipe, lambda stage, done, total: update(done, total) if stage == "vision" else None)
     with stages.stage("Tokenizing", "episodes") as update:
         tokenize_mix(
             out / "mix.yaml",

@@ -11,7 +11,7 @@ from rich.console import Console
 from mmseq.progress import progress
 
 TRIAL_S = 2.0
-TRIALS_PER_S = 100.0  # of the two quiet cores on which a demo takes its minutes
+TRIALS_PER_S = 60.0  # of one of the two quiet cores on which a demo takes its minutes
 
 
 class Stages:

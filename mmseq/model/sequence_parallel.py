@@ -73,35 +73,15 @@ def attend(
     """Causal attention within each document, over the ranks that share the line when there are several."""
     if not isinstance(documents, SharedDocuments):
         return attention.attend(q_THK, k_TGK, v_TGK, documents, backend)
-    group = documents.group
-    parts, dtype = torch.distributed.get_world_size(group), v_TGK.dtype
-    H, G = q_THK.shape[1], k_TGK.shape[1]
-    if G % parts:  # fewer key/value heads than ranks: ranks get copies
-        repeats = math.lcm(G, parts) // G
-        k_TGK, v_TGK = (x.repeat_interleave(repeats, 1) for x in (k_TGK, v_TGK))
-        G *= repeats
-    # one exchange for all three: rank n gets the n-th share of the heads of each
-    shares = [x.to(dtype).unflatten(1, (parts, -1)) for x in (q_THK, k_TGK, v_TGK)]
-    received = _Exchange.apply(torch.cat(shares, 2).transpose(0, 1).contiguous(), group)  # N, t, h + 2g, K
-    q, k, v = received.flatten(0, 1).split([H // parts, G // parts, G // parts], 1)
-    out_ThK = attention.attend(q, k, v, documents, backend)
-    received = _Exchange.apply(out_ThK.unflatten(0, (parts, -1)).contiguous(), group)  # N, t, h, K
-    return received.transpose(0, 1).flatten(1, 2)
+    from deepspeed.sequence.layer import DistributedAttention  # whoever shares lines trains, and has it
 
+    parts, G = torch.distributed.get_world_size(documents.group), k_TGK.shape[1]
+    if G % parts:  # fewer key/value heads than ranks, which it refuses: ranks get copies
+        k_TGK, v_TGK = (x.repeat_interleave(math.lcm(G, parts) // G, 1) for x in (k_TGK, v_TGK))
 
-class _Exchange(torch.autograd.Function):
-    """Row n of (N, ...) goes to rank n, and row n of the result came from rank n; gradients go the same way back."""
+    def of_rank(q_1ThK: Tensor, k_1TgK: Tensor, v_1TgK: Tensor) -> Tensor:
+        return attention.attend(q_1ThK[0], k_1TgK[0], v_1TgK[0], documents, backend)[None]
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        out = torch.empty_like(x)
-        torch.distributed.all_to_all_single(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        out = torch.empty_like(gradient)
-        torch.distributed.all_to_all_single(out, gradient, group=ctx.group)
-        return out, None
+    across = DistributedAttention(of_rank, documents.group, scatter_idx=2, gather_idx=1)  # type: ignore[arg-type]
+    q, k, v = (x.to(v_TGK.dtype)[None] for x in (q_THK, k_TGK, v_TGK))
+    return across(q, k, v, 0)[0]  # 0: the axis of the batch, of one

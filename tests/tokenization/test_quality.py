@@ -29,7 +29,7 @@ def test_vectors_are_measured_by_robot():
     ((robot, (axes, values, errors)),) = vector_errors(tokenizers, episodes, "action").items()
     assert robot == "arm"
     assert len(values) == len(episodes[0]) + len(episodes[2])
-    assert np.array_equal(errors, tokenizers["action"].error(values, axes))
+    assert errors == pytest.approx(tokenizers["action"].error(values, axes))
     assert vector_errors(tokenizers, [tiny.video(1)], "action") == {}
 
 
