@@ -254,6 +254,13 @@ def _foreign(command: argparse.ArgumentParser) -> None:
         "--map", metavar="STREAM=COLUMN,...", help="what other columns are, as action=actions,image.front=rgb; or YAML"
     )
     command.add_argument(
+        "--swap-colours",
+        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        default=[],
+        metavar="CAMERA,...",
+        help="cameras whose red and blue were exchanged when they were stored",
+    )
+    command.add_argument(
         "--skip-bad",
         type=int,
         default=0,
@@ -415,6 +422,7 @@ def _data_import(args: argparse.Namespace) -> None:
             rate_hz=args.rate_hz,
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
             map=read_map(args.map),
+            swap_colours=args.swap_colours,
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
@@ -578,6 +586,7 @@ def _finetune(args: argparse.Namespace) -> int:
         dataset=args.dataset,
         out=args.out,
         map=read_map(args.map),
+        swap_colours=args.swap_colours,
         skip_bad=args.skip_bad,
         embodiment=args.embodiment,
         rate_hz=args.rate_hz,

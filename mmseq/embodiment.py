@@ -1,7 +1,7 @@
 """Embodiment: the contract of one robot, held by training, checkpoint, server and client alike.
 
 It says, in order and with units, what each number of a proprio or action vector means, its
-quantiles (which normalise it) and its hard limits (which the safety gate enforces), the control
+range (which its bins cover) and its hard limits (which the safety gate enforces), the control
 rate, the cameras and the gripper convention. Two contracts with the same fingerprint are
 interchangeable; two with different ones are refused with the names of the fields that differ.
 """

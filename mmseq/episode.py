@@ -112,7 +112,7 @@ class Episode:
     @classmethod
     def from_video(cls, path: str | Path, *, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:
         """A video file without actions, resampled to `rate_hz` frames per second (default: its own)."""
-        from mmseq.data.video import read_video_episode
+        from mmseq.data.video_folder import read_video_episode
 
         return read_video_episode(path, texts=list(texts), rate_hz=rate_hz)
 

@@ -2,7 +2,7 @@
 
 Bins reach from the least to the greatest value, so that what is rare (a gripper that opens in one step of 200) comes
 back as what it was; on real robots this makes them 0 to 40 % wider than 1 % and 99 % quantiles would be. Only a
-*wild* value does not count: one that comes and goes within a step, in at most a hundredth of the steps, and that lies
+*wild* value does not count: one that comes and goes within a step, in at most a hundredth of them, and that lies
 further from all the others of its axis than these lie apart (10000 among -2 to 2). An axis that else never moves
 has no such measure, so whatever it does counts. Both are said: `remarks` names axis, step and
 episode.
@@ -17,7 +17,7 @@ import numpy as np
 
 WILD = 1.0  # of the range of all other values: a lone step further out than that is no motion
 RARE = 0.25  # likewise: what sets a limit from that far out is said
-LEAST_STEPS = 10  # of fewer nothing can be said
+LEAST_STEPS = 20  # of fewer nothing can be said
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def extent(values: np.ndarray) -> Extent:
     none = np.zeros(0, dtype=np.int64)
     if not np.isfinite(values).all():
         return Extent(float(values.min()), float(values.max()), none, none)
-    few = 0 if count < LEAST_STEPS else 1 if count < 20 else max(3, count // 100)
+    few = 0 if count < LEAST_STEPS else max(1, count // 100)
     order = np.argpartition(values, [few, count - 1 - few]) if few else np.argsort(values)
     below, above = order[: few + 1], order[count - 1 - few :]
     below, above = below[np.argsort(-values[below])], above[np.argsort(values[above])]  # each outward from the middle
@@ -56,7 +56,7 @@ def extent(values: np.ndarray) -> Extent:
             low, high = min(low, float(values[side].min())), max(high, float(values[side].max()))
             at = len(side)
         steps = np.abs(np.diff(values[side[:at]]))
-        if count >= 10 * LEAST_STEPS and len(steps) and steps.max() > RARE * (high - low - steps.max()):
+        if count >= 5 * LEAST_STEPS and len(steps) and steps.max() > RARE * (high - low - steps.max()):
             rare.append(np.sort(side[int(steps.argmax()) + 1 : at]))
     if not few:
         low, high = float(values.min()), float(values.max())
@@ -81,7 +81,7 @@ def remarks(episodes: Sequence[tuple[str, np.ndarray]], names: Sequence[str], wh
         if len(found.wild):
             yield (
                 f"{what} {name} is {first(found.wild, axis)}{_more(found.wild)}, all else lies in {found.low:.5g}.."
-                f"{found.high:.5g}: taken for a fault, bins and limits follow the rest. Where it is real, state limits"
+                f"{found.high:.5g}: taken for a fault, bins and limits follow the rest"
             )
         if len(found.rare):
             rest = np.delete(values[:, axis], np.concatenate([found.rare, found.wild]))

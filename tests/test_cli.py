@@ -203,7 +203,7 @@ def test_predict_writes_what_it_predicted_beside_what_is_true(place, capsys, tmp
 
 
 def test_predict_reads_a_video_file(place, capsys, tmp_path):
-    from mmseq.data.video import write_video
+    from mmseq.mp4 import write_video
 
     write_video(tmp_path / "film.mp4", tiny.video(3)["image.main"], 20.0)
     code, out, _ = run(

@@ -41,7 +41,7 @@ from mmseq.data.mapping import Streams, describe, fill, left_out
 from mmseq.data.pictures import to_rgb
 from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
-from mmseq.errors import DataError, MMSeqError, did_you_mean, require
+from mmseq.errors import DataError, MMSeqError, did_you_mean, raise_all, require
 from mmseq.statistics import remarks
 
 SUFFIXES = (".hdf5", ".h5")
@@ -58,6 +58,7 @@ class Demo:
     group: str
     entries: Mapping[str, Entry]
     facts: Facts
+    problem: MMSeqError | None = None  # why its file cannot be read
 
     def __str__(self) -> str:
         return f"{self.file}, {self.group}" if self.group != "/" else str(self.file)
@@ -77,7 +78,8 @@ class Hdf5Reader:
     rate_hz: steps per second, where the files do not say; episodes are not resampled.
     embodiment: the contract to hold the data to; default: inferred. map: which columns fill which streams, where
     names are not the usual ones. `notes` says what was left out or assumed. Needs h5py.
-    Raises: DataError for files of neither layout, or that are broken; DependencyError without h5py.
+    Raises: DataError when no file can be read; DependencyError without h5py. What is wrong with an episode is raised
+    where that is opened.
     """
 
     def __init__(
@@ -87,15 +89,16 @@ class Hdf5Reader:
         embodiment: Embodiment | None = None,
         map: Streams | None = None,
     ):
-        self._h5py = require("h5py", "hdf5")
+        require("h5py", "hdf5")
         self.path = Path(path)
         self._given, self._embodiment = embodiment, None
         self.notes: list[str] = []  # for people: what is left out or assumed
-        self.bad: dict[int, MMSeqError] = {}  # episodes that the statistics could not use
         found = [demo for file in self._files() for demo in self._demos_of(file)]
+        if all(demo.problem for demo in found):
+            raise_all([demo.problem for demo in found if demo.problem][:1])
         self._demos = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
         columns = {name: entry.column for demo in reversed(self._demos) for name, entry in demo.entries.items()}
-        self.streams = fill(find_streams([d.entries for d in self._demos]), map or {}, columns, str(path))
+        self.streams = fill(find_streams([d.entries for d in self._sound]), map or {}, columns, str(path))
         unused = left_out(columns, self.streams)
         self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
         self.notes += describe(columns, self.left_out)
@@ -124,7 +127,7 @@ class Hdf5Reader:
     def _open(self, file: Path, where: object = "") -> Iterator[Any]:
         """The file, with whatever h5py finds wrong in it as a DataError."""
         try:
-            root = self._h5py.File(file, "r")
+            root = require("h5py", "hdf5").File(file, "r")
         except OSError as error:
             raise DataError(f"{file} is truncated or no HDF5 file: {error}", fix=_REPLACE) from error
         try:
@@ -134,6 +137,12 @@ class Hdf5Reader:
             raise DataError(f"{where or file} cannot be read: {error}", fix=_REPLACE) from error
 
     def _demos_of(self, file: Path) -> list[Demo]:
+        try:
+            return self._read_demos(file)
+        except MMSeqError as error:
+            return [Demo(file, "/", {}, Facts(), error)]
+
+    def _read_demos(self, file: Path) -> list[Demo]:
         with self._open(file) as root:
             data = root.get("data")
             groups = [n for n in sorted(data, key=natural) if hasattr(data[n], "keys")] if hasattr(data, "keys") else []
@@ -150,18 +159,22 @@ class Hdf5Reader:
 
     def _without(self, demos: list[Demo], why: str, wanted: Callable[[Demo], bool]) -> list[Demo]:
         """The demonstrations that are wanted; the others are named. Raises: DataError when none is."""
-        kept = [demo for demo in demos if wanted(demo)]
-        if not kept:
+        kept = [demo for demo in demos if demo.problem or wanted(demo)]
+        if all(demo.problem for demo in kept):
             raise DataError(f"all {len(demos)} demonstrations of {self.path} hold {why}", fix="leave it out")
         if len(kept) < len(demos):
             self.notes.append(f"left out, {why}: {_some(self._name(d) for d in demos if d not in kept)}")
         return kept
 
+    @property
+    def _sound(self) -> list[Demo]:
+        return [demo for demo in self._demos if not demo.problem]
+
     def _say_what_is_missing(self) -> None:
         if not set(self.streams) - {"action", *_SPOKEN}:
             self.notes.append("no observations; robomimic's dataset_states_to_obs.py adds them to its files")
         for stream in self.streams:
-            lacking = [self._name(d) for d in self._demos if stream not in d.arrays(self.streams)]
+            lacking = [self._name(d) for d in self._sound if stream not in d.arrays(self.streams)]
             if lacking and stream not in _SPOKEN:
                 self.notes.append(f"no {stream} in {len(lacking)} of {len(self._demos)} episodes: {_some(lacking)}")
         remark = next((d.facts.remark for d in self._demos if d.facts.remark), "nothing here says")
@@ -207,6 +220,8 @@ class Hdf5Reader:
 
     def __getitem__(self, index: int) -> Episode:
         demo = self._demos[range(len(self))[index]]
+        if demo.problem:
+            raise demo.problem
         steps, arrays = self._steps(demo), {}
         with self._open(demo.file, demo) as root:
             group = root[demo.group]
@@ -216,7 +231,7 @@ class Hdf5Reader:
                     arrays[stream] = lambda camera=camera: np.stack(list(self.frames(index, camera)))
                 else:
                     parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
-                    arrays[stream] = np.concatenate(parts, axis=1)
+                    arrays[stream] = self._checked(demo, stream, np.concatenate(parts, axis=1))
             (texts, spans), (plans, stages) = (self._texts(demo, group, s, steps) for s in ("text", "plan"))
             success = self._success(demo, group)
         return Episode.from_arrays(
@@ -298,6 +313,12 @@ class Hdf5Reader:
             stored = root[demo.group][names[0]]
             yield from to_rgb(lambda: (stored[step] for step in range(steps)), f"{demo}: {camera}")
 
+    def check(self, index: int) -> None:
+        """Find fault with the first picture of every camera. Raises: DataError."""
+        for stream in self._demos[range(len(self))[index]].arrays(self.streams):
+            if stream.startswith(IMAGE_PREFIX):
+                next(self.frames(index, stream.removeprefix(IMAGE_PREFIX)))
+
     # ------------------------------------------------------------------ the contract
 
     def embodiment(self) -> Embodiment:
@@ -307,22 +328,23 @@ class Hdf5Reader:
         return self._embodiment
 
     def _infer(self) -> Embodiment:
+        """From every episode that can be read."""
         good: list[Episode] = []
+        problems: list[MMSeqError] = []
         for index in range(len(self)):
             try:
-                good.append(self._sound(index))
+                good.append(self[index])
             except MMSeqError as error:
-                self.bad[index] = error
-        if self.bad:
-            raise next(iter(self.bad.values()))
+                problems.append(error)
+        if not good:
+            raise_all(problems[:1])
         axes: dict[str, Axes] = {}
-        for stream in self.streams:
+        for stream in (s for s in self.streams if s not in _SPOKEN and not s.startswith(IMAGE_PREFIX)):
             values = [(f"episode {e.id}", e[stream]) for e in good if stream in e]
-            if values and not stream.startswith(IMAGE_PREFIX):
-                found = axes[stream] = Axes.from_values(
-                    np.concatenate([v for _, v in values]), self._axis_names(stream)
-                )
+            if values:
+                found = Axes.from_values(np.concatenate([v for _, v in values]), self._axis_names(stream))
                 self.notes += remarks(values, found.names, stream)
+                axes[stream] = found
         return Embodiment(
             name=self.robot or "unknown",
             rate_hz=self.rate_hz,
@@ -333,24 +355,17 @@ class Hdf5Reader:
             streams=axes,
         )
 
-    def _sound(self, index: int) -> Episode:
-        """An episode whose vectors are as wide as in most, and finite. Raises: DataError."""
-        episode = self[index]
-        for stream in episode.streams:
-            if stream.startswith(IMAGE_PREFIX):
-                continue
-            values, usual = episode[stream], self._widths[stream]
-            if values.shape[1] != usual:
-                raise DataError(
-                    f"{episode.source}: {stream} has {values.shape[1]} numbers, in most episodes {usual}",
-                    fix="import other robots separately",
-                )
-            if not np.isfinite(values).all():
-                step, axis = np.argwhere(~np.isfinite(values))[0]
-                raise DataError(
-                    f"{episode.source}: {stream} axis {axis} is {values[step, axis]} at step {step}", fix=_REPLACE
-                )
-        return episode
+    def _checked(self, demo: Demo, stream: str, values: np.ndarray) -> np.ndarray:
+        """A vector that is as wide as in most episodes, and finite. Raises: DataError."""
+        if values.shape[1] != self._widths[stream]:
+            raise DataError(
+                f"{demo}: {stream} has {values.shape[1]} numbers, in most episodes {self._widths[stream]}",
+                fix="import other robots separately",
+            )
+        if not np.isfinite(values).all():
+            step, axis = np.argwhere(~np.isfinite(values))[0]
+            raise DataError(f"{demo}: {stream} axis {axis} is {values[step, axis]} at step {step}", fix=_REPLACE)
+        return values
 
     @cached_property
     def _widths(self) -> dict[str, int]:

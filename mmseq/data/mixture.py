@@ -37,7 +37,7 @@ class SourceConfig:
 
     weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
     episodes that training never sees; default: the mix's. map: which columns of a dataset fill which streams, such as
-    {action: actions, image: {front: rgb}}.
+    {action: actions, image: {front: rgb}}. swap_colours: cameras whose red and blue are exchanged.
     """
 
     path: str = "???"
@@ -45,6 +45,7 @@ class SourceConfig:
     rate_hz: float | None = None
     holdout: float | None = None
     map: dict[str, Any] = field(default_factory=dict)
+    swap_colours: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

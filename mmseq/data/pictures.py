@@ -179,7 +179,8 @@ class SwappedColours:
         for camera in self._swapped:
             stream = episode.streams.get(f"{IMAGE_PREFIX}{camera}")
             if stream is not None:
-                stream.values = lambda stream=Stream(stream.values, stream.times): _exchanged(stream.load())
+                stored = Stream(stream.values, stream.times)
+                stream.values = lambda stored=stored: _exchanged(stored.load())
         return episode
 
     def embodiment(self) -> Any:

@@ -62,33 +62,47 @@ def token_fingerprints(tokenizers: Tokenizers) -> dict[str, dict[str, str]]:
 
 def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any], dict[str, Any]]:
     source = EpisodeTokens(episode, tokenizers)
-    streams = source.streams
-    texts: dict[str, list[list[int]]] = {}
-    for stream in TEXT_STREAMS:
-        if stream in streams:
-            variants = {"text": episode.texts, "plan": episode.plans}.get(stream, [""])
-            texts[stream] = [source.text(stream, i).tolist() for i in range(len(variants))]
+    texts = _texts(source)
     members: dict[str, Any] = {"json": {"id": episode.id, "texts": texts}}
-    axes = {}
-    for stream in streams:
+    for stream in source.streams:
         if stream.startswith(IMAGE_PREFIX):
             codes = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode))
             members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers.vision.codebook_size))
         elif stream in VECTOR_STREAMS:
             codes = source.vector(stream, 0, len(episode))
-            axes[stream] = int(codes.shape[1])
             members[f"{stream}.npy"] = codes.astype(_code_type(getattr(tokenizers, stream).bins))
-    note = {
-        "id": episode.id,
-        "length": len(episode),
-        "rate_hz": episode.rate_hz,
+    return members, _note(source, texts)
+
+
+def planned_note(episode: Episode, tokenizers: Tokenizers) -> dict[str, Any]:
+    """What the index will say of an episode, found without its pictures."""
+    source = EpisodeTokens(episode, tokenizers)
+    return _note(source, _texts(source))
+
+
+def _texts(source: EpisodeTokens) -> dict[str, list[list[int]]]:
+    """Codes of every phrasing of the text streams."""
+    texts: dict[str, list[list[int]]] = {}
+    for stream in TEXT_STREAMS:
+        if stream in source.streams:
+            variants = {"text": source.episode.texts, "plan": source.episode.plans}.get(stream, [""])
+            texts[stream] = [source.text(stream, i).tolist() for i in range(len(variants))]
+    return texts
+
+
+def _note(source: EpisodeTokens, texts: dict[str, list[list[int]]]) -> dict[str, Any]:
+    vectors = [stream for stream in source.streams if stream in VECTOR_STREAMS]
+    robot = source.tokenizers.embodiments[source.embodiment] if source.embodiment is not None else None
+    return {
+        "id": source.episode.id,
+        "length": len(source.episode),
+        "rate_hz": source.rate_hz,
         "embodiment": source.embodiment,
-        "streams": list(streams),
-        "axes": axes,
+        "streams": list(source.streams),
+        "axes": {stream: len(robot.vectors[stream]) for stream in vectors} if robot else {},
         "text_tokens": {stream: [len(v) for v in variants] for stream, variants in texts.items()},
-        "success": episode.success,
+        "success": source.episode.success,
     }
-    return members, note
 
 
 def _code_type(codes: int) -> type:

@@ -1,11 +1,10 @@
-"""Video files in and out, through PyAV: frames, clips as episodes, folders of captioned clips.
+"""Frames of video files, through PyAV.
 
-    from mmseq.data.video import VideoFolderReader, read_frames
+    from mmseq.data.video import read_frames
     frames = read_frames("clip.mp4", [0, 10, 20])          # uint8 (3, H, W, 3)
-    for episode in VideoFolderReader("clips", rate_hz=5): ...
 
-A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "caption": "...",
-"captions": ["...", "..."], "plan": "..."}; every key but `file` is optional.
+What counts are the frames that are there: a video may begin at any time or before a key frame, have any rates, rotation
+and other streams. Only a file whose own structure says that bytes are missing is called truncated.
 """
 
 # PyAV types open() as either an input or an output container, and time bases as optional
@@ -14,23 +13,18 @@ A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "capt
 from __future__ import annotations
 
 import io
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from mmseq.episode import Episode
-from mmseq.errors import DataError, did_you_mean
+from mmseq.data.containers import missing_bytes
+from mmseq.errors import DataError
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-NEAR_LOSSLESS_CRF = 10
 _BT709 = 1  # AVColorSpace of high-definition video
 _REPLACE = "fetch or record the file again, or take it out"
 _SKIP_S = 2.0  # a gap up to this long is decoded through, a longer one is a seek
@@ -40,8 +34,10 @@ _SKIP_S = 2.0  # a gap up to this long is decoded through, a longer one is a see
 class VideoInfo:
     """What a video file holds.
 
-    times_s: float64 (frames,), when each frame is shown, the first at 0. pts: int64 (frames,), the
-    same in the stream's own ticks, or None when the container stores none.
+    height, width: of its frames as they are shown, after any rotation. rate_hz: of most of its frames, see `_usual`;
+    of a video whose times are all different, the mean. times_s: float64 (frames,), when each frame is
+    shown, the first at 0. pts: int64 (frames,), the same in the stream's own ticks, or None when the container stores
+    none.
     """
 
     frames: int
@@ -71,29 +67,34 @@ class VideoDecoder:
                 raise DataError(f"video {self.name} does not exist", fix="check the path")
             if path.stat().st_size == 0:
                 raise DataError(f"video {self.name} is empty (0 bytes)", fix=_REPLACE)
+        if missing := missing_bytes(source):
+            raise self._corrupt(f"is truncated: its last {missing} bytes are missing")
+        self._source = source
+        self._reformatter = VideoReformatter()  # keeps its conversion context from frame to frame
+        self._open()
+
+    def _open(self) -> None:
+        source = self._source
+        self._begun = False
+        self._frames: Iterator[av.VideoFrame] | None = None
+        self._shown: av.VideoFrame | None = None  # the frame at which it stopped
+        self._ahead: av.VideoFrame | None = None  # the next one, where it was looked at already
         try:
             self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise DataError(
-                f"video {self.name} cannot be opened, it is truncated or no video: {error}", fix=_REPLACE
-            ) from error
+            raise self._corrupt(f"cannot be opened, it is unfinished or no video: {error}") from error
         if not self._container.streams.video:
             self._container.close()
             raise DataError(f"{self.name} holds no video stream", fix="take the file out of the dataset")
         self._stream = self._container.streams.video[0]
-        self._reformatter = VideoReformatter()  # keeps its conversion context from frame to frame
         small = self._stream.width * self._stream.height <= 256 * 256
-        self._stream.thread_type = (
-            "SLICE" if small else "AUTO"
-        )  # frame threads cost more than they gain on small frames
+        # frame threads cost more than they gain on small frames
+        self._stream.thread_type = "SLICE" if small else "AUTO"
         if small:
             self._stream.codec_context.thread_count = 1
-        self._frames: Iterator[av.VideoFrame] | None = None
-        self._pending: av.VideoFrame | None = None  # decoded, not yet asked for
-        self._last: int | None = None  # pts of the frame that was decoded last
 
     def close(self) -> None:
-        self._frames = self._pending = None
+        self._frames = self._shown = self._ahead = None
         self._container.close()
 
     def __enter__(self) -> VideoDecoder:
@@ -103,82 +104,86 @@ class VideoDecoder:
         self.close()
 
     def probe(self) -> VideoInfo:
-        """Count and time the frames from the packets, without decoding any.
+        """Count and time the frames from the packets; only the first frame is decoded.
 
-        Raises: DataError for a file that promises more frames than it holds.
+        Raises: DataError for a file without frames.
         """
-        stream, self._frames, self._pending = self._stream, None, None
+        self._rewind()
         pts: list[int | None] = []
-        discarded = 0
         try:
-            self._seek(stream.start_time or 0)
-            for packet in self._container.demux(stream):
-                if packet.size == 0:
-                    continue
-                if packet.is_discard:
-                    discarded += 1
-                else:
+            for packet in self._packets():
+                if packet.size and not packet.is_discard and not self._is_hidden(packet):
                     pts.append(packet.pts)
-            self._seek(stream.start_time or 0)
         except av.FFmpegError as error:
             raise self._corrupt(f"cannot be read after {len(pts)} frames: {error}") from error
-        promised = stream.frames
-        if not pts:
+        self._rewind()
+        stream, first = self._stream, self._next()
+        if first is None or not pts:
             raise DataError(f"video {self.name} holds no frames", fix=_REPLACE)
-        if promised and len(pts) + discarded < promised:
-            raise self._corrupt(f"is truncated: it promises {promised} frames and holds {len(pts) + discarded}")
+        height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
         rate = stream.average_rate or stream.guessed_rate or Fraction(30)
         ticks = None
         if all(p is not None for p in pts) and len(set(pts)) == len(pts):
             ticks = np.sort(np.asarray(pts, dtype=np.int64))
+            if first.pts is not None:  # what comes before needs a key frame that was cut off
+                ticks = ticks[ticks >= first.pts]
             times = (ticks - ticks[0]) * float(stream.time_base)
             if len(times) > 1:
-                rate = (len(times) - 1) / times[-1]
+                rate = 1 / _usual(np.diff(times))
         else:
             times = np.arange(len(pts)) / float(rate)
-        promised_s, frame_s = self._promised_duration_s(), 1 / float(rate)
-        steady = len(times) < 2 or np.diff(times).max() < 1.5 * frame_s
-        slack_s = 3 * frame_s if steady else max(0.5, 3 * frame_s)  # of a varying rate the last frame may stay long
-        if promised_s and not promised and promised_s > times[-1] + frame_s + slack_s:
-            raise self._corrupt(f"is truncated: it promises {promised_s:.2f} s and ends at {times[-1]:.2f} s")
         return VideoInfo(
-            frames=len(pts),
-            height=stream.height,
-            width=stream.width,
+            frames=len(times),
+            height=height,
+            width=width,
             rate_hz=round(float(rate), 6),
             codec=stream.codec_context.name,
             times_s=times,
             pts=ticks,
         )
 
-    def _promised_duration_s(self) -> float | None:
-        """What the header says, for containers (mkv, webm) that do not store a number of frames."""
-        stored = self._stream.metadata.get("DURATION")
-        if stored:
-            hours, minutes, seconds = stored.split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        if self._container.duration and len(self._container.streams) == 1:
-            return self._container.duration / av.time_base
-        return None
+    def _is_hidden(self, packet: av.Packet) -> bool:
+        """Whether it holds a frame that is only referred to, never shown: VP8 has them in packets of their own."""
+        return self._stream.codec_context.name.startswith("vp8") and not memoryview(packet)[0] & 0x10
 
     def _corrupt(self, what: str) -> DataError:
         return DataError(f"video {self.name} {what}", fix=_REPLACE)
 
+    # ------------------------------------------------------------------ frame by frame
+
     def _seek(self, pts: int) -> None:
-        self._container.seek(pts, stream=self._stream, backward=True, any_frame=False)
-        self._frames = self._pending = self._last = None
+        try:
+            self._container.seek(pts, stream=self._stream, backward=True, any_frame=False)
+        except av.FFmpegError:  # no key frame is there: go to any, and decode from the next key frame on
+            self._container.seek(pts, stream=self._stream, backward=True, any_frame=True)
+        self._frames, self._shown, self._ahead, self._begun = None, None, None, True
+
+    def _rewind(self) -> None:
+        """To the very first frame, which a seek may miss: some containers look for the time of decoding."""
+        if self._begun:
+            self.close()
+            self._open()
+
+    def _packets(self) -> Iterator[av.Packet]:
+        self._begun = True
+        return self._container.demux(self._stream)
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
+        begun = False
+        for packet in self._packets():
+            begun = begun or packet.is_keyframe or packet.dts is None
+            if begun and (packet.size or packet.dts is None):  # an empty packet with a time repeats a frame
+                yield from packet.decode()  # type: ignore[misc]  # a video's packets hold no subtitles
 
     def _next(self) -> av.VideoFrame | None:
-        if self._pending is not None:
-            frame, self._pending = self._pending, None
+        if self._ahead is not None:
+            frame, self._ahead = self._ahead, None
             return frame
-        frames = self._frames = self._container.decode(self._stream) if self._frames is None else self._frames
+        self._frames = self._frames or self._decoded()
         try:
-            frame = next(frames, None)
+            return next(self._frames, None)
         except (av.FFmpegError, ValueError) as error:
             raise self._corrupt(f"is corrupt: {error}") from error
-        self._last = frame.pts if frame is not None else None
-        return frame
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
@@ -189,67 +194,65 @@ class VideoDecoder:
 
     def all_frames(self) -> Iterator[np.ndarray]:
         """Every frame in order, uint8 (H, W, 3), from the start."""
-        if self._frames is not None or self._pending is not None:
-            self._seek(self._stream.start_time or 0)
+        self._rewind()
         while (frame := self._next()) is not None:
             yield self._rgb(frame)
 
     def frames_at(self, pts: Sequence[int], tolerance: float = 0.0) -> Iterator[np.ndarray]:
-        """The frames shown at `pts` (stream ticks, not decreasing), uint8 (H, W, 3) each.
+        """The frames nearest to `pts` (stream ticks, not decreasing), uint8 (H, W, 3) each.
 
         tolerance: how far a frame's own time may be off, in ticks. Repeated entries repeat the frame.
         Raises: DataError when there is no frame at a time.
         """
-        if len(pts) == 0:
-            return
-        self._position(pts[0], tolerance)
-        k = 0
-        while k < len(pts):
-            frame = self._next()
-            if frame is None:
-                raise self._missing(pts[k])
-            if frame.pts is None or frame.pts < pts[k] - tolerance:
-                continue
-            if frame.pts > pts[k] + tolerance:
-                self._pending = frame
-                raise self._missing(pts[k])
-            image = self._rgb(frame)
-            while k < len(pts) and abs(frame.pts - pts[k]) <= tolerance:
-                k += 1
-                yield image
+        image: np.ndarray | None = None
+        for k, wanted in enumerate(pts):
+            if k == 0:
+                self._position(wanted, tolerance)
+            while self._shown is not None and self._shown.pts != wanted:
+                self._ahead = self._next()
+                if self._ahead is None or abs(self._ahead.pts - wanted) >= abs(self._shown.pts - wanted):
+                    break
+                self._shown, self._ahead, image = self._ahead, None, None
+            if self._shown is None or abs(self._shown.pts - wanted) > tolerance:
+                raise DataError(
+                    f"video {self.name} has no frame at {float(wanted * self._stream.time_base):.4f} s"
+                    + (f", the nearest is at {self._shown.time:.4f} s" if self._shown is not None else ""),
+                    fix="see whether the file belongs to this dataset, or fetch both again",
+                )
+            image = self._rgb(self._shown) if image is None else image
+            yield image
 
     def ticks(self, times_s: Sequence[float] | np.ndarray) -> list[int]:
         """Seconds on the stream's own clock as its ticks."""
         return np.round(np.asarray(times_s, dtype=np.float64) / float(self._stream.time_base)).astype(int).tolist()
 
-    def _missing(self, pts: int) -> DataError:
-        return DataError(
-            f"video {self.name} has no frame at {float(pts * self._stream.time_base):.4f} s",
-            fix="the file is truncated, or does not belong to this dataset: fetch it again",
-        )
-
-    def _position(self, pts: float, tolerance: float) -> None:
-        """Make the next frame the one at `pts`, or one before it."""
-        second = 1 / float(self._stream.time_base)
-        behind = self._last is not None and not -tolerance <= pts - self._last <= _SKIP_S * second
-        if self._frames is not None and not behind:  # what is next is worth decoding
-            self._pending = self._next()
-            if self._pending is not None and self._pending.pts is not None:
-                ahead = pts - self._pending.pts
-                if -tolerance <= ahead <= _SKIP_S * second:
-                    return
-        start = self._stream.start_time or 0
-        back = 0
+    def _position(self, pts: int, tolerance: float) -> None:
+        """Stop at a frame that is not behind `pts`, where there is one."""
+        second = round(1 / float(self._stream.time_base))
+        if self._shown is not None and 0 <= pts - self._shown.pts <= _SKIP_S * second:
+            return
+        start, back = self._stream.start_time or 0, 0
         while True:
             target = max(start, int(pts) - back)
-            self._seek(target)
-            self._pending = self._next()
+            if target > start:
+                self._seek(target)
+            else:
+                self._rewind()
+            self._shown = self._next()
+            if self._shown is not None and self._shown.pts is None:
+                raise self._corrupt("does not say when its frames are shown")
             # containers that index by decoding time may land behind the wanted frame
-            if self._pending is None or self._pending.pts is None:
+            if target <= start or (self._shown is not None and self._shown.pts <= pts + min(tolerance, 2)):
                 return
-            if self._pending.pts <= pts + tolerance or target <= start:
-                return
-            back = max(2 * back, round(second))
+            back = max(2 * back, second)
+
+
+def _usual(gaps_s: np.ndarray) -> float:
+    """The time from frame to frame: where a few frames stay longer or are missing, that of all the others."""
+    middle = np.median(gaps_s)
+    usual = gaps_s[(gaps_s > 0.5 * middle) & (gaps_s < 1.5 * middle)]
+    most = len(usual) >= 0.75 * len(gaps_s) and gaps_s.sum() <= 4 * len(gaps_s) * middle  # no clock that was set anew
+    return float(np.mean(usual if most else gaps_s))
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -318,177 +321,3 @@ def decode_video(data: bytes, length: int | None = None, name: str = "video") ->
     if not frames or (length is not None and len(frames) != length):
         raise DataError(f"video {name} is corrupt: {len(frames)} of {length or 'its'} frames decode", fix=_REPLACE)
     return np.stack(frames)
-
-
-def _encode(target: Any, frames: Iterable[np.ndarray], rate_hz: float, crf: float) -> int:
-    rate = Fraction(rate_hz).limit_denominator(1001)
-    count = 0
-    with av.open(target, "w", format="mp4") as container:
-        # no B-frames, so that decoding order is time order; a key frame at least every 32 frames, for seeks;
-        # no arithmetic coding and no deblocking: 30 % larger, and decoded nearly twice as fast
-        tools = "log-level=none:cabac=0:no-deblock=1"
-        options = {"crf": f"{crf:g}", "preset": "veryfast", "tune": "psnr", "bf": "0", "g": "32", "x264-params": tools}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.pix_fmt = "yuv444p"  # full-resolution colour, and any width and height
-        stream.codec_context.time_base = 1 / rate
-        reformatter = VideoReformatter()
-        for image in frames:
-            image = np.ascontiguousarray(image)
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise DataError(
-                    f"frame {count} has shape {image.shape} and dtype {image.dtype}, expected uint8 (H, W, 3)"
-                )
-            if count == 0:
-                stream.height, stream.width = image.shape[:2]
-                if stream.height * stream.width <= 256 * 256:
-                    stream.codec_context.thread_count = 1
-            elif image.shape[:2] != (stream.height, stream.width):
-                raise DataError(f"frame {count} is {image.shape[:2]}, the first was {(stream.height, stream.width)}")
-            frame = reformatter.reformat(av.VideoFrame.from_ndarray(image, format="rgb24"), format="yuv444p")
-            frame.pts, frame.time_base = count, 1 / rate
-            container.mux(stream.encode(frame))
-            count += 1
-        if count == 0:
-            raise DataError("a video needs at least one frame")
-        container.mux(stream.encode(None))
-    return count
-
-
-def encode_video(frames: Iterable[np.ndarray], rate_hz: float, crf: float = NEAR_LOSSLESS_CRF) -> tuple[bytes, int]:
-    """The bytes of an mp4 (h264, 4:4:4) of `frames`, uint8 (H, W, 3) each, and how many there were.
-
-    crf: 0 is the best; the default reads back at 40 dB or more.
-    """
-    buffer = io.BytesIO()
-    count = _encode(buffer, frames, rate_hz, crf)
-    return buffer.getvalue(), count
-
-
-def write_video(path: str | Path, frames: Iterable[np.ndarray], rate_hz: float, crf: float = NEAR_LOSSLESS_CRF) -> int:
-    """Write `frames`, uint8 (N, H, W, 3) or an iterable of (H, W, 3), as an mp4; return how many there were.
-
-    The file appears under its name when it is complete.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        count = _encode(str(partial), frames, rate_hz, crf)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def resample_indices(times_s: np.ndarray, rate_hz: float, end_s: float) -> np.ndarray:
-    """For each tick k / rate_hz before `end_s`, the index of the last of `times_s` that is not later."""
-    steps = max(1, int(np.floor(end_s * rate_hz + 1e-6)))
-    ticks = np.arange(steps) / rate_hz
-    return np.maximum(np.searchsorted(times_s, ticks + 1e-6, side="right") - 1, 0)
-
-
-def _clip(path: Path, rate_hz: float | None) -> tuple[np.ndarray, float, VideoInfo]:
-    """Which frames make the episode, and its rate."""
-    if rate_hz is not None and not rate_hz > 0:
-        raise DataError(f"rate_hz must be positive, got {rate_hz}")
-    info = probe(path)
-    return resample_indices(info.times_s, rate_hz or info.rate_hz, info.duration_s), rate_hz or info.rate_hz, info
-
-
-def read_video_episode(path: str | Path, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:
-    """A video file as an episode with the one stream `image.main` and no embodiment.
-
-    rate_hz: steps per second, each the nearest earlier frame; default: the video's mean rate.
-    Raises: DataError for a broken file.
-    """
-    path = Path(path)
-    indices, rate_hz, info = _clip(path, rate_hz)
-    return Episode.from_arrays(
-        path.stem,
-        rate_hz,
-        {"image.main": lambda: read_frames(path, indices)},
-        length=len(indices),
-        texts=list(texts),
-        source=str(path),
-        metadata={"source_rate_hz": info.rate_hz, "height": info.height, "width": info.width},
-    )
-
-
-class VideoFolderReader:
-    """A folder of video files (searched below it too) as episodes, in order of their names.
-
-    rate_hz: steps per second of every episode; default: each video's own.
-    Raises: DataError for an empty folder, a broken line of captions.jsonl, or one that names no file.
-    """
-
-    def __init__(self, path: str | Path, rate_hz: float | None = None):
-        self.path = Path(path)
-        self.rate_hz = rate_hz
-        if self.path.is_file():
-            self.files = [self.path]
-            self.path = self.path.parent
-            captions: dict[str, dict[str, Any]] = {}
-        else:
-            if not self.path.is_dir():
-                raise DataError(f"{path} does not exist", fix="give a folder of videos, or one video")
-            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-            if not self.files:
-                raise DataError(f"{path} holds no videos", fix=f"put files ending in {', '.join(VIDEO_SUFFIXES)} there")
-            captions = self._read_captions()
-        self._captions = captions
-
-    def _read_captions(self) -> dict[str, dict[str, Any]]:
-        path = self.path / "captions.jsonl"
-        if not path.exists():
-            return {}
-        known = {file.relative_to(self.path).as_posix() for file in self.files}
-        captions: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where} is not JSON: {error}", fix="correct or delete the line") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-                raise DataError(f'{where} has no "file"', fix='write {"file": "a.mp4", "caption": "..."}')
-            for key, kind in (("caption", str), ("plan", str), ("captions", list)):
-                value = entry.get(key)
-                if value is not None and not (
-                    isinstance(value, kind) and (kind is str or all(isinstance(v, str) for v in value))
-                ):
-                    raise DataError(
-                        f"{where}: {key!r} is {value!r}", fix=f"give a {'list of texts' if kind is list else 'text'}"
-                    )
-            if entry["file"] not in known:
-                raise DataError(
-                    f"{where} names {entry['file']!r}, which is not in {self.path}: "
-                    + did_you_mean(entry["file"], known)[:200],
-                    fix="correct the name, add the file or delete the line",
-                )
-            captions[entry["file"]] = entry
-        return captions
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Episode:
-        path = self.files[range(len(self.files))[index]]
-        name = path.relative_to(self.path).as_posix()
-        entry = self._captions.get(name, {})
-        texts = entry.get("captions") or ([entry["caption"]] if entry.get("caption") else [])
-        episode = read_video_episode(path, texts, self.rate_hz)
-        episode.id = name
-        episode.plans = [entry["plan"]] if entry.get("plan") else []
-        return episode
-
-    def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
-
-    def embodiment(self) -> None:
-        """Video without a robot has none."""
-
-    def frames(self, index: int, camera: str = "main") -> Iterator[np.ndarray]:
-        """The frames of episode `index` one at a time, uint8 (H, W, 3), in bounded memory."""
-        path = self.files[range(len(self.files))[index]]
-        return iter_frames(path, _clip(path, self.rate_hz)[0])

@@ -17,6 +17,7 @@ from PIL import Image
 from mmseq.embodiment import Axes
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.inference.predict import Prediction
+from mmseq.mp4 import write_video
 from mmseq.tasks import END, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.pictures import psnr, strip
@@ -148,10 +149,8 @@ def _write_vision(
     files = [f"{name}.png"]
     Image.fromarray(strip(frames)).save(folder / files[0])
     if value.ndim == 4:
-        from mmseq.data.video import encode_video  # data lies above inference, so it is reached for on demand
-
         files.append(f"{name}.mp4")
-        (folder / files[-1]).write_bytes(encode_video(iter(frames), rate_hz)[0])
+        write_video(folder / files[-1], frames, rate_hz)
     if truth_frames is not None:
         files.append(f"{name}_real_above_predicted.png")
         Image.fromarray(strip(truth_frames, frames)).save(folder / files[-1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmseq.mp4 import encode_video
 from mmseq.serving.errors import RequestError
 
 KINDS = ("array", "png", "mp4")
@@ -33,8 +34,6 @@ def as_file(value: np.ndarray, kind: str, rate_hz: float) -> tuple[str, bytes | 
         return "image/png", png(value)
     if kind == "png":
         return "image/png", [png(frame) for frame in value]
-    from mmseq.data.video import encode_video  # data lies beside serving, so it is reached for on demand
-
     return "video/mp4", encode_video(iter(value), rate_hz)[0]
 
 

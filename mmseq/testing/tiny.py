@@ -146,7 +146,7 @@ def language_model(directory: str | Path, family: str = "llama", *, seed: int = 
 def write_episodes(directory: str | Path, episodes: Iterable[Episode], robots: tuple[Embodiment, ...] = ()) -> Path:
     """Episode shards, as `mmseq data import` writes them."""
     from mmseq.data.shards import ShardWriter
-    from mmseq.data.video import encode_video
+    from mmseq.mp4 import encode_video
 
     directory = Path(directory)
     manifest = {

@@ -17,12 +17,14 @@ class TokenizerSource:
     """path: episode shards, LeRobot, HDF5 or videos. weight: share of the vision batches.
 
     rate_hz: resample to this rate (datasets and videos only). map: which columns of a dataset fill which streams.
+    swap_colours: cameras whose red and blue are exchanged.
     """
 
     path: str = "???"
     weight: float = 1.0
     rate_hz: float | None = None
     map: dict[str, Any] = field(default_factory=dict)
+    swap_colours: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,8 @@ from mmseq import Embodiment
 from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader
-from mmseq.data.video import write_video
 from mmseq.errors import DataError, FingerprintError
+from mmseq.mp4 import write_video
 
 
 def test_a_lerobot_dataset_becomes_episode_shards(written, tmp_path, psnr):
@@ -139,52 +139,3 @@ def test_wrong_arguments_are_named(tmp_path, textured):
     with pytest.raises(DataError, match="size is 2"):
         import_episodes(tmp_path, tmp_path / "out", size=2)
     assert len(open_episodes(tmp_path / "a.mp4")) == 1
-
-
-def write_robomimic(path, textured):
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(path, "w") as root:
-        data = root.create_group("data")
-        options = {"control_freq": 20, "robots": ["Panda"]}
-        data.attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": options})
-        for k in (10, 9):
-            demo = data.create_group(f"demo_{k}")
-            demo["actions"] = np.full((k, 2), k, np.float64) + np.arange(k)[:, None]
-            demo["obs/agentview_image"] = textured(k, size=32, seed=k)
-            demo["obs/robot0_gripper_qpos"] = np.zeros((k, 1))
-            demo["obs/robot0_eef_pos"] = np.ones((k, 3))
-            demo["rewards"] = np.arange(k) == (k - 1 if k == 9 else k)
-
-
-def test_robomimic_hdf5(tmp_path, textured, psnr):
-    write_robomimic(tmp_path / "low.hdf5", textured)
-    import_episodes(tmp_path / "low.hdf5", tmp_path / "out")
-    shards = EpisodeShardReader(tmp_path / "out")
-    assert [(e.id, len(e), e.success, e.rate_hz) for e in shards] == [
-        ("low/demo_9", 9, True, 20),
-        ("low/demo_10", 10, False, 20),
-    ]
-    assert shards[0]["proprio"][0].tolist() == [1, 1, 1, 0]
-    assert shards.embodiment().name == "Panda"
-    assert shards.embodiment().proprio.names[-1] == "robot0_gripper_qpos_0"
-    assert psnr(shards[1]["image.agentview"], textured(10, size=32, seed=10)) > 40
-
-
-def test_aloha_hdf5(tmp_path, textured):
-    h5py = pytest.importorskip("h5py")
-    for k in range(2):
-        with h5py.File(tmp_path / f"episode_{k}.hdf5", "w") as root:
-            root["action"] = np.random.default_rng(k).normal(size=(6, 14))
-            root["observations/qpos"] = np.zeros((6, 14))
-            root["observations/images/top"] = textured(6, size=32)
-    with pytest.raises(DataError, match="Give rate_hz"):
-        open_episodes(tmp_path)
-    reader = open_episodes(tmp_path, rate_hz=50)
-    assert [(e.id, e["image.top"].shape) for e in reader] == [
-        ("episode_0", (6, 32, 32, 3)),
-        ("episode_1", (6, 32, 32, 3)),
-    ]
-    assert (reader.embodiment().name, len(reader.embodiment().action)) == ("aloha", 14)
-    (tmp_path / "broken.h5").write_bytes(b"\x89HDF nothing")
-    with pytest.raises(DataError, match=r"broken\.h5 is truncated"):
-        open_episodes(tmp_path, rate_hz=50)
