@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ def unreadable(path: Path, error: Exception | str) -> DataError:
     return DataError(f"{path} is truncated or corrupt: {str(error).strip().partition(chr(10))[0]}", fix=REFETCH)
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Raises: DataError that says why it cannot be read."""
+def read_parquet(path: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """The columns of a file, those of `columns` that it has. Raises: DataError that says why it cannot be read."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)  # type: ignore[arg-type]
+        file = pq.ParquetFile(path)
+        return file.read(None if columns is None else [n for n in file.schema_arrow.names if n in columns])
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
 

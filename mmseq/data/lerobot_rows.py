@@ -40,8 +40,9 @@ class Rows:
         return f"{self.layout.path}, episode {record.index}"
 
     def _table(self, path: Path) -> pa.Table:
+        """The columns in use of a file, as far as it has them."""
         table = self._tables.take(path)
-        return self._tables.put(path, read_parquet(path, sorted(self._used)) if table is None else table)
+        return self._tables.put(path, read_parquet(path, self._used) if table is None else table)
 
     def has(self, record: Record, name: str) -> bool:
         """Whether every file of an episode has a column."""

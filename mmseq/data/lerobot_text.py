@@ -55,7 +55,8 @@ class Texts:
         name = self.rows.streams.get("plan", ("subtask_index",))[0]
         found: list[str] = []
         if self.rows.has(record, name):
-            found = self._looked_up(record, name, self.layout.subtasks, at)
+            texts = self.layout.subtasks if name == "subtask_index" else self.layout.tasks
+            found = self._looked_up(record, name, texts, at)
         elif self.rows.has(record, PERSISTENT):
             rows = self.rows.column(record, PERSISTENT).to_pylist()
             times = np.arange(len(rows)) / self.fps
