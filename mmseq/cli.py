@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--minutes", type=float, default=10.0, help="about how long it may take (default: 10)")
     c.add_argument("--tasks", metavar="A,B", help="Meta-World tasks; default: six in which the image matters")
-    c.add_argument("--data", metavar="LEROBOT_V3", help="your own dataset in place of the simulator")
+    c.add_argument("--data", metavar="LEROBOT", help="your own dataset in place of the simulator")
     c.add_argument("--episodes", type=int, default=20, help="closed-loop episodes per task (default: 20)")
 
     add(commands, "doctor", _doctor, "what this machine has and what will be used")
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe(c)
     c = add(tokenizer, "eval", _tokenizer_eval, "measure tokenizers on a dataset")
     c.add_argument("tokenizers", metavar="DIR")
-    c.add_argument("--data", required=True, metavar="SRC", help="episode shards, LeRobot v3, HDF5 or videos")
+    c.add_argument("--data", required=True, metavar="SRC", help="episode shards, LeRobot, HDF5 or videos")
     c.add_argument("--out", metavar="FILE", help="write the report there as JSON")
 
     c = add(

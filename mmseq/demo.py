@@ -42,7 +42,7 @@ VISION_STEPS = 800
 @dataclass(kw_only=True)
 class DemoConfig:
     """out: the run's folder; what an earlier demo left there is replaced. minutes: about how long
-    it may take. tasks: Meta-World tasks (default: six in which the image matters). data: a LeRobot v3
+    it may take. tasks: Meta-World tasks (default: six in which the image matters). data: a LeRobot
     dataset to use instead of the simulator. episodes: closed-loop episodes per task."""
 
     out: str = "runs/demo"
