@@ -138,7 +138,7 @@ def questionnaire(robot: Embodiment) -> str:
     for part, axes in robot.vectors.items():
         lines += [f"{part}:", f"  units:  # {', '.join(UNITS)}; one word in place of the list is for all"]
         lines += [
-            f"    {_quoted(name)}: ???  # mostly {low:g} to {high:g} (1 % to 99 % of the data)"
+            f"    {_quoted(name)}: ???  # {low:g} to {high:g} in the data"
             for name, low, high in zip(axes.names, axes.low, axes.high)
         ]
         lines += [
@@ -180,7 +180,7 @@ def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str) -> Axes:
     for name, unit in (units or {}).items():
         if not isinstance(unit, str) or not unit.strip() or unit == "???":
             raise EmbodimentError(f"{where}: {part}.units.{name} is {unit!r}", fix="write a unit such as rad, deg or m")
-    minimum, maximum = list(axes.minimum), list(axes.maximum)
+    lowest, highest, minimum, maximum = (list(v) for v in (axes.low, axes.high, axes.minimum, axes.maximum))
     if not isinstance(limits, dict):
         raise EmbodimentError(f"{where}: {part}.limits must name axes, it holds {limits!r:.80}")
     for name, pair in limits.items():
@@ -191,16 +191,19 @@ def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str) -> Axes:
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
-        rounding = 1e-4 * (axes.high[at] - axes.low[at])
-        if not low - rounding <= axes.low[at] <= axes.high[at] <= high + rounding:
+        inside = min(high, axes.high[at]) - max(low, axes.low[at])
+        if not low <= high or inside < 0.5 * (axes.high[at] - axes.low[at]):
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is [{low:.9g}, {high:.9g}], the data reach from {axes.low[at]:.9g} to "
-                f"{axes.high[at]:.9g} (1 % and 99 %)",
+                f"{axes.high[at]:.9g}",
                 fix="check the unit of the limits",
             )
         minimum[at], maximum[at] = low, high
+        # what lies beyond is refused episode by episode, so no bins are spent on it
+        lowest[at], highest[at] = max(low, axes.low[at]), min(high, axes.high[at])
     stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
-    axes = replace(axes, units=stated, minimum=tuple(minimum), maximum=tuple(maximum))
+    ranges = {"low": lowest, "high": highest, "minimum": minimum, "maximum": maximum}
+    axes = replace(axes, units=stated, **{name: tuple(values) for name, values in ranges.items()})
     return replace(axes, max_step=_max_step(axes, part, given.get("max_step"), where))
 
 

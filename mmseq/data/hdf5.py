@@ -90,7 +90,7 @@ class Hdf5Reader:
         embodiment: Embodiment | None = None,
         map: Streams | None = None,
     ):
-        self._h5py = require("h5py", "hdf5")
+        require("h5py", "hdf5")
         self.path = Path(path)
         self._given, self._embodiment = embodiment, None
         self.notes: list[str] = []  # for people: what is left out or assumed
@@ -128,7 +128,7 @@ class Hdf5Reader:
     def _open(self, file: Path, where: object = "") -> Iterator[Any]:
         """The file, with whatever h5py finds wrong in it as a DataError."""
         try:
-            root = self._h5py.File(file, "r")
+            root = require("h5py", "hdf5").File(file, "r")
         except OSError as error:
             raise DataError(f"{file} is truncated or no HDF5 file: {error}", fix=_REPLACE) from error
         try:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +32,7 @@ from PIL import Image
 
 from mmseq.data import hdf5
 from mmseq.data.mapping import Streams
+from mmseq.data.pictures import SwappedColours
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
@@ -110,12 +111,17 @@ def open_episodes(
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
 ) -> EpisodeSource:
     """A reader of the dataset at `src`; format: its name among the readers, default: what is found there. map: see
     mapping.py.
 
+    swap_colours: cameras whose red and blue are exchanged, as `cv2.imencode` leaves them of an RGB picture.
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
+    if swap_colours:
+        stored = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
+        return SwappedColours(stored, swap_colours)
     format = format or detect_format(src)
     if format == "rlds":
         raise DataError("RLDS is not supported yet", fix=_TO_LEROBOT)
@@ -146,6 +152,7 @@ def import_episodes(
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -155,9 +162,9 @@ def import_episodes(
 ) -> dict[str, Any]:
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
-    rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the
-    contract to hold the data to, with the cameras of the source. map: columns that fill streams. size: crop every frame
-    to its largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
+    rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the contract to hold the
+    data to, with the cameras of the source. map, swap_colours: see `open_episodes`. size: crop every frame to its
+    largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
     default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
     is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
     Raises: DataError for a broken source, an existing `out`, or more bad episodes than `skip_bad`, all named: an
@@ -167,8 +174,12 @@ def import_episodes(
         raise DataError(f"size is {size} pixels", fix="give at least 8")
     if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
+    if skip_bad < 0:
+        raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
     say = say or (lambda _: None)
-    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
+    source = open_episodes(
+        src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map, swap_colours=swap_colours
+    )
     manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
         robot = source.embodiment()
@@ -189,6 +200,7 @@ def import_episodes(
         writer.manifest |= {
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
             "map": {stream: list(columns) for stream, columns in (map or {}).items()},
+            "swap_colours": list(swap_colours),
             "left_out": sorted(getattr(source, "left_out", ())),
             "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},

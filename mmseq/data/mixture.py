@@ -42,6 +42,7 @@ class SourceConfig:
     holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
     # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
     map: dict[str, Any] = field(default_factory=dict)
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from mmseq.episode import Episode
 
 
 def action_error(true: np.ndarray, predicted: np.ndarray, axes: Axes) -> np.ndarray:
-    """Mean absolute error per sample as a share of each axis' range (1 % to 99 % quantile).
+    """Mean absolute error per sample as a share of each axis' range (low to high).
 
     (N, steps, axes) twice -> (N,). An axis that never moves in the training data counts by its own unit.
     """

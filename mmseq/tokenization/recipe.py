@@ -20,6 +20,7 @@ class TokenizerSource:
     weight: float = 1.0  # share of the vision batches
     rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
     map: dict[str, Any] = field(default_factory=dict)  # which columns of a dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from mmseq.data.mapping import Streams
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
+from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.model.sequence_model import SequenceModel
@@ -45,6 +47,7 @@ from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
+from mmseq.training.row_length import fit_rows
 
 POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
@@ -61,6 +64,7 @@ class FinetuneConfig:
     dataset: str  # LeRobot of the new robot, or HDF5 files
     out: str = "runs/finetune"  # the folder of it all
     map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
     embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
     rate_hz: float | None = None  # steps per second; default: the dataset's
@@ -100,7 +104,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _refuse_another(config, out)
     say = _once(say)
     robot, source = _contract(config, old.tokenizers, out, say)
-    notes, _ = survey(source, robot, config.skip_bad, config.dataset, say)
+    notes, bad = survey(source, robot, config.skip_bad, config.dataset, say)
     say(f"{config.dataset}: {len(notes)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
     if len(notes) < 4:
         raise DataError(f"{config.dataset} has {len(notes)} episodes", fix="give at least four: one part is held out")
@@ -116,6 +120,9 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _new_tasks(config, old, _old_mix(checkpoint), notes, name)
     _begin(config, robot, len(notes), recipe, out)
     mix = _mix(config, old, notes, name, out, say)
+    plans = {key: TokenShards(out / "tokens" / key, old.tokenizers).plan for key in mix.sources if key != name}
+    plans[name] = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    recipe = fit_rows(recipe, mix, plans, tokenizers, settings=config.settings, say=say)
     _import(config, robot, episodes, size, say, on_progress)
     kept = EpisodeShardReader(episodes).metadata
     if len(kept) < len(notes):  # pictures of some could not be decoded
@@ -167,6 +174,7 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "episodes": episodes,
         "robot": robot.to_dict(),
         "map": config.map,
+        "swap_colours": config.swap_colours or None,
         "tasks": config.tasks,
         "keep": config.keep,
         "lora": recipe.lora.rank,
@@ -192,7 +200,10 @@ def _contract(
     config: FinetuneConfig, known: Tokenizers, out: Path, say: Callable[[str], None]
 ) -> tuple[Embodiment, EpisodeSource]:
     """The contract of the dataset, and a reader that holds it to that."""
-    source = open_episodes(config.dataset, rate_hz=config.rate_hz, map=config.map)
+    open_as = partial(
+        open_episodes, config.dataset, rate_hz=config.rate_hz, map=config.map, swap_colours=config.swap_colours
+    )
+    source = open_as()
     robot = source.embodiment()
     for note in notes_of(source):
         say(f"note: {note}")
@@ -218,7 +229,7 @@ def _contract(
             raise EmbodimentError(
                 f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
             )
-    return robot, open_episodes(config.dataset, rate_hz=config.rate_hz, embodiment=robot, map=config.map)
+    return robot, open_as(embodiment=robot)
 
 
 def _import(
@@ -231,7 +242,7 @@ def _import(
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
-    identity = json.loads(json.dumps(identity | {"map": config.map}))
+    identity = json.loads(json.dumps(identity | {"map": config.map, "swap_colours": config.swap_colours}))
     try:
         if episodes.is_dir() and json.loads(mark.read_text()) == identity:
             return
@@ -243,6 +254,7 @@ def _import(
         rate_hz=config.rate_hz,
         embodiment=robot,
         map=config.map,
+        swap_colours=config.swap_colours,
         size=size,
         name=episodes.name,
         overwrite=True,

@@ -48,7 +48,10 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
     out = Path(config.out)
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
-    sources = {name: open_source(s.path, rate_hz=s.rate_hz, map=read_map(s.map)) for name, s in config.sources.items()}
+    sources = {
+        name: open_source(s.path, rate_hz=s.rate_hz, map=read_map(s.map), swap_colours=s.swap_colours)
+        for name, s in config.sources.items()
+    }
     robots = gather_embodiments({name: embodiments_of(source) for name, source in sources.items()})
     seen, unseen = {}, {}
     for name, source in sources.items():
