@@ -15,15 +15,18 @@ client hold to it: `action: {units: deg, max_step: {shoulder_pan.pos: 4.0}}`, or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mmseq.embodiment import ACTION_FORMS, Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, did_you_mean
 
+_WITHIN = 0.9  # the least share of values that limits enclose, if they are of the same unit
 KEYS = ("name", "action_form", "gripper", "proprio", "action")
 AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
@@ -51,12 +54,17 @@ def read_answers(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def complete(inferred: Embodiment, answers: dict[str, Any], *, where: str) -> Embodiment:
+def complete(
+    inferred: Embodiment, answers: dict[str, Any], *, where: str, values: Mapping[str, np.ndarray] | None = None
+) -> Embodiment:
     """The contract that a dataset and its owner make together.
 
+    values: the dataset's own, float (steps, axes) of each stream; the range of an axis with stated limits is that of
+    those within. Without them limits must enclose the range.
     Raises: EmbodimentError naming an answer that does not fit, or every question that is still open.
     """
-    robot = replace(inferred, **{part: _axes(inferred, part, answers, where) for part in ("proprio", "action")})
+    parts = {part: _axes(inferred, part, answers, where, (values or {}).get(part)) for part in ("proprio", "action")}
+    robot = replace(inferred, **parts)
     if "name" in answers:
         if not isinstance(answers["name"], str):
             raise EmbodimentError(f"{where}: name is {answers['name']!r:.80}", fix="write a text")
@@ -144,7 +152,9 @@ def _quoted(name: str) -> str:
     return yaml.safe_dump(name, width=1000).splitlines()[0]
 
 
-def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) -> Axes | None:
+def _axes(
+    inferred: Embodiment, part: str, answers: dict[str, Any], where: str, values: np.ndarray | None
+) -> Axes | None:
     axes: Axes | None = getattr(inferred, part)
     given = answers.get(part) or {}
     if axes is None:
@@ -175,8 +185,10 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
-        inside = min(high, axes.high[at]) - max(low, axes.low[at])
-        if not low <= high or inside < 0.5 * (axes.high[at] - axes.low[at]):
+        seen = np.array([axes.low[at], axes.high[at]]) if values is None else values[:, at]
+        rounding = 1e-4 * (axes.high[at] - axes.low[at])
+        within = seen[(seen >= low - rounding) & (seen <= high + rounding)]
+        if len(within) < _WITHIN * len(seen):
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is [{low:.9g}, {high:.9g}], the data reach from {axes.low[at]:.9g} to "
                 f"{axes.high[at]:.9g}",
@@ -184,7 +196,7 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             )
         minimum[at], maximum[at] = low, high
         # what lies beyond is refused episode by episode, so no bins are spent on it
-        lowest[at], highest[at] = max(low, axes.low[at]), min(high, axes.high[at])
+        lowest[at], highest[at] = (float(np.float32(v)) for v in (within.min(), within.max()))
     stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
     ranges = {"low": lowest, "high": highest, "minimum": minimum, "maximum": maximum}
     axes = replace(axes, units=stated, **{name: tuple(values) for name, values in ranges.items()})

@@ -36,7 +36,18 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.data.hdf5_layout import ACTIONS, ENDS, Entry, Facts, columns_of, facts_of, find_streams, natural, phrasings
+from mmseq.data.hdf5_layout import (
+    ACTIONS,
+    ENDS,
+    Entry,
+    Facts,
+    columns_of,
+    facts_of,
+    find_streams,
+    natural,
+    phrasings,
+    texts_of,
+)
 from mmseq.data.mapping import Streams, describe, fill, left_out
 from mmseq.data.pictures import to_rgb
 from mmseq.embodiment import Axes, Camera, Embodiment
@@ -91,14 +102,14 @@ class Hdf5Reader:
     ):
         require("h5py", "hdf5")
         self.path = Path(path)
-        self._given, self._embodiment = embodiment, None
+        self._given, self._embodiment, self._map = embodiment, None, map or {}
         self.notes: list[str] = []  # for people: what is left out or assumed
         found = [demo for file in self._files() for demo in self._demos_of(file)]
         if all(demo.problem for demo in found):
             raise_all([demo.problem for demo in found if demo.problem][:1])
         self._demos = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
         columns = {name: entry.column for demo in reversed(self._demos) for name, entry in demo.entries.items()}
-        self.streams = fill(find_streams([d.entries for d in self._sound]), map or {}, columns, str(path))
+        self.streams = fill(find_streams([d.entries for d in self._sound]), self._map, columns, str(path))
         unused = left_out(columns, self.streams)
         self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
         self.notes += describe(columns, self.left_out)
@@ -149,13 +160,17 @@ class Hdf5Reader:
             if groups:
                 facts = facts_of(data, root)
                 return [Demo(file, f"data/{n}", columns_of(data[n]), facts) for n in groups]
-            if any(name in root for name in ("observations", "obs", *ACTIONS)):
-                facts = facts_of(root)  # whose texts are those of the one episode
-                return [Demo(file, "/", columns_of(root), replace(facts, robot=facts.robot or "aloha", texts=()))]
-            raise DataError(
-                f"{file} is laid out neither as robomimic nor as ALOHA: it holds {_some(sorted(root)) or 'nothing'}",
-                fix="convert it to LeRobot v3 (LeRobotDataset.create, add_frame, save_episode, finalize)",
-            )
+            entries = columns_of(root)
+            aloha = any(name in root for name in ("observations", "obs", *ACTIONS))
+            if not aloha and not any(name in entries for names in self._map.values() for name in names):
+                raise DataError(
+                    f"{file} is laid out neither as robomimic nor as ALOHA: it holds {_some(entries) or 'nothing'}",
+                    fix="say what is what, such as --map action=NAME,proprio=NAME,image.front=NAME, or convert it to "
+                    "LeRobot v3 (LeRobotDataset.create, add_frame, save_episode, finalize)",
+                )
+            facts = facts_of(root)  # whose texts are those of the one episode
+            robot = facts.robot or ("aloha" if aloha else None)
+            return [Demo(file, "/", entries, replace(facts, robot=robot, texts=()))]
 
     def _without(self, demos: list[Demo], why: str, wanted: Callable[[Demo], bool]) -> list[Demo]:
         """The demonstrations that are wanted; the others are named. Raises: DataError when none is."""
@@ -270,7 +285,7 @@ class Hdf5Reader:
             per_step = entry.steps is not None and steps <= entry.steps <= steps + 1
             each = [tuple(phrasings(v)) for v in value[:steps]] if per_step else []
             if not 1 < len(set(each)) < steps:  # the same at every step; or all different, a list that is as long
-                texts += phrasings(value)
+                texts += texts_of(name, value)
                 continue
             starts = [0, *(t for t in range(1, steps) if each[t] != each[t - 1]), steps]
             spans += [TextSpan(stream, a, b, each[a]) for a, b in pairwise(starts) if each[a]]

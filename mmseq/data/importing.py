@@ -332,7 +332,7 @@ def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, whe
         if expected is not None and frame.shape[:2] != expected:
             raise DataError(
                 f"{where}: frames have (height, width) {frame.shape[:2]}, the embodiment says {expected}",
-                fix="correct the sizes in the embodiment or in meta/info.json",
+                fix="import with --size, which makes all of them equal, or correct the sizes in the embodiment",
             )
         yield frame
 
