@@ -186,7 +186,7 @@ def _axes(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
         seen = np.array([axes.low[at], axes.high[at]]) if values is None else values[:, at]
-        rounding = 1e-4 * (axes.high[at] - axes.low[at])
+        rounding = 1e-4 * (high - low)
         within = seen[(seen >= low - rounding) & (seen <= high + rounding)]
         if len(within) < _WITHIN * len(seen):
             raise EmbodimentError(

@@ -76,7 +76,7 @@ def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_pa
 )
 def test_answers_that_do_not_fit_are_named(change, says):
     with pytest.raises(EmbodimentError, match=says.replace("{", r"\{")):
-        complete(robot, {**ANSWERS, **change}, where="robot.yaml")
+        complete(ROBOT, {**ANSWERS, **change}, where="robot.yaml")
 
 
 def test_a_largest_step_for_some_axes_leaves_the_others_free():
