@@ -108,7 +108,7 @@ def run_demo(config: DemoConfig) -> Path:
     with stages.stage("Importing episodes") as update:
         for name, path in sources.items():
             size = 64 if config.data else None
-            import_episodes(path, out / "data/episodes" / name, size=size, name=name, on_progress=update)
+            import_episodes(path, out / "data/episodes" / name, size=size, name=name, say=print, on_progress=update)
     mix = _mix(config, out, list(sources))
     _tokenize(config, out, mix, scale, stages)
     _train(config, out, stages)

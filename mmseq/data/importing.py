@@ -179,6 +179,8 @@ def import_episodes(
         raise DataError(f"size is {size} pixels", fix="give at least 8")
     if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
+    if skip_bad < 0:
+        raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
     say = say or (lambda _: None)
     source = open_episodes(
         src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map, swap_colours=swap_colours

@@ -39,12 +39,20 @@ class Rows:
     def called(self, record: Record) -> str:
         return f"{self.layout.path}, episode {record.index}"
 
+    def _table(self, path: Path) -> pa.Table:
+        """The columns in use of a file, as far as it has them."""
+        table = self._tables.take(path)
+        return self._tables.put(path, read_parquet(path, self._used) if table is None else table)
+
+    def has(self, record: Record, name: str) -> bool:
+        """Whether every file of an episode has a column."""
+        return all(name in self._table(path).column_names for path, _, _ in record.parts)
+
     def column(self, record: Record, name: str) -> pa.Array:
         """A column's rows of an episode. Raises: EpisodeError when one of its files has no such column."""
         chunks: list[pa.Array] = []
         for path, start, end in record.parts:
-            table = self._tables.take(path)
-            table = self._tables.put(path, read_parquet(path, sorted(self._used)) if table is None else table)
+            table = self._table(path)
             if name not in table.column_names:
                 raise EpisodeError(f"{self.called(record)}: {path} lacks the column {name!r}", fix=REFETCH)
             chunks += table[name].slice(start, end - start).chunks
