@@ -46,6 +46,7 @@ _NO_PICTURE = re.compile(r"depth|mask|seg|flow|normal|points?|xyz")
 _SKIPPED = ("next_obs",)  # `obs`, one step later
 _NOT_ARMS = re.compile(r"base|torso|head|leg|grip")
 _OF_THE_FILE = (*_RATES, *_FORMS, "env_args", "robot", "robot_type")  # attributes that `facts_of` reads
+_YES, _NO = ("success", "succeeded", "true", "yes", "1"), ("failure", "fail", "failed", "false", "no", "0")
 _LONG_TEXT = 2000  # an attribute that is longer is a model or a log, not a text about the episode
 
 
@@ -194,6 +195,15 @@ def phrasings(value: Any) -> list[str]:
     if len(value) > 1 and all(isinstance(item, str) and len(item) <= 1 for item in value):
         return ["".join(value)]  # a text that was taken apart into letters
     return list(dict.fromkeys(texts))
+
+
+def truth(value: Any) -> bool | None:
+    """Whether a flag, one per step, or a word means success; None for what means neither."""
+    if isinstance(value, (str, bytes)) or np.asarray(value).dtype.kind in "SUO":
+        words = {word.lower() for word in phrasings(value)}
+        return True if words & set(_YES) else False if words & set(_NO) else None
+    marks = np.asarray(value, dtype=np.float64)
+    return bool((marks > 0).any()) if marks.size and (marks >= 0).all() else None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from mmseq.data import hdf5
+from mmseq.data.hdf5 import Hdf5Reader
+from mmseq.data.hdf5_files import HDF5_SUFFIXES
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.mapping import Streams
 from mmseq.data.pictures import SwappedColours
@@ -72,7 +73,7 @@ def detect_format(src: str | Path) -> str:
         suffix = src.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
             return "video"
-        if suffix in hdf5.SUFFIXES:
+        if suffix in HDF5_SUFFIXES:
             return "hdf5"
         raise DataError(f"{src} is neither a video nor HDF5", fix=_TO_LEROBOT)
     if (src / "meta" / "info.json").is_file() or (src / "meta_data" / "info.json").is_file():
@@ -85,7 +86,7 @@ def detect_format(src: str | Path) -> str:
         raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}
     for path in src.rglob("*"):
-        found["hdf5"] += path.suffix.lower() in hdf5.SUFFIXES
+        found["hdf5"] += path.suffix.lower() in HDF5_SUFFIXES
         found["video"] += path.suffix.lower() in VIDEO_SUFFIXES
         found["rlds"] += ".tfrecord" in path.name
     if found["rlds"]:
@@ -120,7 +121,7 @@ def open_episodes(
     if format == "lerobot":
         return LeRobotReader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
     if format == "hdf5":
-        return hdf5.Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
+        return Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
     if format == "video":
         if map:
             raise DataError(f"{src} is video, whose one stream no map changes", fix="leave the map out")
