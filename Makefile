@@ -1,5 +1,5 @@
 # Every target works by itself in a fresh clone: it makes .venv first, with the versions in constraints.txt.
-#   make demo | test | test-all | docs-test | lint          PYTHON=/path/to/python3.12 chooses the interpreter
+#   make demo | test | test-all | docs | docs-test | lint          PYTHON=/path/to/python3.12 chooses the interpreter
 
 VENV ?= .venv
 JOBS ?= 2
@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 RUN = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all docs-test lint format clean
+.PHONY: help install demo test test-all docs docs-test lint format clean
 
 help:
 	@sed -n '2p' Makefile | cut -c3-
@@ -26,6 +26,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(RUN) pytest -n $(JOBS) --dist loadfile
+
+docs: $(STAMP)
+	$(VENV)/bin/python tools/docs.py
 
 docs-test: $(STAMP)
 	$(RUN) pytest tests/test_docs.py

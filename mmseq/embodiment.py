@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
 from mmseq.statistics import extent
+from mmseq.streams import NAME, STREAMS, VECTOR, misspelt
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
@@ -57,16 +57,16 @@ class Axes:
 
     def __post_init__(self):
         stated = () if self.max_step is None else ("max_step",)
-        for field in ("names", "units", "low", "high", "minimum", "maximum", *stated):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-            if len(getattr(self, field)) != len(self.names):
+        for name in ("names", "units", "low", "high", "minimum", "maximum", *stated):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(self.names):
                 raise EmbodimentError(
-                    f"{field} has {len(getattr(self, field))} entries for {len(self.names)} axes {list(self.names)}",
-                    fix=f"give one entry of {field} per axis",
+                    f"{name} has {len(getattr(self, name))} entries for {len(self.names)} axes {list(self.names)}",
+                    fix=f"give one entry of {name} per axis",
                 )
-        for field in ("low", "high", "minimum", "maximum"):
-            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, field)):
-                raise EmbodimentError(f"{field} holds a number that is not finite as float32: {getattr(self, field)}")
+        for name in ("low", "high", "minimum", "maximum"):
+            if not all(abs(v) <= FLOAT32_MAX for v in getattr(self, name)):
+                raise EmbodimentError(f"{name} holds a number that is not finite as float32: {getattr(self, name)}")
         for low, high, name in zip(self.low, self.high, self.names, strict=True):
             if high < low:
                 raise EmbodimentError(f"axis {name!r}: the high quantile {high} is below the low one {low}")
@@ -78,21 +78,6 @@ class Axes:
                 raise EmbodimentError(
                     f"axis {name!r}: max_step is {step}", fix="give a positive change per control step"
                 )
-
-    @cached_property
-    def limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """minimum and maximum as float32 (axes,), rounded inward: what is between them is also within the stated ones.
-
-        An axis with one value that float32 has not is given the nearest.
-        """
-        low, high = np.asarray(self.minimum, np.float32), np.asarray(self.maximum, np.float32)
-        inward_low = np.where(low.astype(np.float64) < self.minimum, np.nextafter(low, np.float32(np.inf)), low)
-        inward_high = np.where(high.astype(np.float64) > self.maximum, np.nextafter(high, np.float32(-np.inf)), high)
-        crossed = inward_low > inward_high
-        found = np.where(crossed, low, inward_low), np.where(crossed, low, inward_high)
-        for limit in found:
-            limit.flags.writeable = False
-        return found
 
     def __len__(self) -> int:
         return len(self.names)
@@ -183,7 +168,7 @@ class Embodiment:
     proprio: Axes | None = None
     action: Axes | None = None
     action_form: str = "absolute"
-    gripper: Gripper | None = None
+    grippers: tuple[Gripper, ...] = ()
     streams: Mapping[str, Axes] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -191,6 +176,14 @@ class Embodiment:
         object.__setattr__(self, "streams", dict(self.streams))
         if not self.name:
             raise EmbodimentError("an embodiment needs a name")
+        for stream in self.streams:
+            row, meant = STREAMS.get(stream), misspelt(stream)
+            taken = row is not None and (row.kind is not VECTOR or row.header == "first")
+            if not NAME.fullmatch(stream) or taken or meant:
+                why = f"arrows would take it for a misspelt {meant!r}" if meant else "that is no free name of a stream"
+                raise EmbodimentError(
+                    f"{self.name}: the further stream {stream!r}: {why}", fix="name it like force, tactile or hand_pose"
+                )
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise EmbodimentError(
                 f"the embodiment's name {self.name!r:.100} is also that of files",
@@ -200,20 +193,27 @@ class Embodiment:
             raise EmbodimentError(f"{self.name}: rate_hz must be positive, got {self.rate_hz}")
         if self.action_form not in ACTION_FORMS:
             raise EmbodimentError(f"{self.name}: action_form is {self.action_form!r}", fix=f"use one of {ACTION_FORMS}")
-        if self.gripper and not (math.isfinite(self.gripper.open) and math.isfinite(self.gripper.closed)):
-            raise EmbodimentError(f"{self.name}: the gripper's open and closed must be finite, got {self.gripper}")
-        if self.gripper and (self.action is None or self.gripper.axis not in self.action.names):
-            raise EmbodimentError(f"{self.name}: the gripper axis {self.gripper.axis!r} is not an action axis")
-        if self.gripper and self.action is not None:
-            at, slack = self.action.names.index(self.gripper.axis), 0.1 * abs(self.gripper.closed - self.gripper.open)
-            least, most = self.action.minimum[at], self.action.maximum[at]
-            for which, value in (("open", self.gripper.open), ("closed", self.gripper.closed)):
-                if not least - slack <= value <= most + slack:  # the data's range may lack what is never quite reached
-                    raise EmbodimentError(
-                        f"{self.name}: the gripper's {which} is {value:g}, axis {self.gripper.axis!r} is limited to "
-                        f"{least:g}..{most:g}",
-                        fix="give the value that the robot is sent, or wider limits",
-                    )
+        object.__setattr__(self, "grippers", tuple(self.grippers))
+        for gripper in self.grippers:
+            self._check_gripper(gripper)
+        named = [gripper.axis for gripper in self.grippers]
+        if len(set(named)) < len(named):
+            raise EmbodimentError(f"{self.name}: an axis is a gripper twice: {named}", fix="name each gripper once")
+
+    def _check_gripper(self, gripper: Gripper) -> None:
+        if not (math.isfinite(gripper.open) and math.isfinite(gripper.closed)):
+            raise EmbodimentError(f"{self.name}: the gripper's open and closed must be finite, got {gripper}")
+        if self.action is None or gripper.axis not in self.action.names:
+            raise EmbodimentError(f"{self.name}: the gripper axis {gripper.axis!r} is not an action axis")
+        at, slack = self.action.names.index(gripper.axis), 0.1 * abs(gripper.closed - gripper.open)
+        least, most = self.action.minimum[at], self.action.maximum[at]
+        for which, value in (("open", gripper.open), ("closed", gripper.closed)):
+            if not least - slack <= value <= most + slack:  # the data's range may lack what is never quite reached
+                raise EmbodimentError(
+                    f"{self.name}: the gripper's {which} is {value:g}, axis {gripper.axis!r} is limited to "
+                    f"{least:g}..{most:g}",
+                    fix="give the value that the robot is sent, or wider limits",
+                )
 
     @property
     def vectors(self) -> dict[str, Axes]:
@@ -234,7 +234,8 @@ class Embodiment:
                 del axes["max_step"]
         if not data["streams"]:  # contracts from before there were such fields keep their fingerprints
             del data["streams"]
-        return data
+        grippers = data.pop("grippers")  # written as null, one object, or several
+        return data | {"gripper": grippers if len(grippers) > 1 else grippers[0] if grippers else None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Embodiment:
@@ -242,9 +243,11 @@ class Embodiment:
         try:
             data = dict(data)
             data["cameras"] = tuple(Camera(**camera) for camera in data.get("cameras") or ())
-            for part, kind in (("proprio", Axes), ("action", Axes), ("gripper", Gripper)):
+            for part in ("proprio", "action"):
                 if data.get(part) is not None:
-                    data[part] = kind(**data[part])
+                    data[part] = Axes(**data[part])
+            given = data.pop("gripper", None) or ()
+            data["grippers"] = tuple(Gripper(**one) for one in ([given] if isinstance(given, Mapping) else given))
             data["streams"] = {name: Axes(**axes) for name, axes in (data.get("streams") or {}).items()}
             return cls(**data)
         except (TypeError, AttributeError, ValueError) as error:

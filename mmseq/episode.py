@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmseq.errors import EpisodeError, did_you_mean
-
-IMAGE_PREFIX = "image."
+from mmseq.streams import IMAGE_PREFIX, TEXT, of_kind
 
 
 @dataclass
@@ -77,6 +77,9 @@ class Episode:
         lengths = {name: len(stream) for name, stream in self.streams.items()}
         if min(lengths.values()) == 0:
             raise EpisodeError(f"episode {self.id!r} has an empty stream: {lengths}")
+        for span in self.spans:
+            if not 0 <= span.start < span.stop or not span.texts:
+                raise EpisodeError(f"episode {self.id!r}: {span} holds no text or no step")
         if len(set(lengths.values())) > 1:
             raise EpisodeError(f"episode {self.id!r}: streams differ in length: {lengths}", fix="resample them first")
 
@@ -118,6 +121,24 @@ class Episode:
 
     def __len__(self) -> int:
         return len(next(iter(self.streams.values())))
+
+    def texts_of(self, stream: str, step: int = 0) -> list[str]:
+        """The phrasings that fill a text stream at a step; [] where there are none."""
+        for span in self.spans:
+            if span.stream == stream and span.start <= step < span.stop:
+                return list(span.texts)
+        if stream == "text":
+            return list(self.texts)
+        if stream == "plan":
+            return list(self.plans)
+        return [str(self.metadata[stream])] if stream in self.metadata else []
+
+    def pieces(self) -> list[tuple[int, int, dict[str, list[str]]]]:
+        """The episode cut where texts change: first step, one past the last, phrasings by text stream."""
+        edges = {edge for span in self.spans for edge in (span.start, span.stop) if 0 < edge < len(self)}
+        cuts = sorted({0, len(self), *edges})
+        of = lambda step: {name: texts for name in of_kind(TEXT) if (texts := self.texts_of(name, step))}
+        return [(start, stop, of(start)) for start, stop in pairwise(cuts)]
 
     @property
     def cameras(self) -> list[str]:

@@ -97,9 +97,8 @@ def print_checkpoint(found: dict[str, Any]) -> None:
     for robot in found["embodiments"]:
         cameras = ", ".join(f"{c['name']} {c['width']}x{c['height']}" for c in robot["cameras"]) or "no cameras"
         say(f"\nembodiment {robot['name']}: {robot['rate_hz']:g} Hz, {cameras}, {robot['action_form']} actions")
-        for stream in ("proprio", "action"):
-            if robot[stream]:
-                axes = robot[stream]
+        for stream, axes in {**robot, **robot.get("streams", {})}.items():
+            if isinstance(axes, dict) and "names" in axes:
                 rows = zip(axes["names"], axes["units"], axes["low"], axes["high"], axes["minimum"], axes["maximum"])
                 say(f"  {stream}: mostly (1 % to 99 %), and at most")
                 for n, u, low, high, least, most in rows:

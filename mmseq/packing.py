@@ -1,21 +1,21 @@
 """Packing: several sequences in one row, no attention across them, nothing dropped or cropped.
 
-`pack` fills rows of a fixed number of tokens (exactly, where lengths allow it); `Batch` is what the model
-reads: the rows laid end to end as one flat line of tokens, and where each document begins.
+`pack` fills rows of a fixed number of tokens (exactly, where lengths allow it); `Batch` is the rows laid end to end as
+one line of tokens for the model, with where each document begins and what is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from mmseq.errors import ConfigError
-from mmseq.sequence import NOTHING, RANGES, TokenSequence
+from mmseq.inputs import ModelInput
+from mmseq.sequence import TokenSequence
 from mmseq.vocabulary import Vocabulary
 
 
@@ -68,21 +68,14 @@ def _fill(available: dict[int, int], room: int) -> list[int]:
 
 @dataclass
 class Batch:
-    """Packed rows as flat tensors. T tokens, M merged positions, P codes per merge, R copies, N targets.
+    """Packed rows as one line of T tokens.
 
-    ids, slots, positions (T,); patch_at (M,), patch_ids (M, P); copy_at (R,) positions whose next id may
-    repeat copy_ids (R,); lengths: tokens of each document in order, padding last as a document of its
-    own; targets by range: (at (N,), code (N,), document task index (N,)). parts: how many ranks share the
-    line (`model/sequence_parallel.py`); tensors hold this rank's tokens, lengths the whole line's documents.
+    lengths: tokens of each document in order, padding last as a document of its own; targets by range: (at (N,),
+    code (N,), document task index (N,)). parts: how many ranks share the line (`model/sequence_parallel.py`); tensors
+    hold this rank's tokens, lengths the whole line's documents.
     """
 
-    ids: Int[Tensor, " T"]
-    slots: Int[Tensor, " T"]
-    positions: Int[Tensor, " T"]
-    patch_at: Int[Tensor, " M"]
-    patch_ids: Int[Tensor, "M P"]
-    copy_at: Int[Tensor, " R"]
-    copy_ids: Int[Tensor, " R"]
+    input: ModelInput
     lengths: list[int]
     targets: dict[str, tuple[Tensor, Tensor, Tensor]]
     used_tokens: int
@@ -90,23 +83,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return len(self.ids)
+        return len(self.input)
 
     def to(self, device: torch.device | str) -> Batch:
-        move = lambda t: t.to(device, non_blocking=True)
-        return Batch(
-            move(self.ids),
-            move(self.slots),
-            move(self.positions),
-            move(self.patch_at),
-            move(self.patch_ids),
-            move(self.copy_at),
-            move(self.copy_ids),
-            self.lengths,
-            {name: tuple(move(t) for t in group) for name, group in self.targets.items()},  # type: ignore[misc]
-            self.used_tokens,
-            self.parts,
-        )
+        move = lambda group: tuple(t.to(device, non_blocking=True) for t in group)
+        targets = {name: move(group) for name, group in self.targets.items()}
+        return replace(self, input=self.input.to(device), targets=targets)  # type: ignore[arg-type]
 
 
 def collate(
@@ -124,39 +106,20 @@ def collate(
     lengths = [len(s) for s in sequences]
     used = sum(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = [s.ids for s in sequences]
-    slots = [s.slots for s in sequences]
-    positions = [np.arange(n, dtype=np.int64) for n in lengths]
+    line = ModelInput.join([s.input for s in sequences])
     if pad_to is not None and pad_to > used:
-        spare = pad_to - used
-        ids.append(np.full(spare, vocabulary.structure("<pad>"), dtype=np.int64))
-        slots.append(np.zeros(spare, dtype=np.int64))
-        positions.append(np.arange(spare, dtype=np.int64))
-        lengths.append(spare)
-    flat_ids = np.concatenate(ids)
-    copies = np.concatenate([s.copies for s in sequences])
-    copy_at = (copies != NOTHING).nonzero()[0]
+        line = line.padded(pad_to, vocabulary.structure("<pad>"))
+        lengths.append(pad_to - used)
     at = np.concatenate([s.target_at + start for s, start in zip(sequences, starts)])
     kind = np.concatenate([s.target_range for s in sequences])
     task = np.repeat(np.asarray(tasks, dtype=np.int64), [len(s.target_at) for s in sequences])
     targets = {}
-    for index, name in enumerate(RANGES):
+    for index, (name, ids) in enumerate(vocabulary.ranges.items()):
         chosen = kind == index
         if chosen.any():
             where = at[chosen]
-            codes = flat_ids[where + 1] - vocabulary.ranges[name].start
+            codes = line.ids[where + 1] - ids.start
             targets[name] = (torch.from_numpy(where), torch.from_numpy(codes), torch.from_numpy(task[chosen]))
     for s, start in zip(sequences, starts):  # only now: what is hidden is still learned
-        flat_ids[s.masked + start] = vocabulary.structure("<mask>")
-    return Batch(
-        ids=torch.from_numpy(flat_ids),
-        slots=torch.from_numpy(np.concatenate(slots)),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        patch_at=torch.from_numpy(np.concatenate([s.patch_at + start for s, start in zip(sequences, starts)])),
-        patch_ids=torch.from_numpy(np.concatenate([s.patch_ids for s in sequences])),
-        copy_at=torch.from_numpy(copy_at),
-        copy_ids=torch.from_numpy(copies[copy_at]),
-        lengths=lengths,
-        targets=targets,
-        used_tokens=used,
-    )
+        line.ids[s.masked + start] = vocabulary.structure("<mask>")
+    return Batch(line.tensors(), lengths, targets, used)

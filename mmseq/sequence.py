@@ -18,35 +18,23 @@ many tokens in one pass (parallel decoding: Kim, Finn and Liang 2025, OpenVLA-OF
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from mmseq.errors import TaskError
-from mmseq.tasks import END, SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
-from mmseq.vocabulary import RANGE_OF_STREAM, Vocabulary
+from mmseq.inputs import ModelInput
+from mmseq.streams import IMAGE_PREFIX, VECTOR, VISION
+from mmseq.tasks import END, PlacedSegment, Task
+from mmseq.vocabulary import Vocabulary
 
-# Slots tell the model where inside its frame or chunk a given token lies, which RoPE alone teaches
-# slowly. In a predicted segment a position carries the slot of the token it must predict, so that
-# it knows which axis or place comes next; after the last token it begins again, where nothing is learned.
-FRAME_SLOTS = 256
-CHUNK_SLOTS = 256
-_SLOT_SIZES = {
-    "none": 1,
-    "vision": FRAME_SLOTS,
-    "merged": FRAME_SLOTS,
-    "action": CHUNK_SLOTS,
-    "proprio": CHUNK_SLOTS,
-    "next vision": FRAME_SLOTS,
-    "next action": CHUNK_SLOTS,
-    "next proprio": CHUNK_SLOTS,
-}
-_FIRST_SLOT = dict(zip(_SLOT_SIZES, accumulate(_SLOT_SIZES.values(), initial=0)))
-SLOTS = sum(_SLOT_SIZES.values())
+NOTHING = -1  # to copy
+_AT_END = 1 << 40  # the step of a frame at `@end`, after all others
 
 
 class TokenSource(Protocol):
@@ -62,20 +50,16 @@ class TokenSource(Protocol):
         """`text`, `image.<camera>`, `action`, ...: what this episode can fill."""
         ...
 
-    def text(self, stream: str, variant: int) -> np.ndarray:
-        """Text codes (length,) with the end token; `variant` picks a phrasing."""
+    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
+        """The codes of one of `streams` at steps start .. stop - 1.
+
+        Of text (n,), that of step `start` with its end token, in the phrasing that `variant` picks; of a camera
+        (steps, tokens per frame); of a vector (steps, axes); of a scalar (steps,).
+        """
         ...
 
-    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
-        """Codes (frames, tokens per frame) of one camera."""
-        ...
-
-    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
-        """Codes (steps, axes) of `action` or `proprio`."""
-        ...
-
-    def scalar(self, stream: str, step: int) -> int:
-        """The code of `progress` or `success` at a step."""
+    def features(self, camera: str, start: int, stop: int) -> np.ndarray:
+        """Features float32 (steps, positions, F) of a camera's frames; asked for only where `Layout.soft` is set."""
         ...
 
 
@@ -97,39 +81,53 @@ class SegmentSpan:
 
 @dataclass
 class TokenSequence:
-    """Ids of one document and what they are. L positions, M merged positions, P codes per merge.
+    """One document as the model reads it, and what its parts are.
 
-    ids (L,) int64; slots (L,) int64; copies (L,) int64, the vision id that the *next* id may repeat, or
-    NOTHING; patch_at (M,) positions of merged vision; patch_ids (M, P); target_at (N,) positions whose
-    next id is learned, and target_range (N,) its range by name index into `RANGES`; masked (K,) positions
-    that show the model `<mask>` in place of their id.
+    target_at (N,): positions whose next id is learned, target_range (N,) its range, numbered in the vocabulary's
+    order; masked (K,): positions that show the model `<mask>` in place of their id.
     """
 
-    ids: np.ndarray
-    slots: np.ndarray
-    copies: np.ndarray
-    patch_at: np.ndarray
-    patch_ids: np.ndarray
+    input: ModelInput
     target_at: np.ndarray
     target_range: np.ndarray
     segments: list[SegmentSpan] = field(default_factory=list)
     masked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
+    @property
+    def ids(self) -> np.ndarray:
+        return self.input.ids
+
     def __len__(self) -> int:
-        return len(self.ids)
-
-
-NOTHING = -1  # to copy
-_AT_END = 1 << 40  # the step of a frame at `@end`, after all others
-RANGES = ("text", "vision", "action", "proprio", "latent", "progress", "success")
+        return len(self.input)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What fixes the length of a sequence besides its task: the tokenizers' sizes and the merge."""
+    """What fixes lengths and slots besides the task: the tokenizers' sizes.
+
+    Slots tell the model where inside its frame or chunk a token lies, which RoPE alone teaches slowly. In a predicted
+    segment a position carries the slot of the token that it must predict, so that it knows which axis or place comes
+    next; after the last token it begins again, where nothing is learned. A place is a row and a column (of a chunk: the
+    step and the axis), each with a row of the slot table; what a token has is their sum.
+
+    grid: rows and columns of tokens in a frame. merge: given vision joins merge x merge of them. vectors: the ranges of
+    vector streams. soft: positions of a given frame where an encoder gives them, 0 where codes do. flat: one slot for
+    each place, as models from before had them: of at most 256 tokens a frame or chunk.
+    """
 
     grid: tuple[int, int]
     merge: int = 2
+    vectors: tuple[str, ...] = ("action", "proprio")
+    soft: int = 0
+    flat: bool = False
+
+    STEPS, AXES, FLAT = 256, 128, 256
+
+    def __post_init__(self):
+        if self.merge < 1 or self.grid[0] % self.merge or self.grid[1] % self.merge:
+            raise TaskError(f"merge {self.merge} does not divide the vision grid {self.grid}")
+        if self.flat and self.frame_tokens > self.FLAT:
+            raise TaskError(f"a frame has {self.frame_tokens} tokens, tokenizers from before have {self.FLAT} slots")
 
     @property
     def frame_tokens(self) -> int:
@@ -137,24 +135,88 @@ class Layout:
 
     def frame_positions(self, predicted: bool) -> int:
         """Positions that one frame takes."""
-        return self.frame_tokens if predicted else self.frame_tokens // self.merge**2
+        return self.frame_tokens if predicted else self.soft or self.frame_tokens // self.merge**2
 
-    def __post_init__(self):
-        if self.merge < 1 or self.grid[0] % self.merge or self.grid[1] % self.merge:
-            raise TaskError(f"merge {self.merge} does not divide the vision grid {self.grid}")
-        if self.frame_tokens > FRAME_SLOTS:
-            raise TaskError(f"a frame has {self.frame_tokens} tokens, at most {FRAME_SLOTS} are supported")
+    @cached_property
+    def tables(self) -> dict[str, tuple[int, int, int]]:
+        """Of each use of slots its first row in the table, then rows and columns of its places."""
+        rows, columns = self.grid
+        if self.flat:
+            names = ("vision", "merged", "action", "proprio", "next vision", "next action", "next proprio")
+            return {name: (1 + i * self.FLAT, 1, self.FLAT) for i, name in enumerate(names)}
+        merged = (1, self.soft) if self.soft else (rows // self.merge, columns // self.merge)
+        sizes = {"vision": (rows, columns), "merged": merged, "next vision": (rows, columns)}
+        for name in self.vectors:
+            sizes |= {name: (self.STEPS, self.AXES), f"next {name}": (self.STEPS, self.AXES)}
+        firsts = accumulate((r + c for r, c in sizes.values()), initial=1)  # row 0 is of tokens without a place
+        return {name: (first, *size) for first, (name, size) in zip(firsts, sizes.items())}
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of the slot table."""
+        first, rows, columns = list(self.tables.values())[-1]
+        return first + (columns if self.flat else rows + columns)
+
+    def slots(self, use: str, columns: int, first: int, count: int) -> np.ndarray:
+        """Slots (count, S) of places first .. first + count - 1, row by row of `columns`: copy, do not change."""
+        key = (use, columns, first, count)
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) > 4096:  # longer and longer texts, each of its own length
+                self._made.clear()
+            found = self._made[key] = self._slots(*key)
+            found.flags.writeable = False
+        return found
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, int, int, int], np.ndarray]:
+        return {}
+
+    def _slots(self, use: str, columns: int, first: int, count: int) -> np.ndarray:
+        index, table = np.arange(first, first + count), self.tables.get(use)
+        if table is None:
+            return np.zeros((count, 1 if self.flat else 2), dtype=np.int64)
+        start, rows, _ = table
+        if self.flat:
+            return (start + index % self._flat_period(use))[:, None]
+        return np.stack([start + index // columns % rows, start + rows + index % columns], 1)
+
+    def _flat_period(self, use: str) -> int:
+        if use == "merged":
+            return self.frame_positions(False)
+        return self.frame_tokens if use.endswith("vision") else self.FLAT
+
+    def require(self, placed: PlacedSegment, axes: int) -> None:
+        """Raises: TaskError for a segment of a vector that has more places than there are slots."""
+        if placed.row.kind is not VECTOR:
+            return
+        fits = placed.steps * axes <= self.FLAT if self.flat else placed.steps <= self.STEPS and axes <= self.AXES
+        if not fits:
+            most = f"{self.FLAT} codes" if self.flat else f"{self.STEPS} steps of {self.AXES} axes"
+            raise TaskError(
+                f"{placed.segment} has {placed.steps} steps of {axes} axes, at most {most} are told apart",
+                fix="train tokenizers and a model anew, or shorten it" if self.flat else "shorten it",
+            )
 
 
 class SequenceBuilder:
     """Turns (task, tokens, now) into a TokenSequence, step by step, so that decoding can pause
     after each header and continue with what the model wrote."""
 
-    def __init__(self, vocabulary: Vocabulary, layout: Layout, cameras: dict[str | None, Sequence[str]] | None = None):
-        """cameras: the cameras of each embodiment in order; others use the episode's own order."""
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        layout: Layout,
+        cameras: Mapping[str, Sequence[str]] | None = None,
+        axes: Mapping[str, Mapping[str, int]] | None = None,
+    ):
+        """cameras: those of each embodiment in order; others use the episode's own. axes: how many each vector stream
+        of each embodiment has."""
         self.vocabulary = vocabulary
         self.layout = layout
         self.cameras = cameras or {}
+        self._axes = axes or {}
+        self.range_numbers = {name: i for i, name in enumerate(vocabulary.ranges)}
 
     def build(
         self,
@@ -193,7 +255,7 @@ class SequenceBuilder:
 
     def expand(self, segment: PlacedSegment, tokens: TokenSource) -> Sequence[str | None]:
         """`image` is every camera of the embodiment, in its order."""
-        if segment.stream not in VISION_STREAMS:
+        if not segment.row.kind.cameras:
             return (None,)
         known = self.views(tokens.embodiment, tokens.streams)
         if segment.segment.camera:
@@ -201,7 +263,7 @@ class SequenceBuilder:
                 raise TaskError(f"no camera {segment.segment.camera!r} in this episode; it has {known}")
             return (segment.segment.camera,)
         if not known:
-            present = [s for s in tokens.streams if s.startswith("image.")]
+            present = [s for s in tokens.streams if s.startswith(IMAGE_PREFIX)]
             raise TaskError(
                 f"{segment.segment}: this episode has no camera of embodiment {tokens.embodiment!r}; it has {present}"
             )
@@ -209,43 +271,58 @@ class SequenceBuilder:
 
     def numbered(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
         """The cameras that headers number: those of the contract, else the episode's own."""
-        if embodiment in self.cameras:
+        if embodiment is not None and embodiment in self.cameras:
             return self.cameras[embodiment]
-        return [s.removeprefix("image.") for s in streams if s.startswith("image.")]
+        return [s.removeprefix(IMAGE_PREFIX) for s in streams if s.startswith(IMAGE_PREFIX)]
 
     def views(self, embodiment: str | None, streams: Sequence[str]) -> Sequence[str]:
         """What `image` stands for: the cameras of the contract that the episode has."""
-        return [c for c in self.numbered(embodiment, streams) if f"image.{c}" in streams]
+        return [c for c in self.numbered(embodiment, streams) if f"{IMAGE_PREFIX}{c}" in streams]
+
+    def axes(self, segment: PlacedSegment, embodiment: str | None) -> int:
+        """Axes of a segment's stream; 1 of what is no vector.
+
+        Raises: TaskError when the embodiment has no such stream.
+        """
+        if segment.row.kind is not VECTOR:
+            return 1
+        found = self._axes.get(embodiment or "", {}).get(segment.stream)
+        if found is None:
+            raise TaskError(f"embodiment {embodiment!r} has no {segment.stream}")
+        self.layout.require(segment, found)
+        return found
+
+    def shape(self, segment: PlacedSegment, embodiment: str | None) -> tuple[int, ...] | None:
+        """The shape of a segment's codes, of one camera; None for text, whose length its writer decides."""
+        axes = self.axes(segment, embodiment)
+        return segment.row.kind.shape(segment.steps, self.layout.frame_tokens, axes)
 
     def codes(
         self, segment: PlacedSegment, camera: str | None, tokens: TokenSource, now: int, variant: int
     ) -> np.ndarray:
         """The tokenizer codes that fill a segment: (n,), (frames, tokens) or (steps, axes)."""
-        stream = segment.stream
-        if stream in TEXT_STREAMS:
-            return tokens.text(stream, variant)
-        if stream in VISION_STREAMS:
-            assert camera is not None
-            if stream == "demo":
-                return self._demo(tokens, camera, segment)
-            if segment.segment.offset == END:
-                return tokens.vision(camera, len(tokens) - 1, len(tokens))
-        assert segment.start is not None
-        assert segment.stop is not None
+        stream = segment.stream if camera is None else f"{IMAGE_PREFIX}{camera}"
+        if segment.start is None or segment.stop is None:  # without a time
+            if camera is None:
+                return tokens.codes(stream, now, now + 1, variant)
+            steps = self.frame_steps(segment, tokens, now)
+            return np.concatenate([tokens.codes(stream, step, step + 1) for step in steps])
         start, stop = now + segment.start, now + segment.stop
         if start < 0 or stop > len(tokens):
             raise TaskError(
                 f"{segment.segment} at step {now} needs steps {start} to {stop - 1} "
                 f"of an episode of {len(tokens)} steps"
             )
-        if stream in VISION_STREAMS:
-            assert camera is not None
-            return tokens.vision(camera, start, stop)
-        if stream in VECTOR_STREAMS:
-            return tokens.vector(stream, start, stop)
-        if stream in SCALAR_STREAMS:
-            return np.array([tokens.scalar(stream, stop - 1)])
-        raise TaskError(f"{stream!r} has no tokenizer here: train a latent-action tokenizer first")
+        return tokens.codes(stream, start, stop)
+
+    @staticmethod
+    def frame_steps(segment: PlacedSegment, tokens: TokenSource, now: int) -> list[int]:
+        """The steps of the frames of a vision segment; of a demonstration, evenly over its episode."""
+        if segment.segment.offset == END:
+            return [len(tokens) - 1]
+        if segment.start is None or segment.stop is None:
+            return [int(s) for s in np.linspace(0, len(tokens) - 1, segment.steps).round()]
+        return list(range(now + segment.start, now + segment.stop))
 
     def _padded(self, segment: PlacedSegment, tokens: TokenSource, now: int) -> tuple[np.ndarray, int]:
         """Codes (steps, axes) of a chunk whose last steps may lie after the episode, and how many codes these have."""
@@ -253,14 +330,8 @@ class SequenceBuilder:
         assert segment.stop is not None
         inside = min(segment.stop, len(tokens) - now)
         codes = self.codes(replace(segment, stop=max(inside, segment.start + 1)), None, tokens, now, 0)
-        missing = segment.stop - segment.start - len(codes)
+        missing = segment.steps - len(codes)
         return np.concatenate([codes, np.repeat(codes[-1:], missing, axis=0)]), missing * codes.shape[1]
-
-    def _demo(self, tokens: TokenSource, camera: str, segment: PlacedSegment) -> np.ndarray:
-        assert segment.segment.length is not None
-        count = segment.segment.length.steps(tokens.rate_hz)
-        steps = np.linspace(0, len(tokens) - 1, count).round().astype(int)
-        return np.concatenate([tokens.vision(camera, int(s), int(s) + 1) for s in steps])
 
 
 @lru_cache(1024)
@@ -273,13 +344,14 @@ def _constant(value: int, count: int) -> np.ndarray:
 
 @dataclass
 class _Open:
-    """The predicted segment that a draft is writing. period: tokens of a frame, or slots of a chunk.
+    """The predicted segment that a draft is writing. columns: of its places. period: tokens of a frame.
 
     before: ids (tokens,) that the frame being written may repeat.
     """
 
     range_name: str
-    period: int
+    columns: int
+    period: int = 1 << 40
     camera: str | None = None
     step: int = 0
     before: np.ndarray | None = None
@@ -296,25 +368,25 @@ class Draft:
         self.builder = builder
         self.tokens = tokens
         self.now = now
-        vocabulary = builder.vocabulary
         self.ids: list[np.ndarray] = []
         self.slots: list[np.ndarray] = []
-        self.copies: list[np.ndarray] = []
+        self.copies: list[np.ndarray] = []  # the vision id that the *next* id may repeat, or NOTHING
         self.length = 0
-        self.patch_at: list[np.ndarray] = []
-        self.patch_ids: list[np.ndarray] = []
+        self.patches: list[tuple[int, np.ndarray]] = []  # first position, and merged ids (positions, P)
+        self.soft: list[tuple[int, np.ndarray]] = []  # first position, and features (positions, F)
         self.target_at: list[np.ndarray] = []
         self.target_range: list[np.ndarray] = []
         self.segments: list[SegmentSpan] = []
         self._frames: dict[str, dict[int, np.ndarray]] = {}  # by camera and step
         self._open: _Open | None = None
+        vocabulary = builder.vocabulary
         start = [vocabulary.structure("<bos>"), vocabulary.embodiment(tokens.embodiment)]
         self._add(np.array(start, dtype=np.int64))
 
     def _add(self, ids: np.ndarray, slots: np.ndarray | None = None, copies: np.ndarray | None = None) -> int:
         start = self.length
         self.ids.append(ids)
-        self.slots.append(_constant(0, len(ids)) if slots is None else slots)
+        self.slots.append(self.builder.layout.slots("none", 1, 0, len(ids)) if slots is None else slots)
         self.copies.append(_constant(NOTHING, len(ids)) if copies is None else copies)
         self.length += len(ids)
         return start
@@ -325,8 +397,9 @@ class Draft:
         slots = copies = self._open = None
         if segment.predicted:
             self._open = current = self._opened(segment, camera)
-            slots, copies = np.zeros(len(ids), dtype=np.int64), np.full(len(ids), NOTHING, dtype=np.int64)
-            slots[-1] = self._slots_after(current.range_name, current.period, -1, 1)[0]
+            slots = self.builder.layout.slots("none", 1, 0, len(ids)).copy()
+            slots[-1] = self._slots_after(-1, 1)[0]
+            copies = np.full(len(ids), NOTHING, dtype=np.int64)
             copies[-1] = NOTHING if current.before is None else current.before[0]
         self._add(ids, slots, copies)
 
@@ -341,32 +414,50 @@ class Draft:
         if offset == END:
             ids.append(vocabulary.structure("<at_end>"))
         elif offset is not None:
-            ids.append(vocabulary.time(offset.steps(tokens.rate_hz) / tokens.rate_hz))  # type: ignore[union-attr]
-        elif segment.stream == "video":
+            seconds = offset.steps(tokens.rate_hz) / tokens.rate_hz  # type: ignore[union-attr]
+            ids += [vocabulary.structure("<past>")] if seconds < 0 else []
+            ids.append(vocabulary.time(abs(seconds)))
+        elif _says_its_rate(segment):
             ids.append(vocabulary.time(1 / tokens.rate_hz))
         return ids
 
     def content(self, segment: PlacedSegment, camera: str | None, codes: np.ndarray, padding: int = 0) -> None:
         """Fill the segment whose header was added last. padding: as in `SegmentSpan`."""
-        stream = segment.stream
-        range_name = RANGE_OF_STREAM[stream]
+        row, layout = segment.row, self.builder.layout
+        step = None if segment.start is None else self.now + segment.start
         if segment.predicted:
             start = self.length
             self.write(codes.reshape(-1))
             learned = self.length - start - padding
             self.target_at.append(np.arange(start - 1, start - 1 + learned))
-            self.target_range.append(_constant(RANGES.index(range_name), learned))
+            self.target_range.append(_constant(self.builder.range_numbers[row.range], learned))
         else:
-            ids = self.builder.vocabulary.encode(range_name, codes)
-            if camera is not None and stream != "demo":
-                first = _AT_END if segment.start is None else self.now + segment.start
+            ids = self.builder.vocabulary.encode(row.range, codes)
+            if camera is not None and row.timed:
+                first = _AT_END if step is None else step
                 self._frames.setdefault(camera, {}).update((first + i, frame) for i, frame in enumerate(ids))
-            if stream in VISION_STREAMS and self.builder.layout.merge > 1:
-                start = self._merged(ids)
+            if camera is not None and (layout.merge > 1 or layout.soft):
+                start = self._condensed(ids, camera, segment, step)
             else:
-                start = self._add(ids.reshape(-1), self._given_slots(range_name, ids.shape))
-        step = None if segment.start is None else self.now + segment.start
-        self.segments.append(SegmentSpan(stream, segment.predicted, start, self.length, step, camera, padding))
+                columns = layout.grid[1] if camera is not None else ids.shape[-1]
+                start = self._add(ids.reshape(-1), layout.slots(row.range, columns, 0, ids.size))
+        self.segments.append(SegmentSpan(segment.stream, segment.predicted, start, self.length, step, camera, padding))
+
+    def _condensed(self, ids: np.ndarray, camera: str, segment: PlacedSegment, step: int | None) -> int:
+        """Given frames as positions that carry several codes each, or an encoder's features."""
+        layout = self.builder.layout
+        positions, columns = len(ids) * layout.frame_positions(False), layout.tables["merged"][2]
+        if layout.flat:
+            columns = layout.frame_positions(False)
+        patch = _constant(self.builder.vocabulary.structure("<patch>"), positions)
+        start = self._add(patch, layout.slots("merged", columns, 0, positions))
+        if layout.soft:
+            at = self.builder.frame_steps(segment, self.tokens, self.now)
+            features = np.concatenate([self.tokens.features(camera, i, i + 1) for i in at])
+            self.soft.append((start, features.reshape(positions, -1)))
+        else:
+            self.patches.append((start, merge_codes(ids, layout).reshape(positions, -1)))
+        return start
 
     def write(self, codes: np.ndarray) -> None:
         """Go on with the predicted segment whose header was added last. codes (n,), in their range."""
@@ -378,7 +469,7 @@ class Draft:
             part, ids = ids[:room], ids[room:]
             first = current.written
             current.written += len(part)
-            slots = self._slots_after(current.range_name, current.period, first, len(part))
+            slots = self._slots_after(first, len(part))
             copies = np.full(len(part), NOTHING, dtype=np.int64)
             if current.before is not None:
                 place = first % current.period + 1
@@ -392,11 +483,11 @@ class Draft:
                 copies[-1] = current.before[0]
 
     def _opened(self, segment: PlacedSegment, camera: str | None) -> _Open:
-        range_name = RANGE_OF_STREAM[segment.stream]
+        layout, name = self.builder.layout, segment.row.range
         if camera is None:
-            return _Open(range_name, CHUNK_SLOTS)
+            return _Open(name, self.builder.axes(segment, self.tokens.embodiment))
         step = _AT_END if segment.start is None else self.now + segment.start
-        return _Open(range_name, self.builder.layout.frame_tokens, camera, step, self._frame_before(camera, step))
+        return _Open(name, layout.grid[1], layout.frame_tokens, camera, step, self._frame_before(camera, step))
 
     def _frame_before(self, camera: str, step: int) -> np.ndarray | None:
         """Ids (tokens,) of the nearest earlier frame of a camera, else of the nearest later one."""
@@ -406,77 +497,68 @@ class Draft:
         earlier = [s for s in frames if s < step]
         return frames[max(earlier) if earlier else min(frames)]
 
-    @staticmethod
-    @lru_cache(1024)
-    def _slots_after(range_name: str, period: int, first: int, count: int) -> np.ndarray:
-        """The slots of the tokens after tokens first .. first + count - 1 of a predicted segment. As `_given_slots`."""
-        base = _FIRST_SLOT.get(f"next {range_name}")
-        if base is None:
-            return np.zeros(count, dtype=np.int64)
-        return base + (np.arange(first, first + count) + 1) % period
-
-    @staticmethod
-    @lru_cache(1024)
-    def _given_slots(range_name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The place of each token in its frame or chunk. One array for all sequences: copy, do not change."""
-        count = int(np.prod(shape))
-        if range_name not in _FIRST_SLOT:
-            return np.zeros(count, dtype=np.int64)
-        period = shape[-1] if range_name in ("vision", "merged") else CHUNK_SLOTS
-        return _FIRST_SLOT[range_name] + np.arange(count) % period
-
-    def _merged(self, ids: np.ndarray) -> int:
-        patches = merge_codes(ids, self.builder.layout)  # (frames, positions, codes per position)
-        frames, positions, width = patches.shape
-        patch_token = self.builder.vocabulary.structure("<patch>")
-        slots = self._given_slots("merged", (frames, positions))
-        start = self._add(_constant(patch_token, frames * positions), slots)
-        self.patch_at.append(np.arange(start, self.length))
-        self.patch_ids.append(patches.reshape(-1, width))
-        return start
-
-    def masks(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and slots of `count` masks in the places of the next tokens of the open segment."""
+    def _slots_after(self, first: int, count: int) -> np.ndarray:
+        """The slots of the tokens after tokens first .. first + count - 1 of the open segment."""
         assert self._open is not None
-        ids = np.full(count, self.builder.vocabulary.structure("<mask>"), dtype=np.int64)
-        return ids, self._slots_after(self._open.range_name, self._open.period, self._open.written, count)
+        return self.builder.layout.slots(f"next {self._open.range_name}", self._open.columns, first + 1, count)
 
-    def guesses(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ids and slots of codes (n,) in the places of the next tokens of the open segment, which are not written."""
+    def masks(self, count: int) -> ModelInput:
+        """`count` masks in the places of the next tokens of the open segment."""
+        return self._ahead(np.full(count, self.builder.vocabulary.structure("<mask>"), dtype=np.int64))
+
+    def guesses(self, codes: np.ndarray) -> ModelInput:
+        """Codes (n,) in the places of the next tokens of the open segment, which are not written."""
         assert self._open is not None
-        ids = self.builder.vocabulary.encode(self._open.range_name, np.asarray(codes, dtype=np.int64))
-        return ids, self._slots_after(self._open.range_name, self._open.period, self._open.written, len(codes))
+        return self._ahead(self.builder.vocabulary.encode(self._open.range_name, np.asarray(codes, dtype=np.int64)))
 
-    def tokens_from(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, slots and copies of the tokens from position `start` on."""
+    def _ahead(self, ids: np.ndarray) -> ModelInput:
+        assert self._open is not None
+        return self._of_ids(ids, self._slots_after(self._open.written, len(ids)))
+
+    def _of_ids(self, ids: np.ndarray, slots: np.ndarray) -> ModelInput:
+        width = self.soft[0][1].shape[1] if self.soft else 0
+        return ModelInput.of_ids(ids, slots, merge=self.builder.layout.merge, soft=width)
+
+    @property
+    def may_repeat(self) -> int:
+        """The vision id that the next id may repeat, or NOTHING."""
+        return int(self.copies[-1][-1])
+
+    def input(self, start: int = 0) -> ModelInput:
+        """What was written from position `start` on, counted from there."""
         for parts in (self.ids, self.slots, self.copies):
             parts[:] = [np.concatenate(parts)]
-        return self.ids[0][start:], self.slots[0][start:], self.copies[0][start:]
+        out = self._of_ids(self.ids[0][start:], self.slots[0][start:])
+        copies = self.copies[0][start:]
+        out.copy_at = (copies != NOTHING).nonzero()[0]
+        out.copy_ids = copies[out.copy_at]
+        for at, what, found in (("patch_at", "patch_ids", self.patches), ("soft_at", "soft", self.soft)):
+            later = [(first, values) for first, values in found if first >= start]
+            if later:
+                places = [np.arange(first - start, first - start + len(values)) for first, values in later]
+                setattr(out, at, np.concatenate(places))
+                setattr(out, what, np.concatenate([values for _, values in later]))
+        return out
 
     def finish(self) -> TokenSequence:
         """Close with `<eos>`; the arrays."""
         self._add(np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64))
-        width = self.builder.layout.merge**2
-        join = lambda parts, empty: np.concatenate(parts) if parts else empty
-        none = np.zeros(0, dtype=np.int64)
-        return TokenSequence(
-            ids=np.concatenate(self.ids),
-            slots=np.concatenate(self.slots),
-            copies=np.concatenate(self.copies),
-            patch_at=join(self.patch_at, none),
-            patch_ids=join(self.patch_ids, np.zeros((0, width), dtype=np.int64)),
-            target_at=join(self.target_at, none),
-            target_range=join(self.target_range, none),
-            segments=self.segments,
-        )
+        join = lambda parts: np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return TokenSequence(self.input(), join(self.target_at), join(self.target_range), self.segments)
 
 
-def void_sequence(vocabulary: Vocabulary, layout: Layout) -> TokenSequence:
+def _says_its_rate(segment: PlacedSegment) -> bool:
+    """Whether a header without an offset has the time from frame to frame."""
+    return segment.row.kind is VISION and segment.row.timed and segment.segment.length is not None
+
+
+def void_sequence(builder: SequenceBuilder) -> TokenSequence:
     """A sequence that says nothing and teaches nothing."""
+    names = ("<bos>", "<no_embodiment>", "<eos>")
+    ids = np.array([builder.vocabulary.structure(token) for token in names], dtype=np.int64)
     none = np.zeros(0, dtype=np.int64)
-    ids = np.array([vocabulary.structure(t) for t in ("<bos>", "<no_embodiment>", "<eos>")], dtype=np.int64)
-    patches = np.zeros((0, layout.merge**2), dtype=np.int64)
-    return TokenSequence(ids, np.zeros(3, np.int64), np.full(3, NOTHING), none, patches, none, none)
+    slots = builder.layout.slots("none", 1, 0, len(ids))
+    return TokenSequence(ModelInput.of_ids(ids, slots, merge=builder.layout.merge), none, none)
 
 
 def merge_codes(codes: np.ndarray, layout: Layout) -> np.ndarray:
@@ -499,34 +581,28 @@ def sequence_length(
     placed: Sequence[PlacedSegment],
     layout: Layout,
     *,
-    rate_hz: float,
     cameras: int,
     numbered: bool,
-    axes: dict[str, int],
-    text_lengths: dict[str, int],
+    axes: Mapping[str, int],
+    text_lengths: Mapping[str, int],
 ) -> int:
     """The length `SequenceBuilder.build` will give, from metadata alone (packing needs no data).
 
-    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: axes of
-    `action` and `proprio`. text_lengths: tokens of each text stream, its end token included.
+    cameras: how many `image` stands for. numbered: whether headers name the camera. axes: those of every vector
+    stream. text_lengths: tokens of each text stream, its end token included.
+    Raises: TaskError for a segment that has more places than there are slots.
     """
     total = 3  # <bos> <embodiment> ... <eos>
     for p in placed:
-        segment = p.segment
-        timed = segment.offset is not None or segment.stream == "video"
-        if segment.stream in TEXT_STREAMS:
-            total += 1 + text_lengths[segment.stream]
-        elif segment.stream in VISION_STREAMS:
-            if segment.stream == "demo":
-                assert segment.length is not None
-                frames = segment.length.steps(rate_hz)
-            else:
-                frames = 1 if p.start is None else p.stop - p.start  # type: ignore[operator]
-            per_frame = layout.frame_positions(p.predicted)
+        segment, kind = p.segment, p.row.kind
+        timed = segment.offset is not None or _says_its_rate(p)
+        header = 1 + timed + segment.at.startswith("@-")
+        width = axes[p.stream] if kind is VECTOR else 1
+        layout.require(p, width)
+        if kind.cameras:
             views = 1 if segment.camera else cameras
-            total += views * (1 + numbered + timed + frames * per_frame)
-        elif segment.stream in VECTOR_STREAMS:
-            total += 1 + timed + (p.stop - p.start) * axes[segment.stream]  # type: ignore[operator]
+            total += views * (header + numbered + p.steps * layout.frame_positions(p.predicted))
         else:
-            total += 2 + timed
+            shape = kind.shape(p.steps, layout.frame_tokens, width)
+            total += header + (text_lengths[p.stream] if shape is None else math.prod(shape))
     return total

@@ -6,21 +6,25 @@
 Lengths and offsets are control steps, or seconds with an `s`. Everything is placed relative to
 one moment, "now" (step t of the episode):
 
-- a stream without length is what is observed at now; `@+n` moves it n steps into the future;
-- a *given* `video[n]` is the past: the n frames that end with now; a *predicted* one is the
-  future: the n frames after now;
+- a stream without length is what is observed at now; `@+n` moves it n steps into the future, `@-n` what is given
+  into the past; from a range, `@+1..10`, each sample of training draws one;
+- a *given* `video[n]`, and any other stream that is observed, is the past: the n frames that end with now; a
+  *predicted* one is the future: the n frames after now;
 - `action[n]` are the commands of the n steps that begin at now;
 - a group advances now by its action length each time.
+
+Which streams there are says the table in `streams.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from mmseq.errors import TaskError, did_you_mean
+from mmseq.errors import TaskError
+from mmseq.streams import IMAGE_PREFIX, NAME, STREAMS, StreamRow, misspelt, stream_row
 
 ALIASES: dict[str, str] = {
     "policy": "text, image, proprio -> action[16]",
@@ -43,32 +47,43 @@ ALIASES: dict[str, str] = {
     "language": "-> text",
 }
 
-TEXT_STREAMS = ("text", "plan", "question", "answer")
-VISION_STREAMS = ("image", "video", "demo")
-VECTOR_STREAMS = ("proprio", "action")
-SCALAR_STREAMS = ("progress", "success")
-STREAMS = (*TEXT_STREAMS, *VISION_STREAMS, *VECTOR_STREAMS, *SCALAR_STREAMS, "latent")
-NEEDS_LENGTH = ("video", "demo", "action")
-
 MAX_STEPS = 4096  # a longer segment is a typing error, not a task
 MAX_REPEATS = 256
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of time: control steps, or seconds when `seconds` is true."""
+    """A length of time: control steps, or seconds when `seconds` is true. Of an offset into the past it is negative."""
 
     value: float
     seconds: bool = False
 
     def steps(self, rate_hz: float) -> int:
-        return max(1, round(self.value * rate_hz)) if self.seconds else int(self.value)
+        if not self.seconds:
+            return int(self.value)
+        steps = max(1, round(abs(self.value) * rate_hz))
+        return steps if self.value > 0 else -steps
 
     def __str__(self) -> str:
         return f"{format(Decimal(repr(self.value)).normalize(), 'f')}s" if self.seconds else f"{int(self.value)}"
 
 
+@dataclass(frozen=True)
+class DurationRange:
+    """Offsets of which each sample draws one, ends included; both lie ahead or both behind."""
+
+    low: Duration
+    high: Duration
+
+    def steps(self, rate_hz: float) -> range:
+        return range(self.low.steps(rate_hz), self.high.steps(rate_hz) + 1)
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}"
+
+
 END = "end"
+Offset = Duration | DurationRange | str | None
 
 
 @dataclass(frozen=True)
@@ -79,18 +94,24 @@ class Segment:
     predicted: bool
     camera: str | None = None
     length: Duration | None = None
-    offset: Duration | str | None = None
+    offset: Offset = None
     repeat: int = 0
 
+    @property
+    def row(self) -> StreamRow:
+        return stream_row(self.stream)
+
+    @property
+    def at(self) -> str:
+        """Its offset as an arrow writes it: ``, `@+16`, `@-0.4s`, `@+1..10`, `@end`."""
+        if self.offset is None or isinstance(self.offset, str):
+            return f"@{self.offset}" if self.offset else ""
+        text = str(self.offset)
+        return f"@{text}" if text.startswith("-") else f"@+{text}"
+
     def __str__(self) -> str:
-        text = self.stream + (f".{self.camera}" if self.camera else "")
-        if self.length:
-            text += f"[{self.length}]"
-        if self.offset == END:
-            text += "@end"
-        elif self.offset is not None:
-            text += f"@+{self.offset}"
-        return text
+        length = f"[{self.length}]" if self.length else ""
+        return self.stream + (f".{self.camera}" if self.camera else "") + length + self.at
 
 
 @dataclass(frozen=True)
@@ -106,16 +127,21 @@ class PlacedSegment:
     """A segment in steps of one episode's clock, relative to now.
 
     start, stop: first step and one past the last; both None for streams without a time (text) and
-    for `@end`. predicted: whether the model writes it.
+    for `@end`. steps: how many it covers, also of one without a time. predicted: whether the model writes it.
     """
 
     segment: Segment
     start: int | None
     stop: int | None
+    steps: int = 1
 
     @property
     def stream(self) -> str:
         return self.segment.stream
+
+    @property
+    def row(self) -> StreamRow:
+        return self.segment.row
 
     @property
     def predicted(self) -> bool:
@@ -179,21 +205,69 @@ class Task:
         items = [str(p) if isinstance(p, Segment) else f"({side(p.segments)}) * {p.count}" for p in self.parts]
         return ", ".join(items)
 
+    @property
+    def ranged(self) -> tuple[Segment, ...]:
+        """The segments whose offsets each sample draws."""
+        return tuple(s for s in self.segments if isinstance(s.offset, DurationRange))
+
+    def with_offsets(self, steps: Sequence[int]) -> Task:
+        """The task with a drawn offset, in steps, in place of each range."""
+        drawn = iter(steps)
+        fixed = lambda s: replace(s, offset=Duration(float(next(drawn)))) if isinstance(s.offset, DurationRange) else s
+        return Task(tuple(fixed(p) if isinstance(p, Segment) else p for p in self.parts))
+
+    def nearest(self, rate_hz: float) -> Task:
+        """The task with the offset nearest to now in place of each range."""
+        return self.with_offsets([min(options, key=abs) for options in self._options(rate_hz)])
+
+    def middle(self, rate_hz: float) -> Task:
+        """The task with the offset in the middle of each range: the one to measure, where one has to stand for all."""
+        return self.with_offsets([options[len(options) // 2] for options in self._options(rate_hz)])
+
+    def _options(self, rate_hz: float) -> list[range]:
+        """The steps of each range of offsets."""
+        offsets = [s.offset for s in self.segments]
+        return [offset.steps(rate_hz) for offset in offsets if isinstance(offset, DurationRange)]
+
+    def require_fixed(self) -> None:
+        """Raises: TaskError when an offset is a range, which only training draws from."""
+        for segment in self.ranged:
+            raise TaskError(
+                f"{self} leaves open which offset {segment} means: only training draws one",
+                fix=f"choose one, such as {replace(segment, offset=segment.offset.low)}",  # type: ignore[union-attr]
+            )
+
+    def with_length(self, stream: str, steps: int) -> Task:
+        """The task with `steps` control steps in place of every length of a stream."""
+        sized = lambda s: replace(s, length=Duration(float(steps))) if s.stream == stream and s.length else s
+        return Task(
+            tuple(
+                sized(p) if isinstance(p, Segment) else Group(tuple(sized(s) for s in p.segments), p.count)
+                for p in self.parts
+            )
+        )
+
+    def names(self, stream: str, *, given: bool | None = None) -> bool:
+        """Whether a stream stands in the task; given: on that side of the arrow only."""
+        return any(s.stream == stream and (given is None or s.predicted != given) for s in self.segments)
+
     def place(self, rate_hz: float) -> tuple[PlacedSegment, ...]:
-        """Where each segment lies relative to now, in steps of a clock of `rate_hz`."""
+        """Where each segment lies relative to now, in steps of a clock of `rate_hz`. Of a range, the nearest offset."""
+        if self.ranged:
+            return self.nearest(rate_hz).place(rate_hz)
         stride = self._group_stride(rate_hz)
         placed = []
         for segment in self.segments:
-            now = segment.repeat * stride
-            if segment.stream in TEXT_STREAMS or segment.stream == "demo" or segment.offset == END:
-                placed.append(PlacedSegment(segment, None, None))
-                continue
             length = segment.length.steps(rate_hz) if segment.length else 1
-            shift = segment.offset.steps(rate_hz) if isinstance(segment.offset, Duration) else 0
-            start = now + shift
-            if segment.stream in ("video", "success"):
-                start += 1 if segment.predicted and segment.stream == "video" else 1 - length
-            placed.append(PlacedSegment(segment, start, start + length))
+            if not segment.row.timed or segment.offset == END:
+                placed.append(PlacedSegment(segment, None, None, length))
+                continue
+            start = segment.repeat * stride
+            if isinstance(segment.offset, Duration):
+                start += segment.offset.steps(rate_hz)
+            if segment.row.clock == "observed" and segment.length:
+                start += 1 if segment.predicted else 1 - length
+            placed.append(PlacedSegment(segment, start, start + length, length))
         return tuple(placed)
 
     def _group_stride(self, rate_hz: float) -> int:
@@ -209,24 +283,38 @@ class Task:
     def moments(self, length: int, rate_hz: float, *, pad: bool = False) -> range:
         """The steps t of an episode of `length` steps at which every segment lies inside it.
 
-        pad: of a chunk of actions that the task ends with, the first step is enough (`SequenceBuilder.build`).
+        Of a range of offsets the nearest one is enough. pad: of a chunk of actions that the task ends with, the first
+        step is enough (`SequenceBuilder.build`).
         """
-        timed = [(p, p.start, p.stop) for p in self.place(rate_hz) if p.start is not None and p.stop is not None]
-        stops = [start + 1 if pad and p.segment is self.final_chunk else stop for p, start, stop in timed]
+        chunk = len(self.segments) - 1 if pad and self.final_chunk is not None else None
+        placed = enumerate(self.place(rate_hz))
+        timed = [(i, p.start, p.stop) for i, p in placed if p.start is not None and p.stop is not None]
+        stops = [start + 1 if i == chunk else stop for i, start, stop in timed]
         first = max((-start for _, start, _ in timed), default=0)
-        last = length - max(stops, default=1)
+        last = length - max([1, *stops])
         return range(max(0, first), last + 1)
+
+    def offsets_within(self, now: int, length: int, rate_hz: float) -> list[range]:
+        """Of each range of offsets, in steps, those that stay inside an episode of `length` steps when it is `now`."""
+        found = []
+        for segment, placed in zip(self.segments, self.place(rate_hz)):
+            if isinstance(segment.offset, DurationRange):
+                options = segment.offset.steps(rate_hz)
+                near = placed.segment.offset.steps(rate_hz)  # type: ignore[union-attr]
+                start, stop = now + placed.start - near, now + placed.stop - near  # type: ignore[operator]
+                found.append(range(max(options.start, -start), min(options.stop, length - stop + 1)))
+        return found
 
     def missing(self, streams: Collection[str], *, given_only: bool = False) -> list[str]:
         """What an episode with `streams` lacks for this task (`image` is there with any camera).
 
         given_only: a prediction needs no truth, so only the given side is asked for.
         """
-        images = [name for name in streams if name.startswith("image.")]
+        images = [name for name in streams if name.startswith(IMAGE_PREFIX)]
         lacking = []
         for segment in self.given if given_only else self.segments:
-            if segment.stream in VISION_STREAMS:
-                wanted = f"image.{segment.camera}" if segment.camera else "image"
+            if segment.row.kind.cameras:
+                wanted = f"{IMAGE_PREFIX}{segment.camera}" if segment.camera else "image"
                 present = wanted in streams if segment.camera else bool(images)
             else:
                 wanted, present = segment.stream, segment.stream in streams
@@ -237,20 +325,21 @@ class Task:
 
 def _shape(task: Task) -> tuple:
     return tuple(
-        (s.stream, s.camera, s.predicted, s.offset if s.offset in (None, END) else "+", s.repeat) for s in task.segments
+        (s.stream, s.camera, s.predicted, s.offset if s.offset in (None, END) else s.at[1], s.repeat)
+        for s in task.segments
     )
 
 
 def parse_offset(text: str) -> Duration | str:
-    """What follows the `@` of a segment: `+16`, `+0.8s` or `end`. Raises: TaskError."""
+    """What follows the `@` of a segment: `+16`, `-0.8s` or `end`. Raises: TaskError."""
     parser = _Parser(text)
     offset = parser.offset()
-    if parser.peek is not None:
-        parser._fail(f"unexpected {parser.peek!r}", None, "write +16, +0.8s or end")
-    return offset
+    if parser.peek is not None or isinstance(offset, DurationRange):
+        parser._fail(f"unexpected {parser.peek or '..'!r}", None, "write +16, -0.8s or end")
+    return offset  # type: ignore[return-value]
 
 
-_TOKEN = re.compile(r"\s*(->|\*|,|\(|\)|\[|\]|@|\+|\.(?=[A-Za-z_])|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)?s?)")
+_TOKEN = re.compile(r"\s*(->|\*|,|\(|\)|\[|\]|@|\+|-|\.\.|\.(?=[A-Za-z_])|[A-Za-z_][A-Za-z0-9_]*|\d+(?:\.\d+)?s?)")
 
 
 class _Parser:
@@ -331,6 +420,8 @@ class _Parser:
         self.take(")")
         if not any(isinstance(s, Segment) and s.predicted for s in segments):
             self._fail("the group predicts nothing", None, "put an arrow inside it: (image -> action[1]) * 8")
+        if any(isinstance(s, Segment) and isinstance(s.offset, DurationRange) for s in segments):
+            self._fail("a range of offsets inside a group", None, "use one offset there")
         self.take("*")
         at = self.tokens[self.i][1] if self.peek else None
         count = self.take()
@@ -341,43 +432,65 @@ class _Parser:
     def segment(self, predicted: bool) -> Segment:
         at = self.tokens[self.i][1] if self.peek else len(self.text)
         stream = self.take()
-        if not re.match(r"[A-Za-z_]", stream):
+        if not NAME.fullmatch(stream):
             self._fail(f"expected a stream name, found {stream!r}", at)
-        if stream not in STREAMS:
-            if stream in ALIASES:
-                self._fail(f"{stream!r} is the name of a whole task", at)
-            self._fail(f"unknown stream {stream!r}", at, did_you_mean(stream, STREAMS).rstrip("?"))
-        if stream == "demo" and predicted:
+        row, meant = stream_row(stream), misspelt(stream)
+        if stream in ALIASES and stream not in STREAMS:
+            self._fail(f"{stream!r} is the name of a whole task", at)
+        if meant is not None:
+            self._fail(f"unknown stream {stream!r}", at, f"did you mean {meant!r}")
+        if predicted and not row.predicted:
             self._fail("a demonstration is given, not predicted", at, "predict a video instead: video[8]")
         camera = length = offset = None
         if self.peek == ".":
-            if stream not in VISION_STREAMS:
+            if not row.kind.cameras:
                 self._fail(f"{stream!r} has no cameras")
             self.take()
             camera = self.take()
         if self.peek == "[":
-            if stream not in NEEDS_LENGTH:
-                hint = "for several frames write video[n]" if stream == "image" else "leave it out"
+            if row.length == "no":
+                hint = "for several frames write video[n]" if row.kind.cameras else "leave it out"
                 self._fail(f"{stream!r} takes no length", None, hint)
             self.take()
             length = self.duration()
             self.take("]")
-        elif stream in NEEDS_LENGTH:
+        elif row.length == "must":
             self._fail(f"{stream!r} needs a length", None, f"write {stream}[8] or {stream}[0.4s]")
         if self.peek == "@":
-            if stream in TEXT_STREAMS or stream == "demo":
+            if not row.timed:
                 self._fail(f"{stream!r} has no time, so no offset")
             self.take()
             offset = self.offset()
             if offset == END and stream != "image":
                 self._fail("only image can be taken at the end of the episode", at)
+            low = offset.low if isinstance(offset, DurationRange) else offset
+            if predicted and isinstance(low, Duration) and low.value < 0:
+                self._fail("what is predicted does not lie in the past", at, f"write {stream}@+8, or give it")
         return Segment(stream, predicted, camera, length, offset)
 
-    def offset(self) -> Duration | str:
+    def offset(self) -> Duration | DurationRange | str:
         if self.peek == END:
             return self.take()
-        self.take("+")
-        return self.duration()
+        at = self.tokens[self.i][1] if self.peek else None
+        low = self.signed()
+        if self.peek != "..":
+            return low
+        self.take()
+        high = self.signed(past=low.value < 0)
+        if low.seconds != high.seconds or low.value >= high.value or (low.value < 0) != (high.value < 0):
+            self._fail(
+                f"{DurationRange(low, high)} is no range of offsets", at, "write +1..10, +0.1s..1s or -10..-1, in order"
+            )
+        return DurationRange(low, high)
+
+    def signed(self, *, past: bool = False) -> Duration:
+        """A duration with its sign; the second of a range ahead may leave it out."""
+        if self.peek in ("+", "-"):
+            past = self.take() == "-"
+        elif not self.i or self.tokens[self.i - 1][0] != "..":
+            self._fail(f"expected '+' or '-', found {self.peek or 'the end'!r}", None, "write @+8 or @-8")
+        duration = self.duration()
+        return Duration(-duration.value, duration.seconds) if past else duration
 
     def duration(self) -> Duration:
         at = self.tokens[self.i][1] if self.peek else None

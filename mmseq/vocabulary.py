@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmseq.errors import ConfigError, FingerprintError, did_you_mean
-from mmseq.tasks import STREAMS
+from mmseq.errors import ConfigError, FingerprintError, TaskError, did_you_mean
+from mmseq.streams import STREAMS
 
 # Times are written as one token each, in seconds on a logarithmic scale: 10 ms to 100 s.
 TIME_TOKENS = 128
@@ -28,30 +29,18 @@ STRUCTURE = (
     "<pad>",
     "<bos>",
     "<eos>",
-    "<patch>",  # a position that carries several merged vision codes
+    "<patch>",  # a position that carries several merged vision codes, or features
     "<no_embodiment>",
     "<at_end>",
-    *(f"<{stream}>" for stream in STREAMS),
+    *(f"<{row.name}>" for row in STREAMS.values() if row.header == "first"),
     *(f"<camera_{i}>" for i in range(CAMERA_TOKENS)),
     *(f"<time_{i}>" for i in range(TIME_TOKENS)),
     "<mask>",  # stands in a predicted chunk for a token that is not known yet
+    "<past>",  # before a time: so long ago
 )
-
-# Which range the tokens of a stream come from.
-RANGE_OF_STREAM = {
-    "text": "text",
-    "plan": "text",
-    "question": "text",
-    "answer": "text",
-    "image": "vision",
-    "video": "vision",
-    "demo": "vision",
-    "proprio": "proprio",
-    "action": "action",
-    "progress": "progress",
-    "success": "success",
-    "latent": "latent",
-}
+# What every vocabulary has, in this order; further ranges follow.
+_OWN = {"structure": STRUCTURE_SIZE, "embodiment": EMBODIMENT_SLOTS, "latent": LATENT_SLOTS, "success": 2}
+_ORDER = ("text", "structure", "embodiment", "vision", "action", "proprio", "latent", "progress", "success")
 
 
 @dataclass(frozen=True)
@@ -70,36 +59,33 @@ class Range:
 class Vocabulary:
     """The ranges in order, and the ids of structural and embodiment tokens.
 
-    Sizes are numbers of codes: `text` pieces, `vision` codes, `action` and `proprio` bins,
-    `progress` bins. embodiments: names in the order in which they were added.
+    sizes: codes of each tokenizer by the name of its range: `text` pieces, `vision` codes, `action` and `proprio`
+    bins, `progress` bins, and those of further streams. embodiments, streams: names of robots, and of streams beside
+    those that every vocabulary has header tokens of, in the order in which they were added.
     """
 
-    def __init__(
-        self, *, text: int, vision: int, action: int, proprio: int, progress: int, embodiments: list[str] | None = None
-    ):
-        self.sizes = {"text": text, "vision": vision, "action": action, "proprio": proprio, "progress": progress}
+    def __init__(self, sizes: Mapping[str, int], *, embodiments: Sequence[str] = (), streams: Sequence[str] = ()):
+        self.sizes = dict(sizes)
         for name, size in self.sizes.items():
             if size < 1:
                 raise ConfigError(f"vocabulary: the range {name!r} has {size} ids")
-        order = [
-            ("text", text),
-            ("structure", STRUCTURE_SIZE),
-            ("embodiment", EMBODIMENT_SLOTS),
-            ("vision", vision),
-            ("action", action),
-            ("proprio", proprio),
-            ("latent", LATENT_SLOTS),
-            ("progress", progress),
-            ("success", 2),
-        ]
+            if name in _OWN:
+                raise ConfigError(f"vocabulary: {name!r} is a range that every vocabulary has")
         self.ranges: dict[str, Range] = {}
         start = 0
-        for name, size in order:
-            self.ranges[name] = Range(name, start, size)
-            start += size
+        for name in (*_ORDER, *(n for n in self.sizes if n not in _ORDER)):
+            size = self.sizes.get(name, _OWN.get(name))
+            if size is not None:
+                self.ranges[name] = Range(name, start, size)
+                start += size
         self.size = math.ceil(start / 64) * 64  # a multiple of 64 keeps matrix products fast
+        self._structure = {token: index for index, token in enumerate(STRUCTURE)}
+        self.streams = [name for name in streams if f"<{name}>" not in self._structure]
+        self._structure |= {f"<{name}>": len(STRUCTURE) + i for i, name in enumerate(self.streams)}
+        if len(self._structure) > STRUCTURE_SIZE:
+            raise ConfigError(f"{len(self.streams)} further streams, {STRUCTURE_SIZE - len(STRUCTURE)} fit")
         self.embodiments: list[str] = []
-        for name in embodiments or []:
+        for name in embodiments:
             self.add_embodiment(name)
 
     def __len__(self) -> int:
@@ -112,11 +98,17 @@ class Vocabulary:
     def structure(self, token: str) -> int:
         """The id of a structural token such as `<image>`."""
         try:
-            return self.ranges["structure"].start + _STRUCTURE_INDEX[token]
+            return self.ranges["structure"].start + self._structure[token]
         except KeyError:
-            raise ConfigError(f"unknown structural token {token!r}: {did_you_mean(token, STRUCTURE)}") from None
+            raise ConfigError(f"unknown structural token {token!r}: {did_you_mean(token, self._structure)}") from None
 
     def header(self, stream: str) -> int:
+        if f"<{stream}>" not in self._structure:
+            known = [name for name, row in STREAMS.items() if row.header == "first"] + self.streams
+            raise TaskError(
+                f"this model has no stream {stream!r}: {did_you_mean(stream, known)}",
+                fix="train tokenizers with a robot whose contract declares it",
+            )
         return self.structure(f"<{stream}>")
 
     def time(self, seconds: float) -> int:
@@ -177,7 +169,8 @@ class Vocabulary:
             return f"<unused {token_id}>"
         index = token_id - self.ranges[name].start
         if name == "structure":
-            return STRUCTURE[index] if index < len(STRUCTURE) else f"<spare {index}>"
+            names = list(self._structure)
+            return names[index] if index < len(names) else f"<spare {index}>"
         if name == "embodiment":
             return f"<{self.embodiments[index]}>" if index < len(self.embodiments) else f"<spare embodiment {index}>"
         return f"{name}:{index}"
@@ -187,21 +180,21 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
-        return {**self.sizes, "embodiments": list(self.embodiments)}
+        data = {**self.sizes, "embodiments": list(self.embodiments)}
+        return data | ({"streams": list(self.streams)} if self.streams else {})
 
     @classmethod
     def from_dict(cls, data: dict) -> Vocabulary:
         try:
-            return cls(**data)
-        except TypeError as error:
+            sizes = {name: int(size) for name, size in data.items() if name not in ("embodiments", "streams")}
+            return cls(sizes, embodiments=data["embodiments"], streams=data.get("streams", ()))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a valid vocabulary: {error}") from error
 
     def require_same_ranges(self, other: Vocabulary, *, mine: str, theirs: str) -> None:
         """Raises: FingerprintError naming the ranges whose sizes differ."""
-        wrong = [f"{k}: {v} against {other.sizes[k]}" for k, v in self.sizes.items() if other.sizes[k] != v]
+        names = sorted({*self.sizes, *other.sizes})
+        pairs = [(n, self.sizes.get(n, "absent"), other.sizes.get(n, "absent")) for n in names]
+        wrong = [f"{name}: {here} against {there}" for name, here, there in pairs if here != there]
         if wrong:
             raise FingerprintError(f"the vocabulary of {mine} differs from that of {theirs}: {'; '.join(wrong)}")
-
-
-_STRUCTURE_INDEX = {token: index for index, token in enumerate(STRUCTURE)}
-assert len(STRUCTURE) <= STRUCTURE_SIZE

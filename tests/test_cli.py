@@ -116,10 +116,10 @@ def test_debug_shows_the_traceback():
 
 
 def test_interrupted_is_130(capsys, monkeypatch):
-    def interrupt(args):
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupt)
+    monkeypatch.setattr("mmseq.doctor.print_report", interrupt)
     assert run(capsys, "doctor")[0] == 130
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mmseq.data.mixture import held_out, least_holdout
-from mmseq.demo import DemoConfig, run_demo
+from mmseq.demo.config import DemoConfig
+from mmseq.demo.run import run_demo
 from mmseq.errors import MMSeqError
 
 

@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mmseq.embodiment import Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
@@ -26,7 +24,7 @@ def test_it_survives_the_disk(tmp_path):
     [
         ({"rate_hz": 10.0}, "rate_hz: 20.0 against 10.0"),
         ({"action_form": "absolute"}, "action_form: delta against absolute"),
-        ({"gripper": Gripper(axis="g", open=1.0, closed=-1.0)}, "gripper.closed: 1.0 against -1.0"),
+        ({"grippers": (Gripper(axis="g", open=1.0, closed=-1.0),)}, "gripper.closed: 1.0 against -1.0"),
         ({"proprio": None}, "proprio"),
     ],
 )
@@ -72,9 +70,9 @@ def test_a_bad_value_is_named_with_axis_and_step(values, says):
         {"rate_hz": 0},
         {"rate_hz": float("nan")},
         {"action_form": "torque"},
-        {"gripper": Gripper(axis="thumb", open=0, closed=1)},
-        {"gripper": Gripper(axis="g", open=3, closed=4)},
-        {"gripper": Gripper(axis="g", open=-1, closed=1e39)},
+        {"grippers": (Gripper(axis="thumb", open=0, closed=1),)},
+        {"grippers": (Gripper(axis="g", open=3, closed=4),)},
+        {"grippers": (Gripper(axis="g", open=-1, closed=1e39),)},
     ],
 )
 def test_an_incomplete_contract_is_refused(change):
@@ -118,19 +116,42 @@ def test_the_largest_step_is_part_of_the_contract_only_where_it_is_stated(tmp_pa
             dataclasses.replace(robot.action, max_step=steps)
 
 
-@given(st.floats(-1e38, 1e38), st.floats(0, 1e38))
-def test_float32_limits_are_within_the_stated_ones(least, width):
-    most = least + width
-    axes = dataclasses.replace(tiny.axes("x"), minimum=(least,), maximum=(most,))
-    low, high = axes.limits
-    assert low.dtype == high.dtype == np.float32
-    assert low <= high
-    nearest = np.float32(least)
-    if float(nearest) == least or float(np.nextafter(nearest, np.float32(np.inf))) <= most:
-        assert least <= float(low[0]) <= float(high[0]) <= most
-
-
 @pytest.mark.parametrize("name", ["low", "high", "minimum", "maximum", "max_step"])
 def test_numbers_that_float32_has_not_are_refused(name):
     with pytest.raises(EmbodimentError, match=name):
         dataclasses.replace(tiny.axes("x"), **{name: (1e39,)})
+
+
+def test_one_gripper_is_written_as_one_and_several_as_a_list():
+    robot, names = tiny.embodiment(), ("x", "y", "z", "g")
+    two = (*robot.grippers, Gripper(axis="z", open=0.0, closed=1.0))
+    for grippers, written in (((), None), (robot.grippers, {"axis": "g", "open": -1.0, "closed": 1.0})):
+        one = dataclasses.replace(robot, grippers=grippers)
+        assert one.to_dict()["gripper"] == written
+        assert "grippers" not in one.to_dict()
+        assert Embodiment.from_dict(one.to_dict()) == one
+        assert Embodiment.from_dict(one.to_dict() | {"gripper": [] if written is None else [written]}) == one
+    both = dataclasses.replace(robot, grippers=two)
+    assert [g["axis"] for g in both.to_dict()["gripper"]] == ["g", "z"]
+    assert Embodiment.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+    assert both.fingerprint != robot.fingerprint
+    assert both.differences(robot)[0].startswith("gripper: [{")
+    assert both.action.names == names
+
+
+@pytest.mark.parametrize(("least", "passes"), [(-0.89, False), (-0.91, True), (-0.71, False)])
+def test_a_gripper_may_lie_a_tenth_beyond_its_axis(least, passes):
+    robot = tiny.embodiment()
+    axes = dataclasses.replace(robot.action, minimum=(-1.5, -1.5, -1.5, least), low=(-0.5,) * 4)
+    grippers = (Gripper(axis="g", open=-1.0, closed=0.0),)
+    if passes:
+        assert dataclasses.replace(robot, action=axes, grippers=grippers).grippers == grippers
+        return
+    with pytest.raises(EmbodimentError, match="the gripper's open is -1, axis 'g' is limited to"):
+        dataclasses.replace(robot, action=axes, grippers=grippers)
+
+
+def test_an_axis_is_one_gripper():
+    robot = tiny.embodiment()
+    with pytest.raises(EmbodimentError, match="an axis is a gripper twice"):
+        dataclasses.replace(robot, grippers=robot.grippers * 2)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError
 from mmseq.packing import collate, pack
-from mmseq.sequence import RANGES
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -75,13 +74,13 @@ def test_targets_are_the_next_ids_by_range_and_task(world):
     total = 0
     for name, (at, codes, task) in batch.targets.items():
         ids = bundle.vocabulary.ranges[name]
-        assert torch.equal(batch.ids[at + 1] - ids.start, codes)
+        assert torch.equal(batch.input.ids[at + 1] - ids.start, codes)
         assert int(codes.max()) < ids.size
         starts = np.cumsum([0, *batch.lengths])
         assert [int(np.searchsorted(starts, int(a), side="right")) - 1 for a in at] == task.tolist()
         total += len(at)
     assert total == sum(len(s.target_at) for s in sequences)
-    assert set(batch.targets) <= set(RANGES)
+    assert set(batch.targets) <= set(bundle.vocabulary.ranges)
 
 
 @settings(max_examples=15, deadline=None)
@@ -95,16 +94,17 @@ def test_a_row_holds_its_sequences_whole_and_in_order(world, drawn):
     assert batch.lengths == [*map(len, made), 5]
     for number, (sequence, start) in enumerate(zip(made, starts)):
         part = slice(start, start + len(sequence))
-        assert batch.ids[part].tolist() == sequence.ids.tolist()
-        assert batch.slots[part].tolist() == sequence.slots.tolist()
+        assert batch.input.ids[part].tolist() == sequence.ids.tolist()
+        assert batch.input.slots[part].tolist() == sequence.input.slots.tolist()
         assert batch.positions[part].tolist() == list(range(len(sequence)))
         found["target"] += [(start + int(at), number) for at in sequence.target_at]
-        found["patch"] += [(start + int(at), *map(int, ids)) for at, ids in zip(sequence.patch_at, sequence.patch_ids)]
-        found["copy"] += [(start + i, int(c)) for i, c in enumerate(sequence.copies) if c >= 0]
+        own = sequence.input
+        found["patch"] += [(start + int(at), *map(int, ids)) for at, ids in zip(own.patch_at, own.patch_ids)]
+        found["copy"] += [(start + int(at), int(c)) for at, c in zip(own.copy_at, own.copy_ids)]
     targets = [(int(a), int(t)) for at, _, task in batch.targets.values() for a, t in zip(at, task)]
     assert sorted(targets) == sorted(found["target"])
-    assert [(int(a), *ids) for a, ids in zip(batch.patch_at, batch.patch_ids.tolist())] == found["patch"]
-    assert list(zip(batch.copy_at.tolist(), batch.copy_ids.tolist())) == found["copy"]
+    assert [(int(a), *ids) for a, ids in zip(batch.input.patch_at, batch.input.patch_ids.tolist())] == found["patch"]
+    assert list(zip(batch.input.copy_at.tolist(), batch.input.copy_ids.tolist())) == found["copy"]
 
 
 def losses_and_gradients(model, batches):

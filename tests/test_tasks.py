@@ -1,11 +1,12 @@
 """The arrow grammar: what is written is what is meant, and a mistake is shown where it is."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
-from mmseq.tasks import ALIASES, NEEDS_LENGTH, SCALAR_STREAMS, TEXT_STREAMS, Duration, Group, Segment, Task
+from mmseq.streams import STREAMS
+from mmseq.tasks import ALIASES, Duration, DurationRange, Group, Segment, Task, parse_offset
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
 
@@ -17,14 +18,27 @@ durations = st.one_of(steps, seconds)
 
 @st.composite
 def segments(draw, predicted: bool, durations=durations, streams=None):
-    every = ("text", "plan", "image", "video", "proprio", "action", "progress", "latent")
-    stream = draw(st.sampled_from(streams or (every if predicted else (*every, "demo"))))
-    camera = draw(st.none() | names) if stream in ("image", "video", "demo") and streams is None else None
-    length = draw(durations) if stream in NEEDS_LENGTH else None
-    offset = None
-    if stream not in (*TEXT_STREAMS, "demo"):
-        offset = draw(st.none() | durations | (st.just("end") if stream == "image" else st.nothing()))
-    return Segment(stream, predicted, camera, length, offset)
+    every = [name for name, row in STREAMS.items() if row.predicted or not predicted] + ["force", "gaze"]
+    segment = Segment(draw(st.sampled_from(streams or every)), predicted)
+    row, camera, length, offset = segment.row, None, None, None
+    if row.kind.cameras and streams is None:
+        camera = draw(st.none() | names)
+    if row.length != "no":
+        length = draw(durations if row.length == "must" else st.none() | durations)
+    if row.timed:
+        past = durations.map(lambda d: Duration(-d.value, d.seconds)) if not predicted else st.nothing()
+        end = st.just("end") if segment.stream == "image" else st.nothing()
+        offset = draw(st.none() | durations | past | ranges(durations, predicted) | end)
+    return Segment(segment.stream, predicted, camera, length, offset)
+
+
+@st.composite
+def ranges(draw, durations, predicted: bool):
+    low, high = sorted((draw(durations), draw(durations)), key=lambda d: d.value)
+    assume(low.seconds == high.seconds and low.value < high.value)
+    if predicted or draw(st.booleans()):
+        return DurationRange(low, high)
+    return DurationRange(*(Duration(-d.value, d.seconds) for d in (high, low)))
 
 
 @st.composite
@@ -35,6 +49,7 @@ def tasks(draw, durations=durations, streams=None):
         return Task((*given_side, *side))
     inner = draw(st.lists(segments(False, durations, streams), max_size=2))
     inner += draw(st.lists(segments(True, durations, streams), min_size=1, max_size=2))
+    assume(not any(isinstance(s.offset, DurationRange) for s in inner))
     return Task((*given_side, Group(tuple(inner), draw(st.integers(1, 6)))))
 
 
@@ -83,6 +98,16 @@ def test_the_same_shape_with_other_lengths_keeps_its_name():
         ("((image -> text) * 2 -> text) * 2", 2, "group inside"),
         ("policy -> image", 1, "whole task"),
         ("", 1, "found 'the end'"),
+        ("image -> image@-3", 10, "does not lie in the past"),
+        ("image -> image@-3..-1", 10, "does not lie in the past"),
+        ("image@3 -> text", 7, "expected '+' or '-'"),
+        ("image@+5..2 -> text", 7, "no range of offsets"),
+        ("image@+2..2 -> text", 7, "no range of offsets"),
+        ("image@-1..3 -> text", 7, "no range of offsets"),
+        ("image@+1..0.5s -> text", 7, "no range of offsets"),
+        ("(image@+1..3 -> action[1]) * 2", 28, "range of offsets inside a group"),
+        ("actions -> text", 1, "Did you mean 'action'"),
+        ("force.left -> text", 6, "no cameras"),
     ],
 )
 def test_a_mistake_is_shown_where_it_is(text, column, says):
@@ -104,8 +129,10 @@ def test_places_follow_the_definitions():
 def filled():
     bundle = tiny.tokenizers()
     tokens = EpisodeTokens(tiny.episode(length=14), bundle)
-    codes = tokens.vision("front", 0, 14)  # encoded once: the builder is asked thousands of times
-    tokens.vision = lambda camera, start, stop: codes[start:stop]
+    codes, other = tokens.codes("image.front", 0, 14), tokens.codes  # encoded once: the builder asks thousands of times
+    tokens.codes = lambda stream, start, stop, variant=0: (
+        codes[start:stop] if stream == "image.front" else other(stream, start, stop, variant)
+    )
     return tokens, bundle.builder()
 
 
@@ -114,7 +141,7 @@ def filled():
 @given(
     tasks(
         st.integers(1, 6).map(lambda n: Duration(float(n))),
-        ("text", "image", "video", "proprio", "action", *SCALAR_STREAMS),
+        ("text", "image", "video", "proprio", "action", "progress", "success"),
     )
 )
 def test_moments_are_exactly_those_at_which_the_sequence_can_be_built(filled, pad, task):
@@ -131,6 +158,60 @@ def test_moments_are_exactly_those_at_which_the_sequence_can_be_built(filled, pa
     timed = any(p.start is not None for p in task.place(tokens.rate_hz))
     inside = range(len(tokens))
     assert list(moments) == [now for now in inside if not timed or fits(now)]
+
+
+def test_a_name_that_no_stream_has_is_a_further_vector_of_some_robot():
+    task = Task.parse("force[4], tactile@-2, image -> action[4]")
+    assert task.missing(["image.front", "action", "tactile"]) == ["force"]
+    assert [(p.start, p.stop) for p in task.place(10.0)][:2] == [(-3, 1), (-2, -1)]
+    assert Task.parse("image -> force[4]").place(10.0)[1].start == 1  # what is observed and predicted follows now
+    assert Task.parse("image, motion[4] -> action[4]").place(10.0)[1].start == 0  # what is commanded begins with it
+
+
+def test_a_range_of_offsets_stays_inside_the_episode():
+    task = Task.parse("image, image@+2..10 -> action[3]")
+    assert task.moments(30, 10.0) == range(0, 28)
+    assert task.offsets_within(3, 30, 10.0) == [range(2, 11)]
+    assert task.offsets_within(25, 30, 10.0) == [range(2, 5)]
+    assert task.offsets_within(27, 30, 10.0) == [range(2, 3)]
+    past = Task.parse("image@-8..-2, image -> text")
+    assert past.moments(30, 10.0) == range(2, 30)
+    assert past.offsets_within(5, 30, 10.0) == [range(-5, -1)]
+    assert past.offsets_within(20, 30, 10.0) == [range(-8, -1)]
+    assert Task.parse("image, image@+0.2s..1s -> text").offsets_within(0, 30, 10.0) == [range(2, 11)]
+    assert Task.parse("image, image@+2..10, image@-3..-1 -> text").offsets_within(9, 13, 10.0) == [
+        range(2, 4),
+        range(-3, 0),
+    ]
+
+
+def test_a_range_is_drawn_from_before_anything_is_predicted():
+    task = Task.parse("image, image@+2..10 -> action[3]")
+    assert str(task.with_offsets([7])) == "image, image@+7 -> action[3]"
+    assert str(task.nearest(10.0)) == "image, image@+2 -> action[3]"
+    assert str(Task.parse("image@-8..-2 -> text").nearest(10.0)) == "image@-2 -> text"
+    assert str(task.middle(10.0)) == "image, image@+6 -> action[3]"
+    task.middle(10.0).require_fixed()
+    with pytest.raises(TaskError, match=r"leaves open which offset image@\+2..10 means.*image@\+2"):
+        task.require_fixed()
+
+
+@pytest.mark.parametrize(("text", "steps"), [("+16", 16), ("-3", -3), ("+0.4s", 4), ("-0.01s", -1)])
+def test_an_offset_alone_is_read_like_one_in_an_arrow(text, steps):
+    assert parse_offset(text).steps(10.0) == steps
+
+
+@pytest.mark.parametrize("text", ["16", "+1..3", "+1,", "+"])
+def test_an_offset_alone_is_one_offset(text):
+    with pytest.raises(TaskError):
+        parse_offset(text)
+
+
+def test_lengths_are_changed_through_the_task():
+    assert str(Task.parse("text, (image, proprio -> action[1]) * 3").with_length("action", 4)) == (
+        "text, (image, proprio -> action[4]) * 3"
+    )
+    assert str(Task.parse("video[8], image -> action[16]").with_length("action", 2)) == "video[8], image -> action[2]"
 
 
 def test_missing_names_what_an_episode_lacks():

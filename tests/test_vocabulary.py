@@ -8,19 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError, FingerprintError
-from mmseq.tasks import STREAMS
-from mmseq.vocabulary import CAMERA_TOKENS, EMBODIMENT_SLOTS, RANGE_OF_STREAM, STRUCTURE, Vocabulary
+from mmseq.streams import STREAMS
+from mmseq.vocabulary import CAMERA_TOKENS, EMBODIMENT_SLOTS, STRUCTURE, Vocabulary
 
 sizes = st.fixed_dictionaries({n: st.integers(1, 3000) for n in ("text", "vision", "action", "proprio", "progress")})
 
 
-def small(**changes):
-    return Vocabulary(**{"text": 300, "vision": 64, "action": 32, "proprio": 32, "progress": 16, **changes})
+def small(embodiments=(), streams=(), **changes):
+    sizes = {"text": 300, "vision": 64, "action": 32, "proprio": 32, "progress": 16, **changes}
+    return Vocabulary(sizes, embodiments=embodiments, streams=streams)
 
 
 @given(sizes)
 def test_ranges_are_disjoint_contiguous_and_start_with_text(sizes):
-    vocabulary = Vocabulary(**sizes)
+    vocabulary = Vocabulary(sizes)
     ranges = list(vocabulary.ranges.values())
     assert ranges[0].name == "text"
     assert ranges[0].start == 0
@@ -31,7 +32,7 @@ def test_ranges_are_disjoint_contiguous_and_start_with_text(sizes):
 
 @given(sizes, st.data())
 def test_ids_and_codes_map_one_to_one(sizes, data):
-    vocabulary = Vocabulary(**sizes)
+    vocabulary = Vocabulary(sizes)
     name = data.draw(st.sampled_from(list(vocabulary.ranges)))
     size = vocabulary.ranges[name].size
     codes = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=np.int64)
@@ -46,10 +47,10 @@ def test_ids_and_codes_map_one_to_one(sizes, data):
 
 
 def test_every_stream_has_a_range_and_a_header():
-    vocabulary = small()
-    assert set(RANGE_OF_STREAM) == set(STREAMS)
-    headers = [vocabulary.header(s) for s in STREAMS]
-    assert len(set(headers)) == len(STREAMS)
+    vocabulary = small(motion=32, force=16, streams=["motion", "force"])
+    assert all(row.range in vocabulary.ranges for row in STREAMS.values())
+    headers = [vocabulary.header(s) for s in (*STREAMS, "force")]
+    assert len(set(headers)) == len(STREAMS) + 1
     assert len(set(STRUCTURE)) == len(STRUCTURE)
 
 

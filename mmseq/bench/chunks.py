@@ -27,19 +27,17 @@ from mmseq.tokenization.bundle import EpisodeTokens
 
 @dataclass(kw_only=True)
 class Config:
-    """checkpoint, data: its directory, and episodes of the robot. policy: the arrow, or the name of a trained task.
-    passes: also decode in so many; 0: do not. batch: robots at once. moments: requests of each robot in a turn.
-    """
+    """What `mmseq bench chunks` measures."""
 
-    checkpoint: str = "???"
-    data: str = "???"
-    policy: str = "policy"
-    passes: int = 0
-    batch: int = 1
-    moments: int = 8
-    device: str | None = None  # a GPU where there is one
-    seconds: float = 60.0
-    seed: int = 0
+    checkpoint: str = "???"  # its directory
+    data: str = "???"  # episodes of the robot
+    policy: str = "policy"  # the arrow, or the name of a trained task
+    passes: int = 0  # also decode in so many; 0: do not
+    batch: int = 1  # robots at once
+    moments: int = 8  # requests of each robot in a turn
+    device: str | None = None  # default: a GPU where there is one
+    seconds: float = 60.0  # of all turns together
+    seed: int = 0  # of what is drawn
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

@@ -45,16 +45,16 @@ AGREE = 1e-3  # of the logits: fp32 on both sides
 
 @dataclass(kw_only=True)
 class Config:
-    """width, layers: of the model. vocabulary: of its text. horizon, axes: of the chunk. passes: of the first side."""
+    """What `mmseq bench decode` measures."""
 
-    width: int = 256
-    layers: int = 4
-    vocabulary: int = 50_000
-    horizon: int = 16
-    axes: int = 7
-    passes: int = 4
-    seconds: float = 60.0
-    seed: int = 0
+    width: int = 256  # of the model
+    layers: int = 4  # of the model
+    vocabulary: int = 50_000  # of its text
+    horizon: int = 16  # control steps of the chunk
+    axes: int = 7  # of an action
+    passes: int = 4  # of the first side
+    seconds: float = 60.0  # of all turns together
+    seed: int = 0  # of what is drawn
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
@@ -133,7 +133,7 @@ class Ours:
     def __init__(self, config: Config, device: str):
         self.config = config
         base, axes = tiny.embodiment(size=SIZE), tiny.axes(ascii_lowercase[: config.axes])
-        robot = replace(base, proprio=axes, action=axes, gripper=None)
+        robot = replace(base, proprio=axes, action=axes, grippers=())
         tokenizers = demo_tokenizers(word_tokenizer(config.vocabulary), [robot], merge=1)
         heads = config.width // 64
         shape = ModelConfig(

@@ -50,20 +50,17 @@ AHEAD = 2 * WORKERS  # batches that torch's DataLoader and ours hold ready
 
 @dataclass(kw_only=True)
 class Config:
-    """data: a LeRobot v3 dataset; default: lerobot writes one of `episodes` of `length` frames, height x width.
+    """What `mmseq bench loader` measures."""
 
-    window: consecutive frames of a moment. turn_s: how long a side reads in its turn. seconds: of all turns.
-    """
-
-    data: str | None = None
-    episodes: int = 8
-    length: int = 50
-    height: int = 480
-    width: int = 640
-    window: int = 1
-    turn_s: float = 3.0
-    seconds: float = 60.0
-    seed: int = 0
+    data: str | None = None  # a LeRobot v3 dataset; default: lerobot writes one
+    episodes: int = 8  # of the written dataset
+    length: int = 50  # frames of each of its episodes
+    height: int = 480  # pixels of its frames
+    width: int = 640  # pixels of its frames
+    window: int = 1  # consecutive frames of a moment
+    turn_s: float = 3.0  # how long a side reads in its turn
+    seconds: float = 60.0  # of all turns together
+    seed: int = 0  # of what is drawn
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

@@ -24,14 +24,14 @@ SIDES = ("range_loss", "full_logits")
 
 @dataclass(kw_only=True)
 class Config:
-    """positions, width, vocabulary: of the hidden states and the output matrix. turns: at least, within `seconds`."""
+    """What `mmseq bench loss` measures."""
 
-    positions: int = 8192
-    width: int = 64
-    vocabulary: int = 150_000
-    turns: int = 2
-    seconds: float = 1.0
-    seed: int = 0
+    positions: int = 8192  # hidden states
+    width: int = 64  # of each
+    vocabulary: int = 150_000  # rows of the output matrix
+    turns: int = 2  # at least, within `seconds`
+    seconds: float = 1.0  # of all turns together
+    seed: int = 0  # of what is drawn
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

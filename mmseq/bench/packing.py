@@ -24,10 +24,10 @@ from mmseq.packing import pack
 
 @dataclass(kw_only=True)
 class Config:
-    """blocks: how many blocks of 4,096 samples are packed of each set."""
+    """What `mmseq bench packing` measures."""
 
-    blocks: int = 4
-    seed: int = 0
+    blocks: int = 4  # of 4,096 samples, packed of each set
+    seed: int = 0  # of what is drawn
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

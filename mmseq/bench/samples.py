@@ -24,11 +24,13 @@ def demo_tokenizers(text: TextTokenizer, robots: Iterable[Embodiment], *, merge:
     """As large as the demo's, untrained: how fast codes are read does not depend on what they mean."""
     config = VisionConfig(size=SIZE, patch=8, levels=(8, 8, 6, 5), width=32, hidden=32)
     return Tokenizers(
-        text=text,
-        vision=VisionTokenizer(config, FSQAutoencoder(config)),
-        action=BinTokenizer(33),
-        proprio=BinTokenizer(128),
-        progress=ScalarTokenizer(16),
+        {
+            "text": text,
+            "vision": VisionTokenizer(config, FSQAutoencoder(config)),
+            "action": BinTokenizer(33),
+            "proprio": BinTokenizer(128),
+            "progress": ScalarTokenizer(16),
+        },
         embodiments=tuple(robots),
         merge=merge,
     )

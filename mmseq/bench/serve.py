@@ -31,18 +31,16 @@ SIDES = ("ours", "openpi")
 
 @dataclass(kw_only=True)
 class Config:
-    """cameras, image: square images of an observation. calls: round trips of a turn. seconds: of round trips, all
-    turns and both sides together. clients, load_s: of a turn under load. load_turns: turns of it. model_ms: see above.
-    """
+    """What `mmseq bench serve` measures."""
 
-    cameras: int = 3
-    image: int = 224
-    calls: int = 500
-    seconds: float = 20.0
-    clients: int = 32
-    load_s: float = 6.0
-    load_turns: int = 3
-    model_ms: float = 5.0
+    cameras: int = 3  # images of an observation
+    image: int = 224  # pixels along a side of each
+    calls: int = 500  # round trips of a turn
+    seconds: float = 20.0  # of round trips, all turns and both sides together
+    clients: int = 32  # at once, of a turn under load
+    load_s: float = 6.0  # seconds of a turn under load
+    load_turns: int = 3  # turns under load
+    model_ms: float = 5.0  # what the model takes for one request or a batch, under load
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""

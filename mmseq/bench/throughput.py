@@ -48,31 +48,26 @@ RUNS = ("mmseq", "transformers")
 
 @dataclass(kw_only=True)
 class Config:
-    """width, layers, vocabulary: of the model; vocabulary counts text, beside 1,920 vision codes. samples: of one turn.
+    """What `mmseq bench throughput` measures."""
 
-    mix, tokens, tokenizers: of real data, else some is made. row_tokens: of a packed row; a micro-batch has
-    rows_per_pass of them. steps: optimiser steps of a turn. seconds: of all turns. threads: of each run, 0 for
-    torch's choice. attention: of the baseline, `sdpa` or `eager`; by default sdpa on a GPU and eager, which is
-    faster there, on a CPU. peak_tflops: of the GPU, where its data sheet is not known here.
-    """
-
-    width: int = 256
-    layers: int = 4
-    vocabulary: int = 50_000
-    row_tokens: int = 2048
-    rows_per_pass: int = 2
-    steps: int = 2
-    samples: int = 96
-    seconds: float = 120.0
-    dtype: str = "bf16"
-    zero_stage: int = 1
-    threads: int = 0
+    width: int = 256  # of the model
+    layers: int = 4  # of the model
+    vocabulary: int = 50_000  # text tokens of the model, beside 1,920 vision codes
+    row_tokens: int = 2048  # length of a packed row
+    rows_per_pass: int = 2  # rows of a micro-batch
+    steps: int = 2  # optimiser steps of a turn
+    samples: int = 96  # of one turn
+    seconds: float = 120.0  # of all turns together
+    dtype: str = "bf16"  # bf16 or fp32
+    zero_stage: int = 1  # of DeepSpeed, both sides
+    threads: int = 0  # of each run; 0: torch's choice
+    # of the baseline: `sdpa` or `eager`; default: sdpa on a GPU, and eager, which is faster there, on a CPU
     attention: str | None = None
-    seed: int = 0
-    peak_tflops: float | None = None
-    mix: str | None = None
-    tokens: str | None = None
-    tokenizers: str | None = None
+    seed: int = 0  # of what is drawn
+    peak_tflops: float | None = None  # of the GPU, where its data sheet is not known here
+    mix: str | None = None  # of real data; default: some is made
+    tokens: str | None = None  # of that mix
+    tokenizers: str | None = None  # of that mix
 
     def check(self) -> None:
         """Raises: ConfigError naming the option."""
@@ -128,7 +123,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     rows = [_row("useful_tokens", "tokens/s", rates, config), _row("peak_memory", "MiB", memory, config, "lower")]
     notes = [
         f"{name}: {rates[name]} useful tokens/s, {a['parameters'] / 1e6:.2f} M parameters, {a['slots']:,} slots for "
-        f"{a['used']:,} tokens in {a['passes']} micro-batches, loss {a['loss']:.3f} after the first turn"
+        f"{a['used']:,} tokens in {a['batches']} micro-batches, loss {a['loss']:.3f} after the first turn"
         for name, a in about.items()
     ]
     peak = about["mmseq"]["peak"]
@@ -195,8 +190,8 @@ class Trainer:
         # its rows only say which samples come; they are packed below, into rows of the bench
         mixture = Mixture(load_mix(c.mix), c.tokens, self.tokenizers, row_tokens=1 << 20, seed=c.seed)
         drawn = [
-            stream.sample(k, c.seed)
-            for stream, weight in zip(mixture.streams, mixture.weights)
+            moments.sample(k, c.seed)
+            for moments, weight in zip(mixture.moments, mixture.weights)
             for k in range(max(1, round(c.samples * weight)))
         ]
         samples = [drawn[i] for i in np.random.default_rng(c.seed).permutation(len(drawn))]
@@ -209,8 +204,8 @@ class Trainer:
         rows = [rows[i] for i in np.random.default_rng(self.config.seed).permutation(len(rows))]
         steps, self.slots = [], 0
         for part in np.array_split(np.arange(len(rows)), self.config.steps):
-            passes = np.array_split(part, -(-len(part) // self.config.rows_per_pass))
-            chosen = [[i for r in some for i in rows[r]] for some in passes]
+            portions = np.array_split(part, -(-len(part) // self.config.rows_per_pass))
+            chosen = [[i for r in some for i in rows[r]] for some in portions]
             batches = [
                 collate(
                     [sequences[i] for i in c],
@@ -218,7 +213,7 @@ class Trainer:
                     tasks=[samples[i].task for i in c],
                     pad_to=len(some) * self.config.row_tokens,
                 )
-                for c, some in zip(chosen, passes)
+                for c, some in zip(chosen, portions)
             ]
             total = sum(len(at) for b in batches for at, _, _ in b.targets.values())
             self.slots += sum(batch.tokens for batch in batches)
@@ -249,9 +244,9 @@ class Trainer:
         groups = [groups[i] for i in np.random.default_rng(self.config.seed).permutation(len(groups))]
         self.slots, steps = sum(ids.numel() for ids, _, _ in groups), []
         for part in np.array_split(np.arange(len(groups)), self.config.steps):
-            passes = [groups[i] for i in part]
-            total = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in passes)
-            steps.append([(tuple(x.to(self.device) for x in one), total) for one in passes])
+            batches = [groups[i] for i in part]
+            total = sum(int((labels[:, 1:] != -100).sum()) for _, _, labels in batches)
+            steps.append([(tuple(x.to(self.device) for x in one), total) for one in batches])
         return model, steps
 
     def _turn(self) -> float:
@@ -289,7 +284,7 @@ class Trainer:
             "vocabulary": len(self.tokenizers.vocabulary),
             "used": self.used,
             "slots": self.slots,
-            "passes": sum(map(len, self.steps)),
+            "batches": sum(map(len, self.steps)),
             "flops": self.flops,
             "peak": peak * 1e12 if peak else None,
             "threads": torch.get_num_threads(),

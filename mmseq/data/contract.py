@@ -5,7 +5,7 @@ the gripper opens it. Both move a robot, so neither is guessed: they are asked f
 
     name: so101
     action_form: absolute        # absolute, delta or velocity
-    gripper: {axis: gripper.pos, open: 100.0, closed: 0.0}        # null: it has none
+    gripper: {axis: gripper.pos, open: 100.0, closed: 0.0}        # null: it has none; a list: it has several
     proprio: {units: {shoulder_pan.pos: deg, gripper.pos: percent}}
     action: {units: deg, limits: {shoulder_pan.pos: [-90, 90]}}   # one unit for all; limits are optional
 
@@ -15,6 +15,7 @@ client hold to it: `action: {units: deg, max_step: {shoulder_pan.pos: 4.0}}`, or
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,8 @@ _WITHIN = 0.9  # the least share of values that limits enclose, if they are of t
 KEYS = ("name", "action_form", "gripper", "proprio", "action")
 AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
-_GRIPPERS = ("gripper", "jaw", "finger", "hand")
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_PLACES = ("x", "y", "z", "rx", "ry", "rz", "roll", "pitch", "yaw", "qx", "qy", "qz", "qw")  # where a gripper is
 
 
 def read_answers(path: str | Path) -> dict[str, Any]:
@@ -75,8 +77,9 @@ def complete(
                 f"{where}: action_form is {answers['action_form']!r}", fix=f"use one of {', '.join(ACTION_FORMS)}"
             )
         robot = replace(robot, action_form=answers["action_form"])
-    if answers.get("gripper") is not None:
-        robot = replace(robot, gripper=_gripper(robot, answers["gripper"], where))
+    given = answers.get("gripper") or []
+    grippers = [_gripper(robot, one, where) for one in (given if isinstance(given, list) else [given])]
+    robot = replace(robot, grippers=tuple(grippers) or robot.grippers)
     questions = open_questions(robot, answers)
     if questions:
         raise EmbodimentError(f"{where} leaves open {'; '.join(questions)}")
@@ -99,10 +102,25 @@ def open_questions(robot: Embodiment, answers: dict[str, Any]) -> list[str]:
             missing = [name for name in axes.names if name not in units]
             if missing:
                 found.append(f"the units of {part} {', '.join(missing)} ({part}.units)")
-    if robot.action is not None and robot.gripper is None and "gripper" not in answers:
-        named = [n for n in robot.action.names if any(g in n.lower() for g in _GRIPPERS)]
+    if robot.action is not None and not robot.grippers and "gripper" not in answers:
+        named = _named_grippers(robot.action)
         if named:
-            found.append(f"which value of {' and '.join(named)} is open (gripper; null when it is no gripper)")
+            several = "one entry for each in a list; " if len(named) > 1 else ""
+            found.append(
+                f"which value of {' and of '.join(named)} is open (gripper; {several}null when it is no gripper)"
+            )
+    return found
+
+
+def _named_grippers(axes: Axes) -> list[str]:
+    """The axes whose names say that they open and close something: no joints of an arm or of a hand's fingers, and no
+    place where a gripper is."""
+    found = []
+    for name in axes.names:
+        words = [word.lower() for word in _WORDS.findall(name)]
+        named = any("gripper" in word or word == "jaw" for word in words) or words[-1:] in (["hand"], ["finger"])
+        if named and words[-1] not in _PLACES:
+            found.append(name)
     return found
 
 
@@ -112,13 +130,16 @@ def questionnaire(robot: Embodiment) -> str:
     lines += [f"name: {'???' if robot.name == 'unknown' else robot.name}"]
     if robot.action is not None:
         lines += [f"action_form: {robot.action_form}  # guessed from the names of the axes: absolute, delta, velocity"]
-        named = [n for n in robot.action.names if any(g in n.lower() for g in _GRIPPERS)]
+        named = _named_grippers(robot.action)
         if named:
-            at = robot.action.names.index(named[0])
-            low, high = robot.action.low[at], robot.action.high[at]
-            lines += [f"# {named[0]} lies between {low:g} and {high:g} in the data"]
             lines += ["gripper:  # null: it is no gripper"]
-            lines += [f"  axis: {_quoted(named[0])}", "  open: ???", "  closed: ???"]
+        for name in named:
+            at = robot.action.names.index(name)
+            low, high = robot.action.low[at], robot.action.high[at]
+            lines += [f"  # {name} lies between {low:g} and {high:g} in the data"]
+            dash = "  - " if len(named) > 1 else "  "
+            lines += [f"{dash}axis: {_quoted(name)}"]
+            lines += [f"{' ' * len(dash)}{value}: ???" for value in ("open", "closed")]
     for part in ("proprio", "action"):
         axes: Axes | None = getattr(robot, part)
         if axes is None:
@@ -223,7 +244,8 @@ def _max_step(axes: Axes, part: str, given: Any, where: str) -> tuple[float, ...
 def _gripper(robot: Embodiment, given: Any, where: str) -> Gripper:
     if not isinstance(given, dict) or set(given) != {"axis", "open", "closed"}:
         raise EmbodimentError(
-            f"{where}: gripper is {given!r:.120}", fix="write {axis: NAME, open: VALUE, closed: VALUE}"
+            f"{where}: gripper is {given!r:.120}",
+            fix="write {axis: NAME, open: VALUE, closed: VALUE}, or a list with one of these for each gripper",
         )
     names = robot.action.names if robot.action is not None else ()
     if given["axis"] not in names:

@@ -179,7 +179,7 @@ class LeRobotReader:
         total = np.add.reduceat(values[: ends[-1]].astype(np.float64), steps, axis=0)
         if form == "velocity":
             total /= (ends - steps)[:, None]
-        known = {self._given.gripper.axis} if self._given is not None and self._given.gripper else set()
+        known = {g.axis for g in self._given.grippers} if self._given is not None else set()
         gripper = np.array([name in known or "gripper" in name.lower() for name in self._rows.axes(stream)])
         return np.where(gripper, last, total).astype(np.float32)
 
@@ -241,7 +241,6 @@ class LeRobotReader:
             proprio=axes.pop("proprio", None),
             action=axes.pop("action", None),
             action_form=self._action_form(),
-            gripper=None,  # which value means open is not written in a LeRobot dataset
             streams=axes,
         )
 

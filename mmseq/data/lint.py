@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.config import load_config
-from mmseq.data.mixture import MixConfig, Mixture, Stream, members_of, task_name
+from mmseq.data.mixture import MixConfig, Mixture, Moments, members_of, task_name
 from mmseq.data.tokens import TokenShards
 from mmseq.errors import DataError, MMSeqError, did_you_mean
 from mmseq.tasks import Task
@@ -124,26 +124,26 @@ def _check_task(
         return  # said already
     wanted = [name for name in config.sources or mix.sources if name in mix.sources]
     opened = [name for name in wanted if name in shards]
-    moments = 0
+    found = 0
     for name in opened:
-        stream = Stream(index, index, task, name, shards[name].plan, members[name], tokenizers.builder())
-        moments += len(stream)
-        longest = stream.longest().length if len(stream) else 0
+        moments = Moments(index, index, task, name, shards[name].plan, members[name], tokenizers.builder())
+        found += len(moments)
+        longest = moments.longest().length if len(moments) else 0
         if longest > row_tokens:
             lint.problems.append(
                 f"task {config.task!r} in {name} makes sequences of {longest} tokens, a row holds {row_tokens}; "
                 "shorten the task or raise data.row_tokens"
             )
-        if len(stream) and stream.share_of_steps < MOST_STEPS:
+        if len(moments) and moments.share_of_steps < MOST_STEPS:
             lint.notes.append(
-                f"task {config.task!r} begins at {stream.share_of_steps:.0%} of the steps of {name}: the last ones "
+                f"task {config.task!r} begins at {moments.share_of_steps:.0%} of the steps of {name}: the last ones "
                 "are too near the end for what it predicts; record on for a while after the success"
             )
-        if not len(stream) and config.sources:
-            lint.notes.append(f"task {config.task!r} finds nothing in {name}: {stream.why_empty()}")
-    if config.weight > 0 and len(opened) == len(wanted) and not moments:
+        if not len(moments) and config.sources:
+            lint.notes.append(f"task {config.task!r} finds nothing in {name}: {moments.why_empty()}")
+    if config.weight > 0 and len(opened) == len(wanted) and not found:
         reasons = "; ".join(
-            f"{n}: {Stream(index, index, task, n, shards[n].plan, members[n], tokenizers.builder()).why_empty()}"
+            f"{n}: {Moments(index, index, task, n, shards[n].plan, members[n], tokenizers.builder()).why_empty()}"
             for n in opened
         )
         lint.problems.append(f"no episode can fill the task {config.task!r} ({reasons})")

@@ -1,8 +1,8 @@
 """Mixtures: which sources, tasks and weights a run reads, and the order in which it reads them.
 
-The order is a pure function of (seed, block). Every (task, source) pair is a stream of moments:
+The order is a pure function of (seed, block). Every (task, source) pair has moments:
 all (episode, step, phrasing) at which the task can be filled, visited in an order that is a fresh
-permutation each epoch. A block takes from each stream its share by weight, packs the samples into
+permutation each epoch. A block takes from each pair its share by weight, packs the samples into
 rows and shuffles the rows. So the state of the data is two integers, resuming costs nothing, and
 no world size or worker count changes what comes next.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
+from mmseq.streams import IMAGE_PREFIX
 from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -33,49 +34,40 @@ BLOCK_SAMPLES = 4096
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source. path: LeRobot, HDF5, folder of videos or episode shards, relative to the mix's root.
+    """Episodes that a mix draws from."""
 
-    weight: its share among the sources of a task. rate_hz: resample to this rate. holdout: the share of its
-    episodes that training never sees; default: the mix's. map: which columns of a dataset fill which streams, such as
-    {action: actions, image: {front: rgb}}. swap_colours: cameras whose red and blue are exchanged.
-    """
-
-    path: str = "???"
-    weight: float = 1.0
-    rate_hz: float | None = None
-    holdout: float | None = None
+    path: str = "???"  # LeRobot, HDF5, a folder of videos or episode shards, relative to the mix's root
+    weight: float = 1.0  # its share among the sources of a task
+    rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
+    holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
+    # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
     map: dict[str, Any] = field(default_factory=dict)
-    swap_colours: list[str] = field(default_factory=list)
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """One arrow. name: how it is reported; default: its alias, else the arrow itself.
+    """An arrow to train."""
 
-    weight: its share of samples. sources: which sources it draws from; default: all that can fill it.
-    parallel: of a task that ends with a chunk of actions, the share of samples in which the tokens of the chunk do
-    not see each other from a random step on, so that the model learns to decode them at once.
-    """
-
-    task: str = "???"
-    name: str | None = None
-    weight: float = 1.0
-    sources: list[str] | None = None
+    task: str = "???"  # the arrow, or a built-in name
+    name: str | None = None  # how it is reported; default: its alias, else the arrow itself
+    weight: float = 1.0  # its share of samples
+    sources: list[str] | None = None  # which sources it draws from; default: all that can fill it
+    # of a task that ends with a chunk of actions: the share of samples in which the tokens of the chunk do not see each
+    # other from a random step on, so that the model learns to decode them at once
     parallel: float = 0.0
 
 
 @dataclass(kw_only=True)
 class MixConfig:
-    """A data mix. weighting: `as_given`, or `frames` (weight x number of moments).
+    """A data mix."""
 
-    holdout: the share of every source's episodes that training never sees; which ones is decided by
-    a hash of the episode's id, so adding data moves no episode across.
-    """
-
-    name: str = "mix"
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    tasks: list[TaskConfig] = field(default_factory=list)
-    weighting: str = "as_given"
+    name: str = "mix"  # how it is reported
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # by name
+    tasks: list[TaskConfig] = field(default_factory=list)  # what is trained
+    weighting: str = "as_given"  # of sources: `as_given`, or `frames` (weight x number of moments)
+    # share of every source's episodes that training never sees; a hash of the episode's id decides which, so adding
+    # data moves none across
     holdout: float = 0.1
 
     def holdout_of(self, source: str) -> float:
@@ -175,23 +167,26 @@ def least_holdout(episode_ids: Sequence[str]) -> float:
 class Sample:
     """One sample before it is built: what to read and which task to fill.
 
-    visible: steps of its chunk that later tokens of the chunk see; None: all (`SequenceBuilder.build`).
+    offsets: in steps, one for each range of offsets of the task. visible: steps of its chunk that later tokens of the
+    chunk see; None: all (`SequenceBuilder.build`).
     """
 
-    stream: int
+    moments: int
     task: int
     source: str
     episode: int
     now: int
     variant: int
     length: int
+    offsets: tuple[int, ...] = ()
     visible: int | None = None
 
 
-class Stream:
+class Moments:
     """All moments of one task in one source, in an order that is permuted afresh each epoch.
 
     None when no episode holds the task whole; else those too at which a final chunk of actions ends after its episode.
+    An episode whose texts change on the way counts as several pieces, each with the moments that lie in it.
     """
 
     def __init__(
@@ -208,8 +203,8 @@ class Stream:
         self.parallel = parallel
         self.index, self.task_index, self.task, self.source = index, task_index, task, source
         self._builder, self._plan = builder, plan
-        members = np.asarray(episodes, dtype=np.int64)
-        kinds, which = np.unique(plan.kind_ids[plan.first[members]], return_inverse=True)
+        pieces = plan.pieces_of(episodes)
+        kinds, which = np.unique(plan.kind_ids[plan.first[pieces]], return_inverse=True)
         fits = np.array([not task.missing(self._visible(plan.kinds[k])) for k in kinds], dtype=bool)[which]
 
         def edge(name: str, *, pad: bool) -> np.ndarray:
@@ -217,12 +212,14 @@ class Stream:
             of_kind = [getattr(task.moments(0, plan.kinds[k].rate_hz, pad=pad), name) for k in kinds]
             return np.array(of_kind, dtype=np.int64)[which]
 
-        first, end, padded_end = edge("start", pad=True), edge("stop", pad=False), edge("stop", pad=True)
-        whole, counts = (np.where(fits, plan.lengths[members] + stop - first, 0) for stop in (end, padded_end))
+        lengths, starts, stops = plan.lengths[plan.episodes[pieces]], plan.starts[pieces], plan.stops[pieces]
+        first = np.maximum(edge("start", pad=True), starts)
+        ends = [np.minimum(lengths + edge("stop", pad=pad), stops) for pad in (False, True)]
+        whole, counts = (np.where(fits, end - first, 0) for end in ends)
         if not (whole > 0).any():
             counts[:] = 0  # the end of the chunk would never be learned
         used = counts > 0
-        self._members, self._episodes, self._first = members, members[used], first[used]
+        self._members, self._pieces, self._first = pieces, pieces[used], first[used]
         self._ends = np.cumsum(counts[used])
         self._lengths: dict[int, int] = {}  # by kind
         self._placed: dict[float, Any] = {}
@@ -232,38 +229,36 @@ class Stream:
 
     @property
     def episodes(self) -> int:
-        return len(self._episodes)
+        return len(np.unique(self._plan.episodes[self._pieces]))
 
     @property
     def share_of_steps(self) -> float:
         """Of the steps of its episodes, those at which the task can be filled."""
-        return len(self) / float(self._plan.lengths[self._episodes].sum())
+        plan, used = self._plan, self._pieces
+        return len(self) / float((plan.stops[used] - plan.starts[used]).sum())
 
     def sample(self, k: int, seed: int) -> Sample:
-        """The k-th visit of this stream, k from 0 without end."""
+        """The k-th visit, k from 0 without end."""
         epoch, place = divmod(k, len(self))
         at = permute(place, len(self), seed ^ (self.index << 20) ^ (epoch * 0x9E3779B1))
-        slot = int(np.searchsorted(self._ends, at, side="right"))
-        before = int(self._ends[slot - 1]) if slot else 0
-        episode, now = int(self._episodes[slot]), int(self._first[slot]) + at - before
+        piece, now = self._at(at)
         variant = _mix64(seed + 0x51ED27 * (k + 1) + self.index) >> 33
-        return self._finish(episode, now, variant, self._visible_steps(episode, k, seed))
+        draw = lambda number: _mix64(seed ^ 0x632BE59B * (k + 1) ^ self.index << 40 ^ number << 8)
+        return self._finish(piece, now, variant, self._visible_steps(piece, k, seed), draw)
 
     def moment(self, place: int) -> Sample:
-        """The place-th moment in file order, first phrasing: for evaluation."""
-        slot = int(np.searchsorted(self._ends, place, side="right"))
-        before = int(self._ends[slot - 1]) if slot else 0
-        return self._finish(int(self._episodes[slot]), int(self._first[slot]) + place - before, 0)
+        """The place-th moment in file order, first phrasing, the nearest of a range of offsets: for evaluation."""
+        return self._finish(*self._at(place), 0)
 
     def longest(self) -> Sample:
         """A sample of the longest sequence."""
         plan = self._plan
-        variants = np.diff(plan.first)[self._episodes]
-        owner = np.repeat(np.arange(len(self._episodes)), variants)
+        variants = np.diff(plan.first)[self._pieces]
+        owner = np.repeat(np.arange(len(self._pieces)), variants)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(variants) - variants, variants)
-        kinds, found = np.unique(plan.kind_ids[plan.first[self._episodes][owner] + place], return_index=True)
+        kinds, found = np.unique(plan.kind_ids[plan.first[self._pieces][owner] + place], return_index=True)
         at = found[max(range(len(kinds)), key=lambda i: self._length(int(kinds[i])))]
-        return self._finish(int(self._episodes[owner[at]]), int(self._first[owner[at]]), int(place[at]))
+        return self._finish(int(self._pieces[owner[at]]), int(self._first[owner[at]]), int(place[at]))
 
     def why_empty(self) -> str:
         """What the episodes lack to fill the task."""
@@ -273,9 +268,15 @@ class Stream:
         missing = [self.task.missing(self._visible(self._plan.kinds[k])) for k in kinds]
         if all(missing):
             return f"no {', '.join(min(missing, key=len))}"
-        return f"episodes of at most {self._plan.lengths[self._members].max()} steps"
+        return f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
 
-    def _visible_steps(self, episode: int, k: int, seed: int) -> int | None:
+    def _at(self, place: int) -> tuple[int, int]:
+        """The piece and the step of the place-th moment."""
+        slot = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[slot - 1]) if slot else 0
+        return int(self._pieces[slot]), int(self._first[slot]) + place - before
+
+    def _visible_steps(self, piece: int, k: int, seed: int) -> int | None:
         """None for a sample that is learned token by token; else half begin to hide tokens with the first."""
         if not self.parallel:
             return None
@@ -286,13 +287,27 @@ class Stream:
         assert chunk is not None
         assert chunk.length is not None
         first = draw >> 24 & 1
-        rate = self._plan.kinds[self._plan.kind(episode)].rate_hz
+        rate = self._plan.kinds[self._plan.kind(piece)].rate_hz
         return 0 if first else (draw >> 32) % chunk.length.steps(rate)
 
-    def _finish(self, episode: int, now: int, variant: int, visible: int | None = None) -> Sample:
-        variant %= self._plan.variants(episode)
-        length = self._length(self._plan.kind(episode, variant))
-        return Sample(self.index, self.task_index, self.source, episode, now, variant, length, visible)
+    def _finish(
+        self,
+        piece: int,
+        now: int,
+        variant: int,
+        visible: int | None = None,
+        draw: Callable[[int], int] | None = None,
+    ) -> Sample:
+        """draw: a random number for the n-th range of offsets; None takes the nearest offset."""
+        plan = self._plan
+        episode, variant = int(plan.episodes[piece]), variant % plan.variants(piece)
+        kind = plan.kind(piece, variant)
+        offsets: tuple[int, ...] = ()
+        if self.task.ranged:
+            options = self.task.offsets_within(now, int(plan.lengths[episode]), plan.kinds[kind].rate_hz)
+            offsets = tuple(o[draw(i) % len(o)] if draw is not None else min(o, key=abs) for i, o in enumerate(options))
+        length = self._length(kind)
+        return Sample(self.index, self.task_index, self.source, episode, now, variant, length, offsets, visible)
 
     def _length(self, number: int) -> int:
         if number not in self._lengths:
@@ -302,7 +317,6 @@ class Stream:
             self._lengths[number] = sequence_length(
                 self._placed[kind.rate_hz],
                 self._builder.layout,
-                rate_hz=kind.rate_hz,
                 cameras=len(self._builder.views(kind.embodiment, kind.streams)),
                 numbered=len(self._builder.numbered(kind.embodiment, kind.streams)) > 1,
                 axes=dict(kind.axes),
@@ -313,7 +327,7 @@ class Stream:
     def _visible(self, kind: Kind) -> list[str]:
         """The streams of an episode, without cameras that its contract does not name."""
         views = self._builder.views(kind.embodiment, kind.streams)
-        return [s for s in kind.streams if not s.startswith("image.")] + [f"image.{c}" for c in views]
+        return [s for s in kind.streams if not s.startswith(IMAGE_PREFIX)] + [f"{IMAGE_PREFIX}{c}" for c in views]
 
 
 def _mix64(x: int) -> int:
@@ -344,7 +358,7 @@ def permute(place: int, size: int, key: int) -> int:
 
 
 class Mixture:
-    """A mix over token shards: its streams, its samples and its rows."""
+    """A mix over token shards: its moments, its samples and its rows."""
 
     def __init__(
         self,
@@ -369,7 +383,8 @@ class Mixture:
         self.tasks = [Task.parse(t.task) for t in mix.tasks]
         self.task_names = [task_name(t) for t in mix.tasks]
         self.shards: dict[str, TokenShards] = {}
-        self._placed: dict[tuple[int, float], tuple[PlacedSegment, ...]] = {}  # of a task at a rate
+        # tasks with their offsets drawn, and where their segments lie at a rate
+        self._placed: dict[tuple[int, float, tuple[int, ...]], tuple[Task, tuple[PlacedSegment, ...]]] = {}
         members: dict[str, list[int]] = {}
         cache = CACHE_BYTES // len(mix.sources)
         for name in mix.sources:
@@ -381,32 +396,32 @@ class Mixture:
                 )
             self.shards[name] = opened[name] if opened else TokenShards(directory, tokenizers, cache_bytes=cache)
             members[name] = members_of(self.shards[name], name, mix, split)
-        self.streams: list[Stream] = []
+        self.moments: list[Moments] = []
         weights: list[float] = []
         for task_index, (config, task) in enumerate(zip(mix.tasks, self.tasks)):
             found, reasons = [], []
             for name in config.sources or mix.sources:
-                # numbered by place in the mix, so that an empty stream shifts nobody's order
+                # numbered by place in the mix, so that an empty one shifts nobody's order
                 index = task_index * len(mix.sources) + list(mix.sources).index(name)
-                stream = Stream(
+                moments = Moments(
                     index, task_index, task, name, self.shards[name].plan, members[name], self.builder, config.parallel
                 )
-                if not len(stream):
-                    reasons.append(f"{name}: {stream.why_empty()}")
+                if not len(moments):
+                    reasons.append(f"{name}: {moments.why_empty()}")
                 elif mix.sources[name].weight <= 0:
                     reasons.append(f"{name}: its weight is 0")
                 else:
-                    found.append((stream, mix.sources[name].weight))
+                    found.append((moments, mix.sources[name].weight))
             if not found and config.weight > 0 and split == "train":
                 raise ConfigError(f"no episode can fill the task {config.task!r} ({'; '.join(reasons)})")
             share = [w * (len(s) if mix.weighting == "frames" else 1) for s, w in found]
-            for (stream, _), part in zip(found, share):
-                self.streams.append(stream)
+            for (moments, _), part in zip(found, share):
+                self.moments.append(moments)
                 weights.append(config.weight * (part / sum(share) if mix.weighting == "as_given" else part))
         total = sum(weights)
         if not math.isfinite(total):
             raise ConfigError(f"mix {mix.name!r}: the weights are too large", fix="their shares are what counts")
-        if (self.streams or split == "train") and total <= 0:
+        if (self.moments or split == "train") and total <= 0:
             raise ConfigError(f"mix {mix.name!r}: all weights are zero, or no task with a weight can be filled")
         self.weights = [w / total for w in weights]
 
@@ -418,19 +433,21 @@ class Mixture:
     def block(self, number: int) -> list[list[Sample]]:
         """The rows of one block."""
         samples: list[Sample] = []
-        for stream, weight in zip(self.streams, self.weights):
+        for moments, weight in zip(self.moments, self.weights):
             first, last = (int(n * BLOCK_SAMPLES * weight + 0.5) for n in (number, number + 1))
-            samples += [stream.sample(k, self.seed) for k in range(first, last)]
+            samples += [moments.sample(k, self.seed) for k in range(first, last)]
         generator = np.random.Generator(np.random.Philox(key=[self.seed, number]))
         samples = [samples[i] for i in generator.permutation(len(samples))]
         rows = pack([s.length for s in samples], self.row_tokens)
         return [[samples[i] for i in rows[r]] for r in generator.permutation(len(rows))]
 
     def build(self, sample: Sample) -> TokenSequence:
-        tokens, task = self.shards[sample.source][sample.episode], self.tasks[sample.task]
-        placed = self._placed.get((sample.task, tokens.rate_hz))
-        if placed is None:
-            placed = self._placed[sample.task, tokens.rate_hz] = task.place(tokens.rate_hz)
+        tokens = self.shards[sample.source][sample.episode]
+        key = (sample.task, tokens.rate_hz, sample.offsets)
+        if key not in self._placed:
+            task = self.tasks[sample.task].with_offsets(sample.offsets)
+            self._placed[key] = task, task.place(tokens.rate_hz)
+        task, placed = self._placed[key]
         now, variant, visible = sample.now, sample.variant, sample.visible
         return self.builder.build(task, tokens, now, variant, placed=placed, visible=visible, pad=True)
 
@@ -440,20 +457,20 @@ class Mixture:
         return f"{self.task_names[sample.task]} at step {sample.now} of {sample.source}/{name}"
 
     def shares(self) -> list[dict[str, Any]]:
-        """Per stream: the share of samples and of tokens, the moments and episodes it draws from."""
+        """Per task and source: the share of samples and of tokens, the moments and episodes it draws from."""
         rows = []
-        for stream, weight in zip(self.streams, self.weights):
-            probe = [stream.moment(int(i)) for i in np.linspace(0, len(stream) - 1, min(64, len(stream)))]
+        for moments, weight in zip(self.moments, self.weights):
+            probe = [moments.moment(int(i)) for i in np.linspace(0, len(moments) - 1, min(64, len(moments)))]
             tokens = float(np.mean([s.length for s in probe]))
             rows.append(
                 {
-                    "task": self.task_names[stream.task_index],
-                    "source": stream.source,
+                    "task": self.task_names[moments.task_index],
+                    "source": moments.source,
                     "samples": weight,
                     "tokens": weight * tokens,
                     "tokens_per_sample": tokens,
-                    "moments": len(stream),
-                    "episodes": stream.episodes,
+                    "moments": len(moments),
+                    "episodes": moments.episodes,
                 }
             )
         total = sum(r["tokens"] for r in rows) or 1.0

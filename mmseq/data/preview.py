@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmseq.data.mixture import Mixture, Sample
 from mmseq.sequence import SegmentSpan, TokenSequence, split_codes
-from mmseq.vocabulary import RANGE_OF_STREAM
+from mmseq.streams import TEXT, VISION, stream_row
 
 
 def choose_samples(mixture: Mixture, count: int) -> list[Sample]:
@@ -36,13 +36,13 @@ def describe(mixture: Mixture, sample: Sample, sequence: TokenSequence) -> str:
         ids = sequence.ids[span.start : span.stop]
         role = "predicted" if span.predicted else "given"
         step = "" if span.step is None else f" from step {span.step}"
-        kind = RANGE_OF_STREAM[span.stream]
-        if kind == "text":
-            meaning = repr(tokenizers.text.decode(vocabulary.decode("text", ids)))
-        elif kind == "vision" and not span.predicted and tokenizers.layout.merge > 1:
+        row = stream_row(span.stream)
+        if row.kind is TEXT:
+            meaning = repr(tokenizers[row.range].decode(vocabulary.decode(row.range, ids)))
+        elif row.kind is VISION and not span.predicted and tokenizers.layout.merge > 1:
             meaning = f"{len(ids)} positions of {tokenizers.layout.merge**2} merged codes"
         else:
-            meaning = f"ids {ids.min()} to {ids.max()} of {kind}"
+            meaning = f"ids {ids.min()} to {ids.max()} of {row.range}"
         if span.padding:
             meaning += f", {span.padding} after the end of the episode, not learned"
         lines.append(f"  {span.start:5d} to {span.stop - 1:5d}  {role:9s}  {header}{step}  {meaning}")
@@ -54,9 +54,9 @@ def describe(mixture: Mixture, sample: Sample, sequence: TokenSequence) -> str:
 def frames_of(mixture: Mixture, sequence: TokenSequence, span: SegmentSpan) -> np.ndarray:
     """The frames that a vision segment's tokens stand for, uint8 (frames, size, size, 3)."""
     vocabulary, tokenizers = mixture.builder.vocabulary, mixture.tokenizers
-    inside = (sequence.patch_at >= span.start) & (sequence.patch_at < span.stop)
-    if inside.any():
-        patches = vocabulary.decode("vision", sequence.patch_ids[inside])
+    merged = sequence.input.cut(span.start, span.stop)
+    if len(merged.patch_at):
+        patches = vocabulary.decode("vision", merged.patch_ids)
         positions = tokenizers.layout.frame_positions(predicted=False)
         codes = split_codes(patches.reshape(-1, positions, patches.shape[1]), tokenizers.layout)
     else:
@@ -71,7 +71,7 @@ def save_frames(mixture: Mixture, sequence: TokenSequence, directory: str | Path
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, span in enumerate(sequence.segments):
-        if RANGE_OF_STREAM[span.stream] != "vision":
+        if stream_row(span.stream).kind is not VISION:
             continue
         strip = np.concatenate(list(frames_of(mixture, sequence, span)), axis=1)
         role = "predicted" if span.predicted else "given"

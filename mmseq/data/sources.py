@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,13 @@ def source_identity(
         how = [given for given in (map, list(swap_colours)) if given]
         data = json.dumps([seen, *how] if how else seen).encode()
     return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def streams_of(notes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every stream that some episode has, of what an index of shards says of each."""
+    found: set[str] = set()
+    for note in notes:
+        found |= {*note["streams"], *note.get("spans", ())}
+        found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
+        found |= {"progress"} if note["success"] is not False else set()
+    return sorted(found)

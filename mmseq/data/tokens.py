@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmseq.data.shards import ShardReader, ShardWriter
-from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.episode import Episode
 from mmseq.errors import DataError, TaskError
-from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS
-from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers, scalar_code
+from mmseq.streams import TEXT, VECTOR, row_of
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.values import scalar_codes
 
 CACHE_BYTES = 512 << 20  # of the opened episodes of a mixture, in each process
 
@@ -62,47 +63,47 @@ def token_fingerprints(tokenizers: Tokenizers) -> dict[str, dict[str, str]]:
 
 def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any], dict[str, Any]]:
     source = EpisodeTokens(episode, tokenizers)
-    texts = _texts(source)
-    members: dict[str, Any] = {"json": {"id": episode.id, "texts": texts}}
+    texts, note = _described(source)
+    members: dict[str, Any] = {"json": {"id": episode.id, **texts}}
     for stream in source.streams:
-        if stream.startswith(IMAGE_PREFIX):
-            codes = source.vision(stream.removeprefix(IMAGE_PREFIX), 0, len(episode))
-            members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers.vision.codebook_size))
-        elif stream in VECTOR_STREAMS:
-            codes = source.vector(stream, 0, len(episode))
-            members[f"{stream}.npy"] = codes.astype(_code_type(getattr(tokenizers, stream).bins))
-    return members, _note(source, texts)
+        if stream in episode:
+            codes = source.codes(stream, 0, len(episode))
+            members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers[row_of(stream).range].size))
+    return members, note
 
 
 def planned_note(episode: Episode, tokenizers: Tokenizers) -> dict[str, Any]:
     """What the index will say of an episode, found without its pictures."""
-    source = EpisodeTokens(episode, tokenizers)
-    return _note(source, _texts(source))
+    return _described(EpisodeTokens(episode, tokenizers))[1]
 
 
-def _texts(source: EpisodeTokens) -> dict[str, list[list[int]]]:
-    """Codes of every phrasing of the text streams."""
-    texts: dict[str, list[list[int]]] = {}
-    for stream in TEXT_STREAMS:
-        if stream in source.streams:
-            variants = {"text": source.episode.texts, "plan": source.episode.plans}.get(stream, [""])
-            texts[stream] = [source.text(stream, i).tolist() for i in range(len(variants))]
-    return texts
-
-
-def _note(source: EpisodeTokens, texts: dict[str, list[list[int]]]) -> dict[str, Any]:
-    vectors = [stream for stream in source.streams if stream in VECTOR_STREAMS]
-    robot = source.tokenizers.embodiments[source.embodiment] if source.embodiment is not None else None
-    return {
-        "id": source.episode.id,
-        "length": len(source.episode),
-        "rate_hz": source.rate_hz,
+def _described(source: EpisodeTokens) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The texts of an episode as codes, and what the index says of it: all but its arrays."""
+    episode = source.episode
+    pieces = [
+        {"start": start, "stop": stop, "texts": {s: _phrasings(source, s, start, len(t)) for s, t in texts.items()}}
+        for start, stop, texts in episode.pieces()
+    ]
+    texts = pieces[0]["texts"]
+    vectors = {stream: source.axes(stream) for stream in source.streams if row_of(stream).kind is VECTOR}
+    count = lambda found: {stream: [len(codes) for codes in variants] for stream, variants in found.items()}
+    note = {
+        "id": episode.id,
+        "length": len(episode),
+        "rate_hz": episode.rate_hz,
         "embodiment": source.embodiment,
         "streams": list(source.streams),
-        "axes": {stream: len(robot.vectors[stream]) for stream in vectors} if robot else {},
-        "text_tokens": {stream: [len(v) for v in variants] for stream, variants in texts.items()},
-        "success": source.episode.success,
+        "axes": {stream: len(axes) for stream, axes in vectors.items() if axes is not None and stream in episode},
+        "text_tokens": count(texts),
+        "success": episode.success,
     }
+    if len(pieces) > 1:
+        note["pieces"] = [{**piece, "texts": count(piece["texts"])} for piece in pieces]
+    return {"texts": texts, **({"pieces": pieces} if len(pieces) > 1 else {})}, note
+
+
+def _phrasings(source: EpisodeTokens, stream: str, step: int, count: int) -> list[list[int]]:
+    return [source.codes(stream, step, step + 1, variant).tolist() for variant in range(count)]
 
 
 def _code_type(codes: int) -> type:
@@ -121,8 +122,9 @@ class TokenizedEpisode:
         self._length = int(note["length"])
         self._success = note["success"]
         self._members = members
-        self._texts = members["json"]["texts"]
-        self._progress = tokenizers.progress
+        head = members["json"]
+        self._pieces = head.get("pieces") or [{"start": 0, "stop": self._length, "texts": head["texts"]}]
+        self._tokenizers = tokenizers
 
     def __len__(self) -> int:
         return self._length
@@ -131,26 +133,22 @@ class TokenizedEpisode:
     def bytes(self) -> int:
         return sum(v.nbytes for v in self._members.values() if isinstance(v, np.ndarray))
 
-    def _array(self, stream: str) -> np.ndarray:
-        try:
-            return self._members[f"{stream}.npy"]
-        except KeyError:
-            raise TaskError(f"episode {self.id!r} has no {stream!r}; it has {list(self.streams)}") from None
-
-    def text(self, stream: str, variant: int) -> np.ndarray:
-        variants = self._texts.get(stream)
-        if not variants:
+    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
+        array = self._members.get(f"{stream}.npy")
+        if array is not None:
+            return array[start:stop]
+        if stream not in self.streams:
             raise TaskError(f"episode {self.id!r} has no {stream!r}; it has {list(self.streams)}")
+        if row_of(stream).kind is not TEXT:
+            return scalar_codes(self._tokenizers, stream, start, stop, len(self), self._success)
+        texts = next(piece["texts"] for piece in self._pieces if piece["start"] <= start < piece["stop"])
+        variants = texts.get(stream)
+        if not variants:
+            raise TaskError(f"episode {self.id!r} has no {stream!r} at step {start}")
         return np.asarray(variants[variant % len(variants)], dtype=np.int64)
 
-    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
-        return self._array(f"{IMAGE_PREFIX}{camera}")[start:stop]
-
-    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
-        return self._array(stream)[start:stop]
-
-    def scalar(self, stream: str, step: int) -> int:
-        return scalar_code(stream, step, len(self), self._success, self._progress)
+    def features(self, camera: str, start: int, stop: int) -> np.ndarray:
+        raise TaskError(f"token shards hold no features of camera {camera!r}")
 
 
 class Kind(NamedTuple):
@@ -169,38 +167,57 @@ class Kind(NamedTuple):
 class EpisodePlan:
     """What planning wants of the episodes of a source, in arrays: a mixture may have millions of them.
 
-    ids, lengths int64 (E,) in steps; kinds; kind_ids int32 (V,), of every phrasing of every episode: those of
-    episode e begin at first[e], int64 (E + 1,).
+    ids, lengths int64 (E,) in steps. An episode whose texts change on the way has several pieces, others have one:
+    episodes int32 (P,), of each piece, starts and stops int64 (P,), its steps; of_episode int64 (E + 1,), where the
+    pieces of each begin. kinds; kind_ids int32 (V,), of every phrasing of every piece: those of piece p begin at
+    first[p], int64 (P + 1,).
     """
 
     def __init__(self, notes: Iterable[dict[str, Any]]):
         self.ids: list[str] = []
-        lengths: list[int] = []
+        lengths, episodes, starts, stops, kind_ids, first, of_episode = [], [], [], [], [], [0], [0]
         numbers: dict[Kind, int] = {}
-        kind_ids: list[int] = []
-        first = [0]
         for note in notes:
+            rate, robot, axes = float(note["rate_hz"]), note["embodiment"], tuple(note["axes"].items())
+            whole = {"start": 0, "stop": note["length"], "texts": note["text_tokens"]}
+            for piece in note.get("pieces") or [whole]:
+                texts = {s: v for s, v in piece["texts"].items() if v}
+                streams = tuple(s for s in note["streams"] if row_of(s).kind is not TEXT or s in texts)
+                for variant in range(_combinations([len(v) for v in texts.values()])):
+                    kind = Kind(rate, robot, streams, axes, tuple((s, v[variant % len(v)]) for s, v in texts.items()))
+                    kind_ids.append(numbers.setdefault(kind, len(numbers)))
+                first.append(len(kind_ids))
+                episodes.append(len(self.ids))
+                starts.append(piece["start"])
+                stops.append(piece["stop"])
             self.ids.append(note["id"])
             lengths.append(note["length"])
-            texts = {s: v for s, v in note["text_tokens"].items() if v}
-            what = (float(note["rate_hz"]), note["embodiment"], tuple(note["streams"]), tuple(note["axes"].items()))
-            for variant in range(_phrasings([len(v) for v in texts.values()])):
-                kind = Kind(*what, tuple((s, v[variant % len(v)]) for s, v in texts.items()))
-                kind_ids.append(numbers.setdefault(kind, len(numbers)))
-            first.append(len(kind_ids))
+            of_episode.append(len(episodes))
         self.kinds = list(numbers)
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.kind_ids, self.first = np.array(kind_ids, dtype=np.int32), np.array(first, dtype=np.int64)
+        as_int64 = lambda values: np.array(values, dtype=np.int64)
+        self.lengths, self.starts, self.stops = as_int64(lengths), as_int64(starts), as_int64(stops)
+        self.first, self.of_episode = as_int64(first), as_int64(of_episode)
+        self.episodes, self.kind_ids = np.array(episodes, dtype=np.int32), np.array(kind_ids, dtype=np.int32)
 
-    def variants(self, episode: int) -> int:
-        """How many phrasings an episode has, at least one."""
-        return int(self.first[episode + 1] - self.first[episode])
+    def pieces_of(self, episodes: Sequence[int]) -> np.ndarray:
+        """The pieces of some episodes, in order."""
+        members = np.asarray(episodes, dtype=np.int64)
+        starts, counts = self.of_episode[members], np.diff(self.of_episode)[members]
+        return np.repeat(starts, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
-    def kind(self, episode: int, variant: int = 0) -> int:
-        return int(self.kind_ids[self.first[episode] + variant])
+    def variants(self, piece: int) -> int:
+        """How many phrasings a piece has, at least one."""
+        return int(self.first[piece + 1] - self.first[piece])
+
+    def kind(self, piece: int, variant: int = 0) -> int:
+        return int(self.kind_ids[self.first[piece] + variant])
+
+    def robot(self, episode: int) -> str | None:
+        """The name of the embodiment of an episode."""
+        return self.kinds[self.kind(int(self.of_episode[episode]))].embodiment
 
 
-def _phrasings(counts: list[int]) -> int:
+def _combinations(counts: list[int]) -> int:
     """So many combinations of the texts of an episode are used: all, or where they are many each text at least once."""
     return min(int(np.lcm.reduce(counts)), max(256, *counts)) if counts else 1
 

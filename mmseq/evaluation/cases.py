@@ -18,8 +18,9 @@ from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.sequence import TokenSource
-from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Segment, Task
+from mmseq.tasks import Segment, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.values import stream_name
 
 BATCH = 64  # requests that decode together
 FULL_COUNT_PASSES = 512  # a task that decodes more tokens than this gets fewer samples
@@ -43,9 +44,9 @@ def readable(episodes: Iterable[Episode], tokenizers: Tokenizers) -> tuple[list[
     for episode in episodes:
         tokens = EpisodeTokens(episode, tokenizers)
         try:
-            for stream in VECTOR_STREAMS:
-                axes = tokens._axes(stream)
-                if axes is not None and stream in episode:
+            for stream in episode.streams:
+                axes = tokens.axes(stream)
+                if axes is not None:
                     axes.check(episode[stream], what=stream, where=f"episode {episode.id!r}")
         except EpisodeError as error:
             excluded[episode.id] = str(error)
@@ -56,20 +57,12 @@ def readable(episodes: Iterable[Episode], tokenizers: Tokenizers) -> tuple[list[
 
 def passes(task: Task, tokens: EpisodeTokens, tokenizers: Tokenizers) -> int:
     """Tokens that one sample decodes, one pass through the model each."""
-    total = 0
+    builder, total = tokenizers.builder(), 0
     for p in task.place(tokens.rate_hz):
-        if not p.predicted:
-            continue
-        steps = 1 if p.start is None or p.stop is None else p.stop - p.start
-        if p.stream in TEXT_STREAMS:
-            total += TYPICAL_TEXT_TOKENS
-        elif p.stream in VISION_STREAMS:
-            cameras = 1 if p.segment.camera else len(tokens.episode.cameras)
-            total += steps * cameras * tokenizers.layout.frame_tokens
-        elif p.stream in VECTOR_STREAMS:
-            total += steps * tokens.episode[p.stream].shape[1]
-        else:
-            total += 1
+        if p.predicted:
+            shape = builder.shape(p, tokens.embodiment)
+            one = TYPICAL_TEXT_TOKENS if shape is None else int(np.prod(shape))
+            total += one * (1 if p.segment.camera else len(builder.expand(p, tokens)))
     return total
 
 
@@ -123,7 +116,7 @@ def draw_balanced(
     sides: list[list[np.ndarray]] = [[], []]
     for tokens in order:
         moments = rng.permutation(np.asarray(task.moments(len(tokens), tokens.rate_hz), dtype=np.int64))
-        truth = np.array([tokens.scalar(stream, int(t) + shift) for t in moments], dtype=np.int64)
+        truth = np.array([tokens.codes(stream, t + shift, t + shift + 1)[0] for t in map(int, moments)], dtype=np.int64)
         for outcome in (0, 1):
             sides[outcome].append(moments[truth == outcome])
     half = min(count // 2, *(sum(map(len, side)) for side in sides))
@@ -176,9 +169,7 @@ class OtherActions:
     def __init__(self, case: Case, other: Case):
         self._case, self._other = case, other
         self.rate_hz, self.embodiment = case.tokens.rate_hz, case.tokens.embodiment
-        self.text: Callable = case.tokens.text
-        self.vision: Callable = case.tokens.vision
-        self.scalar: Callable = case.tokens.scalar
+        self.features: Callable = case.tokens.features
 
     def __len__(self) -> int:
         return len(self._case.tokens)
@@ -187,11 +178,11 @@ class OtherActions:
     def streams(self) -> Sequence[str]:
         return self._case.tokens.streams
 
-    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
+    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
         if stream != "action":
-            return self._case.tokens.vector(stream, start, stop)
+            return self._case.tokens.codes(stream, start, stop, variant)
         shift = self._other.now - self._case.now
-        return self._other.tokens.vector(stream, start + shift, stop + shift)
+        return self._other.tokens.codes(stream, start + shift, stop + shift)
 
 
 def shuffle_actions(cases: Sequence[Case], rng: np.random.Generator) -> list[TokenSource] | None:
@@ -215,7 +206,7 @@ def keys_of(task: Task, case: Case, tokenizers: Tokenizers) -> dict[str, list[tu
     cameras = {camera for _, camera in expanded if camera}
     found: dict[str, list[tuple[Any, str | None]]] = {}
     for p, camera in expanded:
-        key = f"{p.stream}.{camera}" if camera and (len(cameras) > 1 or p.segment.camera) else p.stream
+        key = stream_name(p.stream, camera, several=len(cameras) > 1 or p.segment.camera is not None)
         found.setdefault(key, []).append((p, camera))
     return found
 

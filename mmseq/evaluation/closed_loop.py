@@ -3,8 +3,7 @@
     mmseq eval runs/demo/checkpoint --tasks window-open --episodes 20
 
 The server runs in this process; each worker is a simulator in a process of its own that connects to
-it over loopback. Baselines run beside it: the same policy with blanked images, random actions, and
-the scripted expert through the action bins (the ceiling).
+it over loopback. Baselines run beside it: the same policy with blanked images, and those of `controllers`.
 
 Time is the simulator's: one control step passes while the loop does one tick, however long a request takes here,
 and its answer arrives `delay_ms` (+- `jitter_ms`) of that time later. What a delay costs can so be measured on
@@ -26,38 +25,35 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.errors import ConfigError, require
+from mmseq.errors import ConfigError, did_you_mean, require
+from mmseq.evaluation.controllers import make_controller
 from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
+from mmseq.simulation.base import find_simulator
+from mmseq.simulation.experts import DEMO_SPREAD
 
-CONTROLLERS = ("policy", "blanked_images", "random", "expert_tokens")
+CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_tokens")
 
 
 @dataclass(kw_only=True)
 class ClosedLoopConfig:
-    """What is driven and how.
+    """What is driven and how."""
 
-    chunking, execute: how chunks become actions, and the control steps from one request to the next (see
-    `mmseq_client.Chunking`). delay_ms, jitter_ms: of an answer, uniform in delay +- jitter, never below 0.
-    passes: forward passes per chunk, see `ModelPolicy`. spread: of the
-    layouts (see `MetaWorldEnv`). seed: first layout; episode i of a task uses seed + i. keep: rollouts per task
-    whose frames are returned. controllers: among `CONTROLLERS`.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    episodes: int = 20
-    seed: int = 100_000
-    chunking: str = "plain"
-    execute: int = 1
-    delay_ms: float = 0.0
-    jitter_ms: float = 0.0
-    passes: int | None = None
-    max_steps: int = 90
-    spread: float = 1.0
-    keep: int = 1
-    workers: int = 2
-    controllers: tuple[str, ...] = ("policy",)
+    tasks: list[str] = field(default_factory=list)  # of the simulator; default: the demo's
+    episodes: int = 20  # unseen layouts per task
+    seed: int = 100_000  # of the first layout; episode i of a task uses seed + i
+    chunking: str = "plain"  # how chunks become actions: plain, ensemble or realtime
+    execute: int = 1  # control steps of each chunk before the next request
+    delay_ms: float = 0.0  # of an answer, in the simulator's time
+    jitter_ms: float = 0.0  # the delay varies by up to this much to either side, never below 0
+    passes: int | None = None  # forward passes per chunk, of a policy trained for it
+    max_steps: int = 90  # control steps after which an episode has failed
+    simulator: str = "metaworld"  # a name among the simulators, built in or a plug-in's
+    spread: float = DEMO_SPREAD  # how far layouts vary, 1 as in Meta-World
+    keep: int = 1  # episodes per task whose frames are returned
+    workers: int = 2  # simulators at once, each in a process of its own
+    controllers: tuple[str, ...] = ("policy",)  # among `CONTROLLERS`
 
 
 @dataclass
@@ -91,10 +87,12 @@ def evaluate_checkpoint(
     Raises: ConfigError for an unknown task or controller, before anything starts.
     """
     from mmseq.serving.model_policy import ModelPolicy
-    from mmseq.simulation.experts import task_language
 
+    simulator = find_simulator(config.simulator)
+    known = simulator.tasks()
     for task in config.tasks:
-        task_language(task)
+        if task not in known:
+            raise ConfigError(f"{config.simulator} has no task {task!r}: {did_you_mean(task, known)}")
     unknown = set(config.controllers) - set(CONTROLLERS)
     if unknown or not config.tasks or config.episodes < 1:
         raise ConfigError(
@@ -115,13 +113,13 @@ def evaluate_checkpoint(
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
         policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
-        return _serve_and_drive(policy, config, on_progress)
+        return _serve_and_drive(policy, simulator, config, on_progress)
     finally:
         torch.set_num_threads(threads)
 
 
 def _serve_and_drive(
-    policy: Any, config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
+    policy: Any, simulator: Any, config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
 ) -> list[Rollout]:
     from mmseq.serving import Server, ServerConfig
     from mmseq.serving.model_policy import ModelPolicy
@@ -130,14 +128,17 @@ def _serve_and_drive(
         raise ConfigError(
             f"execute is {config.execute}, the policy's chunks have {policy.horizon} control steps", fix="use fewer"
         )
-    bins = policy.tokenizers.action.bins
+    bins = policy.tokenizers["action"].size
     with Server(policy, ServerConfig(port=0)) as seeing:
         options = {"arrow": str(policy.arrow), "name": policy.name, "passes": policy.passes}
         blind = ModelPolicy(policy.model, **options, blank_images=True)
         with Server(blind, ServerConfig(port=0)) as blanked:
             ports = {"policy": seeing.port, "blanked_images": blanked.port}
             jobs = [
-                (controller, task, start, min(start + 5, config.episodes), asdict(config), ports.get(controller), bins)
+                (
+                    *(simulator, controller, task, start, min(start + 5, config.episodes)),
+                    *(asdict(config), ports.get(controller), bins),
+                )
                 for controller in config.controllers
                 for task in config.tasks
                 for start in range(0, config.episodes, 5)
@@ -171,15 +172,14 @@ _environments: dict[tuple, Any] = {}
 
 def _drive(job: tuple) -> list[Rollout]:
     """A few episodes of one task under one controller, in a worker process."""
-    from mmseq.simulation.metaworld import MetaWorldEnv
-
-    controller, task, start, stop, settings, port, bins = job
-    key = (task, settings["spread"])
+    simulator, controller, task, start, stop, settings, port, bins = job
+    scene = {} if settings["spread"] == 1.0 else {"spread": settings["spread"]}
+    key = (simulator, task, settings["spread"])
     if key not in _environments:
         for env in _environments.values():
             env.close()
         _environments.clear()
-        _environments[key] = MetaWorldEnv(task, spread=settings["spread"])
+        _environments[key] = simulator(task, **scene)
     env = _environments[key]
     client = None
     if port is not None:
@@ -199,24 +199,17 @@ def _drive(job: tuple) -> list[Rollout]:
 
 
 def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, bins: int, keep: bool) -> Rollout:
-    from mmseq.simulation.experts import Expert, quantise
-
     env.reset(seed)
     rollout = Rollout(controller, env.task, seed, False, 0)
     frames: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
-    expert = Expert(env.task) if controller == "expert_tokens" else None
     driver = None if client is None else Driver(env, client, settings, rng)
-    while not rollout.success and rollout.steps < settings["max_steps"]:
+    steps = settings["max_steps"]
+    act = driver.next_action if driver else make_controller(controller, env, seed, rng, bins=bins, max_steps=steps)
+    while not rollout.success and rollout.steps < steps:
         if keep:
             frames.append(env.render())
-        if expert is not None:
-            action = quantise(expert.action(env), bins)
-        elif driver is None:
-            action = rng.uniform(-1, 1, 4).astype(np.float32)
-        else:
-            action = driver.next_action()
-        rollout.success = bool(env.step(action))
+        rollout.success = bool(env.act(act()))
         rollout.steps += 1
     if keep:
         rollout.frames = np.stack([*frames, env.render()])

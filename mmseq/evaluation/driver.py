@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import ServeError
+from mmseq.evaluation.controllers import resting_action
 from mmseq.evaluation.splices import SpliceMeter
+from mmseq.simulation.base import Simulator, to_wire
 
 
 class Driver:
     """One episode of the robots' control loop, in simulated time. Is the `mmseq_client.Robot` of the simulator too."""
 
-    def __init__(self, env: Any, client: Any, settings: Mapping[str, Any], rng: np.random.Generator):
+    def __init__(self, env: Simulator, client: Any, settings: Mapping[str, Any], rng: np.random.Generator):
         from mmseq_client import Chunking, ControlLoop, SimulatedClock, SimulatedExecutor
-
-        from mmseq.simulation.experts import task_language
 
         self.env, self.client = env, RecordingClient(client)
         self.clock, delay, jitter = SimulatedClock(), 1e-3 * settings["delay_ms"], 1e-3 * settings["jitter_ms"]
@@ -28,28 +28,28 @@ class Driver:
             self.client,  # type: ignore[arg-type]
             self,
             Chunking(settings["chunking"], settings["execute"]),
-            prompt=task_language(env.task).instructions[0],
+            prompt=env.instructions[0],
             timeout_s=timeout_s,
             on_event=_fail,
             clock=self.clock,
             executor=self.executor,
         )
         self.splices = SpliceMeter(self.contract())
-        self.command = np.zeros(4, np.float32)  # a robot that nobody commanded yet stands still
-        self.command[3] = -1.0  # with the gripper open, as after a reset
+        self.command = resting_action(self.contract(), env.observe().get("proprio"))
 
     def next_action(self) -> np.ndarray:
-        """What the robot does in the control step that begins now, (4,)."""
+        """What the robot does in the control step that begins now, (axes,)."""
         self.splices.add(self.loop.tick(), self.client.chunk, self.client.committed)
         self.clock.sleep(1 / self.loop.rate_hz)
         return self.command
 
     def contract(self) -> dict[str, Any]:
-        return next(iter(self.client.metadata["embodiments"].values()))
+        """The served robot of the simulator's name, or the first."""
+        served = self.client.metadata["embodiments"]
+        return served.get(self.env.contract().name) or next(iter(served.values()))
 
     def observe(self) -> dict[str, Any]:
-        seen = self.env.observe()
-        return {self.client.metadata["image_keys"][0]: seen["image"], "observation.state": seen["proprio"]}
+        return to_wire(self.env.observe(), [camera["name"] for camera in self.contract()["cameras"]])
 
     def act(self, action: np.ndarray) -> None:
         self.command = action

@@ -50,13 +50,13 @@ from mmseq.evaluation.cases import (
 )
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, texts_of
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
-from mmseq.evaluation.tokenizer_quality import evaluate_tokenizers, mean_frame
+from mmseq.evaluation.tokenizer_results import mean_frame, tokenizer_results
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
-from mmseq.tasks import TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.streams import OUTCOME, SCALAR, TEXT, VECTOR, VISION
+from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
 from mmseq.tokenization.pictures import psnr
-from mmseq.tokenization.vision import fit_frames
 
 EXAMPLES = 8  # kept per task for the report
 FEWEST = 8
@@ -97,7 +97,7 @@ def evaluate_generation(
         if on_progress:
             on_progress("tokenizers", len(parts), len(parts) + 1)
         began = time.perf_counter()
-        run.results += evaluate_tokenizers(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
+        run.results += tokenizer_results(model.tokenizers, run.held, train_episodes, run.media, seed=seed)
         run.media["seconds"]["tokenizers"] = time.perf_counter() - began
     if on_progress:
         on_progress("done", len(parts) + 1, len(parts) + 1)
@@ -151,45 +151,44 @@ class _Run:
             return
         for kind, reason in reasons.items():
             if reason is None:
-                self._task_on(name, task, kind)
+                self._task_on(name, task.middle(self.held[kind][0].rate_hz), kind)
 
     def _task_on(self, name: str, task: Task, kind: str) -> None:
         episodes, rng = self.held[kind], np.random.default_rng([self.seed, *name.encode()])
-        streams = {segment.stream for segment in task.predicted}
-        if not task.given and streams <= set(TEXT_STREAMS):
+        rows = {segment.stream: segment.row for segment in task.predicted}
+        kinds = {row.kind for row in rows.values()}
+        if not task.given and kinds == {TEXT}:
             return self._language(name, task, kind, draw(task, episodes, self.samples, rng))
-        if "progress" in streams:
+        if SCALAR in kinds:
             cases = draw_curves(task, episodes, 3 * self.samples, rng)
-        elif "success" in streams:
-            cases = draw_balanced(task, episodes, "success", self.samples, rng)
+        elif OUTCOME in kinds:
+            outcome = next(name for name, row in rows.items() if row.kind is OUTCOME)
+            cases = draw_balanced(task, episodes, outcome, self.samples, rng)
         else:
             able = next(t for t in episodes if not task.missing(t.streams))
             share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
             cases = draw(task, episodes, max(min(FEWEST, self.samples), int(self.samples * min(1.0, share))), rng)
         if not cases:
-            only = (
-                "every held-out moment has the same outcome" if "success" in streams else "the episodes are too short"
-            )
+            only = "every held-out moment has the same outcome" if OUTCOME in kinds else "the episodes are too short"
             self.media["skipped"][name + SUFFIX[kind]] = only
             return None
         predictions = predict_cases(self.model, task, cases)
         shuffled = None
-        acts = any(segment.stream == "action" for segment in task.given)
-        if acts and streams & set(VISION_STREAMS):
+        if task.names("action", given=True) and VISION in kinds:
             sources = shuffle_actions(cases, rng)
             shuffled = predict_cases(self.model, task, cases, sources) if sources else None
-        several = len(streams) > 1
-        for stream in dict.fromkeys(segment.stream for segment in task.predicted):
-            if stream in VISION_STREAMS:
+        several = len(rows) > 1
+        for stream, row in rows.items():
+            if row.kind is VISION:
                 self._pictures(name, kind, task, stream, cases, predictions, shuffled)
-            elif stream in VECTOR_STREAMS:
+            elif row.kind is VECTOR:
                 self._vectors(name, kind, task, stream, cases, predictions)
-            elif stream in TEXT_STREAMS:
+            elif row.kind is TEXT:
                 self._texts(name, kind, stream, cases, predictions, f"{stream}_accuracy" if several else "accuracy")
-            elif stream == "progress":
-                self._progress(name, kind, cases, predictions)
-            elif stream == "success":
-                self._success(name, kind, task, cases, predictions)
+            elif row.kind is SCALAR:
+                self._progress(name, kind, stream, cases, predictions)
+            elif row.kind is OUTCOME:
+                self._success(name, kind, task, stream, cases, predictions)
         return None
 
     def _add(
@@ -241,7 +240,7 @@ class _Run:
         predictions: Sequence[dict[str, Any]],
         shuffled: Sequence[dict[str, Any]] | None,
     ) -> None:
-        sees = any(segment.stream in VISION_STREAMS for segment in task.given)
+        sees = any(segment.row.kind is VISION for segment in task.given)
         rows = []
         for i, case in enumerate(cases):
             for key, segments in keys_of(task, case, self.tokenizers).items():
@@ -296,7 +295,7 @@ class _Run:
         }
 
     def _fit(self, frames: np.ndarray) -> np.ndarray:
-        return fit_frames(frames, self.tokenizers.vision.config.size)
+        return self.tokenizers.vision.fit(frames)
 
     @staticmethod
     def _as_video(picture: np.ndarray) -> np.ndarray:
@@ -317,7 +316,7 @@ class _Run:
         for members in groups(cases):
             some = [cases[i] for i in members]
             robot = self.tokenizers.embodiment(some[0].tokens.embodiment)
-            axes = getattr(robot, stream)
+            axes = robot.vectors[stream]
             true = np.stack([self._truth(task, stream, case) for case in some])
             predicted = np.stack([np.asarray(predictions[i][stream]) for i in members])
             mean, median = self._constant(robot.name, stream, true)
@@ -410,7 +409,7 @@ class _Run:
         for case in cases:
             sequence = builder.build(task, case.tokens, case.now, case.variant)
             (nats, _, _) = self.model.losses(collate([sequence], self.model.vocabulary).to(self.model.device))["text"]
-            codes = case.tokens.text(stream, case.variant)
+            codes = case.tokens.codes(stream, case.now, case.now + 1, case.variant)
             bits.append(float(nats.sum()) / math.log(2))
             by_unigram.append(float(unigram[codes].sum()))
             tokens.append(len(codes))
@@ -421,7 +420,9 @@ class _Run:
 
     # ------------------------------------------------------------------ scalars
 
-    def _progress(self, name: str, kind: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]) -> None:
+    def _progress(
+        self, name: str, kind: str, stream: str, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]
+    ) -> None:
         by_episode: dict[str, list[int]] = {}
         for i, case in enumerate(cases):
             by_episode.setdefault(case.episode.id, []).append(i)
@@ -430,7 +431,7 @@ class _Run:
             first = cases[members[0]]
             steps = np.array([cases[i].now for i in members])
             true = steps / max(1, len(first.episode) - 1)
-            predicted = np.array([float(np.mean(predictions[i]["progress"])) for i in members])
+            predicted = np.array([float(np.mean(predictions[i][stream])) for i in members])
             correlations.append(rank_correlation(predicted, true))
             curves.append(
                 {
@@ -461,11 +462,18 @@ class _Run:
         self.media["curves"][name + SUFFIX[kind]] = curves[: 2 * EXAMPLES]
 
     def _success(
-        self, name: str, kind: str, task: Task, cases: Sequence[Case], predictions: Sequence[dict[str, Any]]
+        self,
+        name: str,
+        kind: str,
+        task: Task,
+        stream: str,
+        cases: Sequence[Case],
+        predictions: Sequence[dict[str, Any]],
     ) -> None:
-        placed = next(p for p in task.place(cases[0].tokens.rate_hz) if p.stream == "success" and p.predicted)
-        true = np.array([case.tokens.scalar("success", span(placed, case)[1] - 1) for case in cases])
-        yes = np.array([float(np.mean(p["success"])) > 0.5 for p in predictions])
+        placed = next(p for p in task.place(cases[0].tokens.rate_hz) if p.stream == stream and p.predicted)
+        ends = [span(placed, case)[1] for case in cases]
+        true = np.array([case.tokens.codes(stream, end - 1, end)[0] for case, end in zip(cases, ends)])
+        yes = np.array([float(np.mean(p[stream])) > 0.5 for p in predictions])
         share = float(true.mean())
         baselines = {"": ("constant", max(share, 1 - share))}
         self._add(name, "accuracy", kind, yes == true, baselines, unit="share", better="higher", cases=cases)

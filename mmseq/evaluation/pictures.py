@@ -67,15 +67,6 @@ def difference(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return colour.round().astype(np.uint8)
 
 
-def strip(frames: Sequence[np.ndarray] | np.ndarray, gap: int = 2) -> np.ndarray:
-    """Frames side by side on white."""
-    height = frames[0].shape[0]
-    parts: list[np.ndarray] = []
-    for frame in frames:
-        parts += [frame, np.full((height, gap, 3), 255, np.uint8)]
-    return np.concatenate(parts[:-1], axis=1)
-
-
 INK, MUTED, LINE, ACCENT, RIGHT, WRONG = "#1c2330", "#667085", "#d5dae1", "#2f6fdb", "#1f8a55", "#c2412d"
 WIDTH, LEFT = 1200, 210
 PICTURE_BYTES = 300_000

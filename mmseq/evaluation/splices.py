@@ -15,7 +15,7 @@ from mmseq.evaluation.results import Result
 class Splices:
     """Of one or more episodes.
 
-    at_splice, inside: the largest change of an axis (the gripper aside) from one control step to the next, as a share
+    at_splice, inside: the largest change of an axis (grippers aside) from one control step to the next, as a share
     of the axis' 1 % to 99 % range: at the first action of a chunk that was not committed before, and everywhere else.
     Holds are neither. splices: how often a chunk took over from another; identical: of these, before which the robot
     had executed exactly what the new chunk begins with.
@@ -71,8 +71,10 @@ class SpliceMeter:
     """Compares what a robot executed with what the server sent, without asking the loop how it spliced."""
 
     def __init__(self, embodiment: Mapping[str, Any]):
-        axes, gripper = embodiment["action"], (embodiment.get("gripper") or {}).get("axis")
-        self._motion = [i for i, name in enumerate(axes["names"]) if name != gripper]
+        from mmseq_client import gripper_axes
+
+        axes, grippers = embodiment["action"], gripper_axes(dict(embodiment))
+        self._motion = [i for i in range(len(axes["names"])) if i not in grippers]
         self._scale = np.maximum(np.subtract(axes["high"], axes["low"]), 1e-6)[self._motion]
         self._sent: dict[int, tuple[np.ndarray, int]] = {}  # by the step of its observation: chunk, how much is forced
         self._seam = -1  # the first step of the chunk under way that was not committed before

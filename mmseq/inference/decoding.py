@@ -23,13 +23,14 @@ from torch import Tensor
 from mmseq.errors import ConfigError, ModelError, TaskError
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.prefixes import Prefixes
+from mmseq.inputs import ModelInput
 from mmseq.model.range_loss import add_copies
 from mmseq.model.readout import best_codes, mean_codes
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.transformer import Cache
-from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource
-from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, PlacedSegment, Task
-from mmseq.vocabulary import RANGE_OF_STREAM
+from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource, sequence_length
+from mmseq.streams import TEXT, VECTOR
+from mmseq.tasks import PlacedSegment, Task
 
 MAX_TEXT_TOKENS = 128
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3  # beyond, numbers overflow before anything changes
@@ -142,11 +143,12 @@ class Decoder:
         kinds = {(r.tokens.rate_hz, r.tokens.embodiment, tuple(self._cameras(r.tokens))) for r in requests}
         if len(kinds) > 1:
             raise TaskError(f"requests of different rates, embodiments or cameras cannot share a batch: {kinds}")
+        task.require_fixed()
         rows = [_Row(Draft(self.builder, r.tokens, r.now)) for r in requests]
         run = _Run(self, rows, requests, self._cache(task, requests))
         beginning = True  # texts that are given before all else
         for segment in task.place(requests[0].tokens.rate_hz):
-            if beginning and (segment.predicted or segment.stream not in TEXT_STREAMS):
+            if beginning and (segment.predicted or segment.row.kind is not TEXT):
                 run.recall()
                 beginning = False
             for camera in self.builder.expand(segment, requests[0].tokens):
@@ -170,26 +172,19 @@ class Decoder:
         return self.builder.views(tokens.embodiment, tokens.streams)
 
     def _cache(self, task: Task, requests: Sequence[Request]) -> Cache:
-        layout = self.builder.layout
-        total = 8
-        tokens = requests[0].tokens
-        for p in task.place(tokens.rate_hz):
-            total += 4
-            if p.stream in TEXT_STREAMS:
-                if p.predicted:
-                    total += MAX_TEXT_TOKENS + 1
-                else:
-                    total += max(len(r.tokens.text(p.stream, r.variant)) for r in requests)
-            elif p.stream in VISION_STREAMS:
-                frames = p.segment.length.steps(tokens.rate_hz) if p.segment.length else 1
-                per_frame = layout.frame_positions(p.predicted)
-                total += len(self.builder.expand(p, tokens)) * (frames * per_frame + 3)
-            elif p.stream in VECTOR_STREAMS:
-                assert p.start is not None
-                assert p.stop is not None
-                total += (p.stop - p.start) * self._axes(p.stream, tokens)
-            else:
-                total += 1
+        placed, tokens = task.place(requests[0].tokens.rate_hz), requests[0].tokens
+        texts = {p.stream: MAX_TEXT_TOKENS for p in placed if p.row.kind is TEXT}
+        for p in placed:
+            if p.row.kind is TEXT and not p.predicted:
+                texts[p.stream] = max(len(r.tokens.codes(p.stream, r.now, r.now + 1, r.variant)) for r in requests)
+        total = sequence_length(
+            placed,
+            self.builder.layout,
+            cameras=len(self._cameras(tokens)),
+            numbered=len(self.builder.numbered(tokens.embodiment, tokens.streams)) > 1,
+            axes={p.stream: self.builder.axes(p, tokens.embodiment) for p in placed if p.row.kind is VECTOR},
+            text_lengths=texts,
+        )
         if total > self.max_tokens:
             raise TaskError(
                 f"{task} takes {total} tokens, at most {self.max_tokens} are decoded at once", fix="shorten it"
@@ -198,26 +193,9 @@ class Decoder:
         make = Cache.empty if self.prefixes is None else self.prefixes.cache
         return make(self.model.config, len(requests), total, dtype=parameter.dtype, device=parameter.device)
 
-    def _axes(self, stream: str, tokens: TokenSource) -> int:
-        assert self.model.tokenizers is not None
-        axes = getattr(self.model.tokenizers.embodiment(tokens.embodiment), stream)
-        if axes is None:
-            raise TaskError(f"embodiment {tokens.embodiment!r} has no {stream}")
-        return len(axes)
-
     def _shape(self, segment: PlacedSegment, tokens: TokenSource) -> tuple[int, ...]:
         """The shape of the codes; () for text, whose length the model decides."""
-        if segment.stream in TEXT_STREAMS:
-            return ()
-        if segment.stream in SCALAR_STREAMS:
-            return (1,)
-        length = segment.segment.length
-        steps = length.steps(tokens.rate_hz) if length else 1
-        if segment.stream in VISION_STREAMS:
-            return (steps, self.builder.layout.frame_tokens)
-        if segment.stream in VECTOR_STREAMS:
-            return (steps, self._axes(segment.stream, tokens))
-        raise TaskError(f"{segment.stream!r} cannot be predicted: this model has no latent-action tokenizer")
+        return self.builder.shape(segment, tokens.embodiment) or ()
 
     @staticmethod
     def _prefix(segment: PlacedSegment, request: Request, shape: tuple[int, ...]) -> np.ndarray:
@@ -234,6 +212,9 @@ class _Run:
 
     def __init__(self, decoder: Decoder, rows: list[_Row], requests: Sequence[Request], cache: Cache):
         self.decoder, self.model, self.rows, self.requests, self.cache = decoder, decoder.model, rows, requests, cache
+        assert self.model.tokenizers is not None
+        self.tokenizers = self.model.tokenizers
+        self.readout = self.tokenizers.readout
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.codes = self.model.transformer.code_vectors()
         self.to_keep: dict[int, np.ndarray] = {}  # by row, the ids that it begins with, of which nothing is kept yet
@@ -245,7 +226,7 @@ class _Run:
         if prefixes is None:
             return
         for b, row in enumerate(self.rows):
-            ids = row.draft.tokens_from(0)[0]
+            ids = row.draft.input().ids
             if prefixes.recall(ids, self.cache, b):
                 row.position = len(ids)
             else:
@@ -253,14 +234,14 @@ class _Run:
 
     def predict(self, segment: PlacedSegment, camera: str | None) -> None:
         """Fill a predicted segment of every row, whose header was added last."""
-        stream = segment.stream
-        range_name = RANGE_OF_STREAM[stream]
+        range_name = segment.row.range
+        readout = self.readout(range_name)
         shape = self.decoder._shape(segment, self.requests[0].tokens)
         count = int(np.prod(shape)) if shape else MAX_TEXT_TOKENS
         prefixes = [self.decoder._prefix(segment, r, shape) for r in self.requests]
         forced = min(len(p) for p in prefixes)
         chosen = [list(p[:forced]) for p in prefixes]
-        end = self.model.tokenizers.text.end if stream in TEXT_STREAMS else None  # type: ignore[union-attr]
+        end = self.tokenizers[range_name].end if segment.row.kind is TEXT else None
         for row, codes in zip(self.rows, chosen):
             row.draft.write(np.asarray(codes, dtype=np.int64))
         hidden = self._flush()[:, -1]
@@ -269,8 +250,8 @@ class _Run:
         for i in range(forced, count):
             logits = self._logits(hidden, range_name)
             drawn_by = [None if done[b] or i < len(p) else b for b, p in enumerate(prefixes)]
-            codes = self._choose(logits, stream, drawn_by)
-            if stream in SCALAR_STREAMS:
+            codes = self._choose(logits, range_name, drawn_by)
+            if readout == "mean":
                 expectations = mean_codes(logits).tolist()
             for b, row in enumerate(self.rows):
                 if done[b]:
@@ -308,7 +289,7 @@ class _Run:
             counts = [-(-n // left) * axes for n in rest]
             # compiled: one shape, whatever is committed
             ahead = max(width - fresh if self.decoder.compiled else 0, max(counts)) - 1
-            found = self._choose_after([row.draft.masks(ahead) for row in self.rows], counts, segment.stream)
+            found = self._choose_after([row.draft.masks(ahead) for row in self.rows], counts, segment.row.range)
             fresh, width = max(counts), 2 * -(-steps // passes) * axes
             for row, codes, new, count in zip(self.rows, chosen, found, counts):
                 codes.extend(new[:count])
@@ -328,9 +309,9 @@ class _Run:
         window = max(CHECKED // len(self.rows), LEAST_CHECKED)
         if masks:
             ahead = max(rest) - 1
-            guess = self._choose_after([row.draft.masks(ahead) for row in self.rows], rest, segment.stream)
+            guess = self._choose_after([row.draft.masks(ahead) for row in self.rows], rest, segment.row.range)
         else:
-            middle = self.model.vocabulary.ranges[RANGE_OF_STREAM[segment.stream]].size // 2
+            middle = self.model.vocabulary.ranges[segment.row.range].size // 2
             lasts = [codes[-axes:] if codes else [middle] * axes for codes in chosen]
             guess = np.stack([np.resize(last, max(rest)) for last in lasts])
         guess = np.pad(guess, ((0, 0), (0, window)))
@@ -340,7 +321,7 @@ class _Run:
             ahead = max(0, window - fresh) if self.decoder.compiled else min(window, max(rest) - 1)
             seen, fresh = [min(n, 1 + ahead) for n in rest], 0
             true = self._choose_after(
-                [row.draft.guesses(g[:ahead]) for row, g in zip(self.rows, guess)], seen, segment.stream
+                [row.draft.guesses(g[:ahead]) for row, g in zip(self.rows, guess)], seen, segment.row.range
             )
             for b, (row, n) in enumerate(zip(self.rows, seen)):
                 right = guess[b, :n] == true[b, :n]
@@ -355,58 +336,42 @@ class _Run:
         for row, codes in zip(self.rows, chosen):
             row.out.append(Decoded(segment, None, np.asarray(codes).reshape(shape)))
 
-    def _choose_after(self, ahead: list[tuple[np.ndarray, np.ndarray]], counts: list[int], stream: str) -> np.ndarray:
+    def _choose_after(self, ahead: list[ModelInput], counts: list[int], range_name: str) -> np.ndarray:
         """The best or drawn codes (B, 1 + n) after each last token and after n tokens `ahead` of it.
 
         counts: how many of them each row wants.
         """
         hidden = self._flush(ahead)
         B, n, D = hidden.shape
-        logits = self._logits(hidden.reshape(B * n, D), RANGE_OF_STREAM[stream])
+        logits = self._logits(hidden.reshape(B * n, D), range_name)
         drawn_by = [b if i < counts[b] else None for b in range(B) for i in range(n)]
-        return np.array(self._choose(logits, stream, drawn_by), dtype=np.int64).reshape(B, n)
+        return np.array(self._choose(logits, range_name, drawn_by), dtype=np.int64).reshape(B, n)
 
-    def _flush(self, ahead: list[tuple[np.ndarray, np.ndarray]] | None = None) -> Tensor:
+    def _flush(self, ahead: list[ModelInput] | None = None) -> Tensor:
         """Run what was added to each draft since the last call, and n tokens after it, which are not added.
 
-        ahead: their ids and slots by row. Returns: hidden states (B, 1 + n, D) of each last token and of those.
+        ahead: these, by row. Returns: hidden states (B, 1 + n, D) of each last token and of those.
         """
-        extra = len(ahead[0][0]) if ahead else 0
+        extra = len(ahead[0]) if ahead else 0
         device = self.model.device
         counts = [row.draft.length - row.position for row in self.rows]
         B, width = len(self.rows), max([1, *counts]) + extra
-        ids, slots, positions = (np.zeros((B, width), dtype=np.int64) for _ in range(3))
-        copies = np.full((B, width), NOTHING, dtype=np.int64)
-        patch_at, patch_ids = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self.model.config.merge**2), dtype=np.int64)]
+        pad = self.model.vocabulary.structure("<pad>")
+        positions = np.zeros((B, width), dtype=np.int64)
+        lines = []
         for b, row in enumerate(self.rows):
-            n, start = counts[b], row.position
-            if n == 0:  # this row is finished; recompute its last token in place
-                n, start = 1, row.position - 1
-            ids[b, :n], slots[b, :n], copies[b, :n] = row.draft.tokens_from(start)
-            if ahead:
-                ids[b, n : n + extra], slots[b, n : n + extra] = ahead[b]
+            start = row.position
+            if counts[b] == 0:  # this row is finished; recompute its last token in place
+                counts[b], start = 1, row.position - 1
+            line = row.draft.input(start)
+            lines.append((ModelInput.join([line, ahead[b]]) if ahead else line).padded(width, pad))
             # padding takes later positions: real tokens overwrite them before they are seen; the last has none
             positions[b] = np.minimum(start + np.arange(width), self.cache.length - 1)
-            for at, codes in zip(row.draft.patch_at, row.draft.patch_ids):
-                if at[0] >= start:
-                    patch_at.append(b * width + at - start)
-                    patch_ids.append(codes)
             row.position = row.draft.length
-            counts[b] = n
-        copy_at = (copies.reshape(-1) != NOTHING).nonzero()[0]
-        transformer = self.model.transformer
-        move = lambda a: torch.from_numpy(a).to(device)
-        x = transformer.inputs(
-            move(ids.reshape(-1)),
-            move(slots.reshape(-1)),
-            move(np.concatenate(patch_at)),
-            move(np.concatenate(patch_ids)),
-            move(copy_at),
-            move(copies.reshape(-1)[copy_at]),
-            self.codes,
-        ).view(B, width, -1)
-        self.copies = move(copies[np.arange(B), np.array(counts) - 1])
-        hidden = self.decoder.extend(x, move(positions), self.cache, int(positions.max()) + 1)
+        line = ModelInput.join(lines).tensors().to(device)
+        x = self.model.transformer.inputs(line, self.codes).view(B, width, -1)
+        self.copies = torch.tensor([row.draft.may_repeat for row in self.rows], device=device)
+        hidden = self.decoder.extend(x, torch.from_numpy(positions).to(device), self.cache, int(positions.max()) + 1)
         if self.decoder.prefixes is not None:
             for b, ids_n in self.to_keep.items():
                 self.decoder.prefixes.keep(ids_n, self.cache, b)
@@ -425,16 +390,17 @@ class _Run:
         gate = self.model.transformer.copy_gate(hidden_BD).float().squeeze(-1) * (self.copies != NOTHING)
         return add_copies(logits, (self.copies - ids.start).clamp_min(0), gate)
 
-    def _choose(self, logits_NC: Tensor, stream: str, drawn_by: Sequence[int | None]) -> list[int]:
+    def _choose(self, logits_NC: Tensor, range_name: str, drawn_by: Sequence[int | None]) -> list[int]:
         """One code each: sampled, or with temperature 0 the best one.
 
         drawn_by: the request that each belongs to, None where it is settled or nobody's. Only the others draw,
         so that what a request samples does not depend on its company.
         """
         if not logits_NC.isfinite().all():  # the best of them would be code 0, the minimum of an axis
-            raise ModelError(f"the model's {stream} logits are not finite", fix="its weights are damaged, or overflow")
+            what = f"the model's {range_name} logits are not finite"
+            raise ModelError(what, fix="its weights are damaged, or overflow")
         if self.decoder.temperature <= 0:
-            return best_codes(logits_NC, RANGE_OF_STREAM[stream]).tolist()
+            return best_codes(logits_NC, self.readout(range_name)).tolist()
         codes = [0] * len(logits_NC)
         share = (logits_NC / self.decoder.temperature).softmax(-1).cpu()
         for i, b in enumerate(drawn_by):

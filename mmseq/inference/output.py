@@ -18,10 +18,11 @@ from mmseq.embodiment import Axes
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.inference.predict import Prediction
 from mmseq.mp4 import write_video
-from mmseq.tasks import END, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.streams import VECTOR, VISION, stream_row
+from mmseq.tasks import END, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.pictures import psnr, strip
-from mmseq.tokenization.vision import fit_frames
+from mmseq.tokenization.values import join, stream_name, values_of
 
 
 def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[str, Any]:
@@ -30,52 +31,28 @@ def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[
     Frames come in the size of the vision tokenizer. What the episode lacks is left out.
     """
     tokens = EpisodeTokens(episode, tokenizers)
-    builder = tokenizers.builder()
+    views = tokenizers.builder().views(tokens.embodiment, tokens.streams)
+    predicted = [p for p in task.place(episode.rate_hz) if p.predicted]
+    expanded = [
+        (p, camera)
+        for p in predicted
+        for camera in ((p.segment.camera and [p.segment.camera]) or views if p.row.kind.cameras else [None])
+    ]
+    several = len({camera for _, camera in expanded if camera}) > 1
     found: dict[str, list[Any]] = {}
     lacking: set[str] = set()
-    predicted = [p for p in task.place(episode.rate_hz) if p.predicted]
-    views = builder.views(tokens.embodiment, tokens.streams)
-    cameras_of = lambda p: [p.segment.camera] if p.segment.camera else list(views)
-    several = len({c for p in predicted if p.stream in VISION_STREAMS for c in cameras_of(p)}) > 1
-    for p in predicted:
-        for camera in cameras_of(p) if p.stream in VISION_STREAMS else [None]:
-            key = f"{p.stream}.{camera}" if camera and (several or p.segment.camera) else p.stream
-            start, stop = (p.start, p.stop) if p.start is not None else (None, None)
-            if p.segment.offset == END:
-                start, stop = len(episode) - 1 - t, len(episode) - t
-            inside = start is None or stop is None or (t + start >= 0 and t + stop <= len(episode))
-            stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
-            if stream not in tokens.streams or not inside:
-                lacking.add(key)
-                continue
-            if p.stream in TEXT_STREAMS:
-                value: Any = {"text": episode.texts, "plan": episode.plans}.get(p.stream) or [
-                    str(episode.metadata.get(p.stream))
-                ]
-                found.setdefault(key, []).append(value[0])
-                continue
-            assert start is not None
-            assert stop is not None
-            window = slice(t + start, t + stop)
-            if p.stream in VISION_STREAMS:
-                value = fit_frames(episode[stream][window], tokenizers.vision.config.size)
-            elif p.stream in VECTOR_STREAMS:
-                value = episode[stream][window]
-            elif p.stream == "progress":
-                value = (t + stop - 1) / max(1, len(episode) - 1)
-            else:
-                value = float(tokens.scalar(p.stream, t + stop - 1))
-            found.setdefault(key, []).append(value)
-    out: dict[str, Any] = {}
-    for key, values in found.items():
-        if key in lacking:
-            continue
-        if isinstance(values[0], np.ndarray):
-            joined = np.concatenate(values)
-            out[key] = joined[0] if key.startswith("image") and len(joined) == 1 else joined
+    for p, camera in expanded:
+        key = stream_name(p.stream, camera, several=several or p.segment.camera is not None)
+        start, stop = p.start, p.stop
+        if p.segment.offset == END:
+            start, stop = len(episode) - 1 - t, len(episode) - t
+        start, stop = (t, t + 1) if start is None or stop is None else (t + start, t + stop)
+        stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
+        if stream not in tokens.streams or start < 0 or stop > len(episode):
+            lacking.add(key)
         else:
-            out[key] = values[0] if len(values) == 1 else values
-    return out
+            found.setdefault(key, []).append(values_of(stream).truth(tokens, stream, start, stop))
+    return {key: join(key, values) for key, values in found.items() if key not in lacking}
 
 
 def write_prediction(
@@ -103,11 +80,11 @@ def write_prediction(
         "streams": {},
     }
     for key, value in prediction.streams.items():
-        stream = key.partition(".")[0]
-        if stream in VISION_STREAMS:
+        row = stream_row(key.partition(".")[0])
+        if row.kind is VISION:
             record["streams"][key] = _write_vision(value, real.get(key), folder, f"{name}_{key}", episode.rate_hz)
-        elif stream in VECTOR_STREAMS:
-            axes = getattr(tokenizers.embodiment(episode.embodiment), stream)
+        elif row.kind is VECTOR:
+            axes = tokenizers.axes(episode.embodiment, row.name)
             record["streams"][key] = _vectors(value, real.get(key), axes)
         else:
             entry: dict[str, Any] = {"value": value}

@@ -18,8 +18,10 @@ from mmseq.inference.decoding import Decoded, Decoder, Request
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.sequence import TokenSequence, TokenSource
-from mmseq.tasks import SCALAR_STREAMS, TEXT_STREAMS, VECTOR_STREAMS, VISION_STREAMS, Task
+from mmseq.streams import VECTOR
+from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.values import join, stream_name, values_of
 
 
 @dataclass
@@ -69,10 +71,7 @@ def predict(
     check_fillable(task, tokens, t, where=f"episode {episode.id!r}")
     prefix = None
     if action_prefix is not None:
-        axes = tokenizers.embodiment(episode.embodiment).action
-        if axes is None:
-            raise TaskError(f"embodiment {episode.embodiment!r} has no action to prefix")
-        prefix = tokenizers.action.encode(axes.check(action_prefix, what="action_prefix", where="predict"), axes)
+        prefix = tokenizers.encode_vector("action", episode.embodiment, action_prefix, what="action_prefix")
     if passes is not None:
         require_parallel(model, task)
     decoder = Decoder(model, temperature=temperature, passes=passes, speculate=passes is None and not temperature)
@@ -123,6 +122,7 @@ def require_parallel(model: SequenceModel, task: Task) -> None:
 
 def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> None:
     """Raises: TaskError when a given stream is missing or a given segment leaves the episode."""
+    task.require_fixed()
     missing = task.missing(tokens.streams, given_only=True)
     if missing:
         raise TaskError(
@@ -130,7 +130,7 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
         )
     if not 0 <= t < len(tokens):
         raise TaskError(f"{where} has steps 0 to {len(tokens) - 1}, t is {t}")
-    needs_robot = [s.stream for s in task.segments if s.stream in VECTOR_STREAMS]
+    needs_robot = [s.stream for s in task.segments if s.row.kind is VECTOR]
     if needs_robot and tokens.embodiment is None:
         raise TaskError(f"{where} is of no embodiment that the model knows, so it has no {needs_robot[0]!r}")
     for p in task.place(tokens.rate_hz):
@@ -149,28 +149,9 @@ def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: Token
     found: dict[str, list[Any]] = {}
     cameras = {d.camera for d in decoded if d.camera}
     for d in decoded:
-        stream = d.segment.stream
-        key = f"{stream}.{d.camera}" if d.camera and (len(cameras) > 1 or d.segment.segment.camera) else stream
-        if stream in TEXT_STREAMS:
-            value: Any = tokenizers.text.decode(d.codes)
-        elif stream in VISION_STREAMS:
-            value = tokenizers.vision.decode(d.codes)
-        elif stream in VECTOR_STREAMS:
-            value = getattr(tokenizers, stream).decode(
-                d.codes, getattr(tokenizers.embodiment(tokens.embodiment), stream)
-            )
-        elif stream in SCALAR_STREAMS:
-            mean = d.expectation if d.expectation is not None else float(d.codes[0])
-            value = tokenizers.progress.decode(mean) if stream == "progress" else float(mean)
-        else:
-            raise TaskError(f"{stream!r} has no decoder")
+        row = d.segment.row
+        key = stream_name(row.name, d.camera, several=len(cameras) > 1 or d.segment.segment.camera is not None)
+        mean = d.expectation if d.expectation is not None else float(d.codes.flat[0]) if d.codes.size else 0.0
+        value = values_of(row.name).decode(tokenizers, row, d.codes, tokens.embodiment, mean)
         found.setdefault(key, []).append(value)
-    out: dict[str, Any] = {}
-    for key, values in found.items():
-        first = values[0]
-        if isinstance(first, np.ndarray):
-            joined = np.concatenate(values)
-            out[key] = joined[0] if key.startswith("image") and len(joined) == 1 else joined
-        else:
-            out[key] = first if len(values) == 1 else values
-    return out
+    return {key: join(key, values) for key, values in found.items()}

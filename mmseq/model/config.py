@@ -12,53 +12,44 @@ from mmseq.errors import ConfigError, did_you_mean, raise_all
 
 @dataclass(kw_only=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch RoPE to longer contexts (`rope_type: llama3`), in Hugging Face's names.
+    """How Llama 3.1 and later stretch RoPE to longer contexts (`rope_type: llama3`), in Hugging Face's names."""
 
-    Wavelengths beyond original_max_position_embeddings / low_freq_factor become `factor` times as long, those
-    below original_max_position_embeddings / high_freq_factor stay, those between are interpolated.
-    """
-
+    # longer wavelengths than original_max_position_embeddings / low_freq_factor become so many times as long
     factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1.0  # see factor; those between the two are interpolated
+    high_freq_factor: float = 4.0  # shorter wavelengths than original_max_position_embeddings / high_freq_factor stay
+    original_max_position_embeddings: int = 8192  # the context before it was stretched
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Size and form of the transformer. kv_heads: key/value heads, `heads` must be a multiple.
+    """Size and form of the transformer."""
 
-    mlp: hidden width of SwiGLU. slot_embeddings: learned vectors for the place of a token in its
-    frame or chunk. copying: a predicted vision token may repeat the one at its place in the frame before.
-    Both off for weights that are to be a plain language model. vocabulary: of a recipe, a forecast for
-    `mmseq inspect`; the tokenizers decide. merge: theirs too, 0 takes it from them.
-
-    Of language models (`init_from` fills them in): qkv_bias, of Qwen2; rope_scaling, of Llama 3.1; nope_every,
-    of SmolLM3: each n-th layer has no RoPE, 0 is none; context_tokens: the context it was made for, which an
-    export repeats, 0 is unknown.
-    """
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 4
-    head_size: int = 32
-    mlp: int = 384
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    nope_every: int = 0
-    norm_eps: float = 1e-6
-    qk_norm: bool = True
-    qkv_bias: bool = False
-    tie_embeddings: bool = True
-    context_tokens: int = 0
+    width: int = 128  # of the residual stream
+    layers: int = 4  # transformer blocks
+    heads: int = 4  # query heads
+    kv_heads: int = 4  # key/value heads; `heads` must be a multiple
+    head_size: int = 32  # width of a head
+    mlp: int = 384  # hidden width of SwiGLU
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    rope_scaling: RopeScaling | None = None  # of Llama 3.1 (`init_from` fills it in)
+    nope_every: int = 0  # of SmolLM3: each n-th layer has no RoPE; 0 is none
+    norm_eps: float = 1e-6  # of RMSNorm
+    qk_norm: bool = True  # RMSNorm of queries and keys
+    qkv_bias: bool = False  # of Qwen2
+    tie_embeddings: bool = True  # the output matrix is the embedding
+    context_tokens: int = 0  # the context a language model was made for, which an export repeats; 0 is unknown
+    # learned vectors for the place of a token in its frame or chunk; off for a plain language model
     slot_embeddings: bool = True
+    # a predicted vision token may repeat the one at its place in the frame before; off for a plain language model
     copying: bool = True
-    merge: int = 0
-    vocabulary: int = 0
-    attention: str = "auto"
-    activation_checkpointing: bool = False
-    z_loss: float = 1e-4
+    merge: int = 0  # the tokenizers'; 0 takes it from them
+    slots: int = 0  # rows of the table of slots; the tokenizers', 0 takes them from them
+    soft: int = 0  # features of an encoder's position; the tokenizers', 0 takes them from them
+    vocabulary: int = 0  # of a recipe, a forecast for `mmseq inspect`; the tokenizers decide
+    attention: str = "auto"  # backend: `auto`, or one of those in model/attention.py
+    activation_checkpointing: bool = False  # compute activations again in the backward pass, for less memory
+    z_loss: float = 1e-4  # weight of the squared log of the softmax's denominator
 
     def check(self) -> None:
         """Raises: ConfigError naming every field that cannot be."""
@@ -69,7 +60,7 @@ class ModelConfig:
         for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp", "vocabulary", "merge"):
             if getattr(self, name) < 1:
                 yield ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("nope_every", "context_tokens"):
+        for name in ("nope_every", "context_tokens", "slots", "soft"):
             if getattr(self, name) < 0:
                 yield ConfigError(f"model.{name} must not be negative, got {getattr(self, name)}")
             if getattr(self, name) > 1 << 30:
@@ -91,11 +82,18 @@ class ModelConfig:
         if self.head_size % 2:
             yield ConfigError(f"model.head_size must be even for RoPE, got {self.head_size}")
 
-    def for_tokenizers(self, *, vocabulary: int, merge: int) -> ModelConfig:
-        """This config with what the tokenizers decide. Raises: ConfigError when it says something else."""
-        if self.merge not in (0, merge):
-            raise ConfigError(f"model.merge is {self.merge}, the tokenizers have {merge}", fix="leave it out")
-        return replace(self, vocabulary=vocabulary, merge=merge)
+    def for_tokenizers(self, tokenizers: Any) -> ModelConfig:
+        """This config with what the tokenizers (`Tokenizers`) decide.
+
+        Raises: ConfigError when it says something else.
+        """
+        layout = tokenizers.layout
+        theirs = {"merge": layout.merge, "slots": layout.slot_rows, "soft": layout.soft and tokenizers.soft_features}
+        for name, value in theirs.items():
+            mine = getattr(self, name)
+            if mine not in (0, value):
+                raise ConfigError(f"model.{name} is {mine}, the tokenizers have {value}", fix="leave it out")
+        return replace(self, vocabulary=len(tokenizers.vocabulary), **theirs)
 
     def has_rope(self, layer: int) -> bool:
         """Whether layer 0 .. layers - 1 rotates its queries and keys."""
@@ -129,7 +127,7 @@ LANGUAGE_MODEL_FIELDS = (
     *("width", "layers", "heads", "kv_heads", "head_size", "mlp", "rope_theta", "rope_scaling", "nope_every"),
     *("norm_eps", "qk_norm", "qkv_bias", "tie_embeddings", "context_tokens"),
 )
-CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge")
+CHECKPOINT_FIELDS = (*LANGUAGE_MODEL_FIELDS, "slot_embeddings", "copying", "merge", "soft")
 
 
 def _typed[T](schema: type[T], data: Any, where: str) -> T:

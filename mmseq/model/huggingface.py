@@ -10,13 +10,16 @@ The directory is a checkpoint of ours before and after. A language model for ser
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmseq.errors import ConfigError, require
+from mmseq.inputs import ModelInput
 from mmseq.model.attention import choose_backend, documents_of
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
@@ -83,7 +86,7 @@ class MMSeqModel(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, slots: Tensor | None = None):
         """Hidden states (B, T, D) of ids (B, T), padded on the right where attention_mask (B, T) is 0.
 
-        slots (B, T): default the slot "none", that of text. Frames come in one position per code here.
+        slots (B, T, S): default the slot "none", that of text. Frames come in one position per code here.
         """
         B, T = input_ids.shape
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -91,14 +94,14 @@ class MMSeqModel(PreTrainedModel):
             raise ConfigError("attention_mask has padding before a token", fix="pad on the right")
         lengths = [n for n in keep.sum(1).tolist() if n]
         t, ids = self.sequence.transformer, input_ids[keep]
-        chosen = torch.zeros_like(ids) if slots is None else slots[keep]
+        chosen = ids.new_zeros(len(ids), 1) if slots is None else slots[keep]
         positions = torch.arange(T, device=ids.device).expand(B, T)[keep]
         half = t.embed.weight.dtype != torch.float32 or torch.is_autocast_enabled(ids.device.type)
         backend = choose_backend(ids.device, t.config.attention, half=half)[0]
-        none = ids[:0]
-        patches = none.new_zeros(0, t.config.merge**2)
-        documents = documents_of(lengths, ids.device)
-        hidden = t(ids, chosen, positions, none, patches, none, none, t.code_vectors(), documents, backend)
+        places = 1 if self.sequence.tokenizers.layout.flat else 2  # type: ignore[union-attr]
+        line = ModelInput.of_ids(np.zeros(0, np.int64), np.zeros((0, places), np.int64), merge=t.config.merge)
+        line = replace(line.tensors().to(ids.device), ids=ids, slots=chosen.expand(-1, places), positions=positions)
+        hidden = t(line, t.code_vectors(), documents_of(lengths, ids.device), backend)
         out = hidden.new_zeros(B, T, hidden.shape[-1])
         out[keep] = hidden
         return BaseModelOutput(last_hidden_state=out)

@@ -54,7 +54,7 @@ def from_language_model(
     weights = require_language_model(directory, tokenizers)
     theirs = families.read_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
     config = recipe.adopt(theirs, LANGUAGE_MODEL_FIELDS, where=str(directory))
-    config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+    config = config.for_tokenizers(tokenizers)
     with torch.device("meta"):
         model = SequenceModel(config, tokenizers.vocabulary, tokenizers)
     model.transformer.to_empty(device="cpu")
@@ -179,7 +179,7 @@ def _new_modules(transformer: Transformer, spread: float, generator: torch.Gener
     Text has the slot "none", which is zero: it changes nothing.
     """
     for name, p in transformer.named_parameters():
-        if name.startswith(("slots", "merge", "copied", "copy_gate")):
+        if name.startswith(("slots", "merge", "soft", "copied", "copy_gate")):
             p.normal_(generator=generator).mul_(transformer.initial_std(name, p))
         if name.startswith("slots"):
             p.mul_(spread / EMBED_STD)

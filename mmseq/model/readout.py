@@ -1,7 +1,7 @@
 """Readout: from hidden states to the codes that the model would answer with.
 
-One rule for decoding at temperature 0 and for validation: of a vector's bins, which have an order, the median,
-whose expected absolute error is least; of anything else the likeliest. A scalar also has its mean.
+One rule for decoding at temperature 0 and for validation, which the tokenizer of a range names: the median of codes
+that have an order, such as bins, since its expected absolute error is least; else the likeliest; of a number the mean.
 
 Axes: N positions, D width, C codes of a range.
 """
@@ -13,14 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmseq.model.range_loss import GPU_TILE_ELEMENTS, TILE_ELEMENTS, add_copies
-from mmseq.tasks import SCALAR_STREAMS, VECTOR_STREAMS
 
 TILE_ROWS = 64  # at least so many rows of logits at once, for matrix products that are worth their start
 
 
-def best_codes(logits_NC: Float[Tensor, "N C"], range_name: str) -> Int[Tensor, " N"]:
-    """The median bin of a vector's range, else the likeliest code."""
-    if range_name in VECTOR_STREAMS:  # the ranges of vectors have the names of their streams
+def best_codes(logits_NC: Float[Tensor, "N C"], readout: str) -> Int[Tensor, " N"]:
+    """The median code where codes have an order, else the likeliest."""
+    if readout == "median":
         return (logits_NC.softmax(-1).cumsum(-1) < 0.5).sum(-1).clamp_max(logits_NC.shape[-1] - 1)
     return logits_NC.argmax(-1)
 
@@ -35,10 +34,10 @@ def mean_codes(logits_NC: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
 def read_codes(
     hidden_ND: Float[Tensor, "N D"],
     weight_CD: Float[Tensor, "C D"],
-    range_name: str,
+    readout: str,
     copies: tuple[Int[Tensor, " N"], Float[Tensor, " N"]] | None = None,
 ) -> Tensor:
-    """The code of each position (N,): `mean_codes` of scalars, `best_codes` of others. Of N x C logits a tile is alive.
+    """The code of each position (N,): `mean_codes` or `best_codes`. Of N x C logits a tile is alive.
 
     copies: as for `range_loss`.
     """
@@ -50,5 +49,5 @@ def read_codes(
         logits_NC = (hidden_ND[part] @ weight_CD.t()).float()
         if copies is not None:
             logits_NC = add_copies(logits_NC, copies[0][part], copies[1][part])
-        out.append(mean_codes(logits_NC) if range_name in SCALAR_STREAMS else best_codes(logits_NC, range_name))
+        out.append(mean_codes(logits_NC) if readout == "mean" else best_codes(logits_NC, readout))
     return torch.cat(out) if out else torch.zeros(0, device=hidden_ND.device)

@@ -23,7 +23,6 @@ from mmseq.model.sequence_parallel import documents_across, share
 from mmseq.model.transformer import Transformer
 from mmseq.model.weights import SHARD_BYTES, StoredWeights, save_weights
 from mmseq.packing import Batch
-from mmseq.sequence import RANGES
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.vocabulary import Vocabulary
@@ -49,7 +48,7 @@ class SequenceModel(nn.Module):
     @classmethod
     def new(cls, config: ModelConfig, tokenizers: Tokenizers, *, seed: int = 0) -> SequenceModel:
         """A freshly initialised model for these tokenizers. Raises: ConfigError when the config contradicts them."""
-        config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+        config = config.for_tokenizers(tokenizers)
         model = cls(config, tokenizers.vocabulary, tokenizers)
         model.transformer.initialise(seed)
         model.learn_codes(seed=seed + 1)
@@ -82,13 +81,11 @@ class SequenceModel(nn.Module):
         return self._hidden(batch, self.transformer.code_vectors(), backend)
 
     def _hidden(self, batch: Batch, codes: Tensor | None, backend: str | None = None) -> Tensor:
-        b, weight = batch, self.transformer.embed.weight
+        weight = self.transformer.embed.weight
         half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
         backend = backend or choose_backend(self.device, self.config.attention, half=half)[0]
         documents = documents_across(batch, self.device, self.sequence_group)
-        return self.transformer(
-            b.ids, b.slots, b.positions, b.patch_at, b.patch_ids, b.copy_at, b.copy_ids, codes, documents, backend
-        )
+        return self.transformer(batch.input, codes, documents, backend)
 
     def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Per range: nats (N,) of every predicted token, their sum with the z-loss (), and task index (N,).
@@ -104,10 +101,11 @@ class SequenceModel(nn.Module):
     def teacher_forced(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Per range: nats (N,) of every predicted token, the code that the model would put there when everything
         before it is true (N,), a mean for scalars, and task index (N,)."""
+        assert self.tokenizers is not None
         out = {}
         for name, hidden, rows, copies, targets, task in self._ranges(batch):
             nats, _ = range_loss(hidden, rows, targets, self.config.z_loss, copies)
-            out[name] = (nats, read_codes(hidden, rows, name, copies), task)
+            out[name] = (nats, read_codes(hidden, rows, self.tokenizers.readout(name), copies), task)
         return out
 
     def _ranges(self, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor, Any, Tensor, Tensor]]:
@@ -117,7 +115,7 @@ class SequenceModel(nn.Module):
         hidden = self._hidden(batch, codes)
         groups = batch.targets
         if self.config.copying and "vision" not in groups:
-            none = batch.ids[:0]  # the gate runs on nothing: ranks must gather and reduce the same weights
+            none = batch.input.ids[:0]  # the gate runs on nothing: ranks must gather and reduce the same weights
             groups = {**groups, "vision": (none, none, none)}
         for name, (at, targets, task) in groups.items():
             ids = self.vocabulary.ranges[name]
@@ -130,8 +128,9 @@ class SequenceModel(nn.Module):
     def _copies(self, batch: Batch, hidden_ND: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Of vision targets: the code that each may repeat (N,), and by how much its logit rises (N,)."""
         gate = self.transformer.copy_gate(hidden_ND).float().squeeze(-1)
-        may = torch.zeros_like(batch.ids)
-        may[batch.copy_at] = batch.copy_ids - self.vocabulary.ranges["vision"].start + 1
+        line = batch.input
+        may = torch.zeros_like(line.ids)
+        may[line.copy_at] = line.copy_ids - self.vocabulary.ranges["vision"].start + 1
         may = may[at]  # 0: nothing to repeat
         return (may - 1).clamp_min(0), gate * (may > 0)
 
@@ -174,7 +173,7 @@ class SequenceModel(nn.Module):
             "model": self.config.to_dict(),
             "vocabulary": self.vocabulary.to_dict(),
             "ranges": self.vocabulary.layout(),
-            "range_names": list(RANGES),
+            "range_names": list(self.vocabulary.ranges),
             "tokenizers": self.tokenizers.fingerprints(),
             "tasks": self.tasks,
             "parallel": self.parallel,
@@ -217,8 +216,6 @@ class SequenceModel(nn.Module):
                     f"{directory} has format {config.get('format')!r}, this version of mmseq reads format {FORMAT}",
                     fix="load it with the version of mmseq that wrote it",
                 )
-            if tuple(config["range_names"]) != RANGES:
-                raise CheckpointError(f"{directory / CONFIG_FILE} has other ranges: {config['range_names']}")
             model_config = ModelConfig.from_dict(config["model"])
             model_config.check()
             vocabulary = Vocabulary.from_dict(config["vocabulary"])
@@ -231,6 +228,7 @@ class SequenceModel(nn.Module):
             raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: its ranges are not those of its vocabulary")
         tokenizers = Tokenizers.load(directory / TOKENIZERS_FOLDER, device=device)
         vocabulary.require_same_ranges(tokenizers.vocabulary, mine=f"{directory}", theirs="its tokenizers")
+        model_config = model_config.for_tokenizers(tokenizers)
         tokenizers.require_fingerprints(
             fingerprints, what=str(directory / CONFIG_FILE), fix="put back the tokenizers it was trained with"
         )

@@ -31,28 +31,17 @@ def share(batch: Batch, index: int, parts: int, *, pad: int) -> Batch:
     of the whole line, with no targets where it has none: ranks must use the same weights.
     """
     assert batch.parts == 1, "a slice cannot be shared again"
-    spare = -len(batch.ids) % parts
-    size = (len(batch.ids) + spare) // parts
+    spare = -batch.tokens % parts
+    size = (batch.tokens + spare) // parts
     first, last = index * size, (index + 1) * size
-
-    def tokens(line: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([line, filler.to(line)])[first:last]
 
     def of_slice(at: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         mine = (at >= first) & (at < last)
         return at[mine] - first, *(x[mine] for x in others)
 
-    patch_at, patch_ids = of_slice(batch.patch_at, batch.patch_ids)
-    copy_at, copy_ids = of_slice(batch.copy_at, batch.copy_ids)
     return replace(
         batch,
-        ids=tokens(batch.ids, torch.full((spare,), pad)),
-        slots=tokens(batch.slots, torch.zeros(spare)),
-        positions=tokens(batch.positions, torch.arange(spare)),
-        patch_at=patch_at,
-        patch_ids=patch_ids,
-        copy_at=copy_at,
-        copy_ids=copy_ids,
+        input=batch.input.padded(batch.tokens + spare, pad).cut(first, last),
         lengths=[*batch.lengths, spare] if spare else batch.lengths,
         targets={name: of_slice(*group) for name, group in batch.targets.items()},  # type: ignore[misc]
         parts=parts,

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmseq.inputs import ModelInput
 from mmseq.model.attention import Documents, repeat_heads
 from mmseq.model.config import ModelConfig
 from mmseq.model.rope import rope_table, rotate
 from mmseq.model.sequence_parallel import attend
-from mmseq.sequence import SLOTS
 
 EMBED_STD = 0.02 * math.sqrt(2)
 SLOT_STD = 0.02
@@ -157,9 +157,11 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocabulary, config.width)
         if config.slot_embeddings:
-            self.slots = nn.Embedding(SLOTS, config.width)
+            self.slots = nn.Embedding(config.slots, config.width)
         if config.merge > 1:
             self.merge = nn.Linear(config.merge**2 * config.width, config.width, bias=False)
+        if config.soft:
+            self.soft = nn.Linear(config.soft, config.width, bias=False)
         if config.copying:
             self.copied = nn.Linear(config.width, config.width, bias=False)
             self.copy_gate = nn.Linear(config.width, 1, bias=False)
@@ -249,47 +251,35 @@ class Transformer(nn.Module):
         std = 1 / math.sqrt(matrix.shape[1])
         return std / math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else std
 
-    def inputs(
-        self,
-        ids: Tensor,
-        slots: Tensor,
-        patch_at: Tensor,
-        patch_ids: Tensor,
-        copy_at: Tensor,
-        copy_ids: Tensor,
-        codes: Tensor | None,
-    ) -> Tensor:
-        """Input vectors (T, D): token embeddings, merged vision in its places, slots, what may be copied.
+    def inputs(self, line: ModelInput, codes: Tensor | None) -> Tensor:
+        """Input vectors (T, D): embeddings, merged vision and features in their places, slots, what may be copied.
 
         Every layer runs for every batch, on nothing where a batch has nothing for it: ranks must gather and
         reduce the same weights.
         """
-        x = self.embed_tokens(ids, codes)
+        x = self.embed_tokens(line.ids, codes)
         if self.config.merge > 1:
-            merged = self.merge(self.embed_tokens(patch_ids, codes).flatten(1))
-            x = x.index_copy(0, patch_at, merged.to(x.dtype))
+            merged = self.merge(self.embed_tokens(line.patch_ids, codes).flatten(1))
+            x = x.index_copy(0, line.patch_at, merged.to(x.dtype))
+        if self.config.soft:
+            x = x.index_copy(0, line.soft_at, self.soft(line.soft.to(self.soft.weight.dtype)).to(x.dtype))
         if self.config.slot_embeddings:
-            x = x + self.slots(slots)
+            x = x + self.slots(line.slots).sum(1)
         if self.config.copying:
-            x = x.index_add(0, copy_at, self.copied(self.embed_tokens(copy_ids, codes)).to(x.dtype))
+            copied = self.copied(self.embed_tokens(line.copy_ids, codes))
+            x = x.index_add(0, line.copy_at, copied.to(x.dtype))
         return x
 
     def forward(
         self,
-        ids: Int[Tensor, " T"],
-        slots: Int[Tensor, " T"],
-        positions: Int[Tensor, " T"],
-        patch_at: Int[Tensor, " M"],
-        patch_ids: Int[Tensor, "M P"],
-        copy_at: Int[Tensor, " R"],
-        copy_ids: Int[Tensor, " R"],
+        line: ModelInput,
         codes: Float[Tensor, "C D"] | None,
         documents: Documents,
         backend: str = "document",
     ) -> Float[Tensor, "T D"]:
         """Hidden states after the last norm, attention within each document. codes: `code_vectors`."""
-        x = self.inputs(ids, slots, patch_at, patch_ids, copy_at, copy_ids, codes)
-        cos, sin = rope_table(positions, self.config, x.dtype)
+        x = self.inputs(line, codes)
+        cos, sin = rope_table(line.positions, self.config, x.dtype)
         for layer in self.layers:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, documents, backend, use_reentrant=False)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmseq.errors import CheckpointError
+from mmseq.files import save_tensors
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,7 +131,7 @@ def save_weights(
     for file, names in zip(files, shards):
         part = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
         try:
-            save_file(part, directory / file, metadata=metadata)
+            save_tensors(part, directory / file, metadata)
         except Exception as error:  # a full disk is an error of safetensors' own
             raise CheckpointError(f"{directory / file} could not be written: {error}", fix="free space") from error
     if len(shards) > 1:

@@ -1,5 +1,10 @@
 """Serving: the wire codec, the server, the observation check and the safety gate."""
 
+# ruff: noqa: E402
+from mmseq.errors import require
+
+require("mmseq_client.rules", "./serve/client")  # the rules of robots, which both ends have
+
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
 from mmseq.serving.observation import ObservationRules, example_observation

@@ -16,27 +16,29 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from mmseq_client.chunking import MODES, ensemble
 
 from mmseq.errors import ConfigError
 from mmseq.serving.errors import RequestError
 
-MODES = ("plain", "ensemble", "realtime")
 TURN_KEYS = ("step", "executed", "sent_at", "deadline_ms", "delay", "reset", "chunking")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:
-    """mode: see above. execute: control steps between two requests of a client that does not say; default: not
-    known (plain), one (ensemble), half of the chunk (realtime). decay: of the ensemble's weights.
-    """
+    """How chunks become actions for clients that do not do it themselves."""
 
+    # `plain`, `ensemble` (ACT), `realtime` (actions under way are forced as the beginning)
     mode: Literal["plain", "ensemble", "realtime"] = "plain"
+    # control steps between two requests of a client that does not say; default: not known (plain), one (ensemble), half
+    # of the chunk (realtime)
     execute: int | None = None
-    decay: float = 0.01
+    decay: float = 0.01  # of the ensemble's weights
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -157,43 +159,17 @@ class ChunkMemory:
             return self._before
         return self._sent[1][at] if 0 <= at < self.horizon else None
 
-    def ensemble(self, step: int, chunk: np.ndarray) -> np.ndarray:
-        """Rows (H, A): the weighted mean of `chunk` and of what earlier chunks said of the same control steps."""
+    def ensemble(self, step: int, chunk: np.ndarray, grippers: Sequence[int] = ()) -> np.ndarray:
+        """Rows (H, A): what `chunk` and earlier chunks say together, see `mmseq_client.chunking.ensemble`."""
         if self._predicted and self._predicted[-1][0] == step:
             self._predicted.pop()  # asked a second time
         self._predicted.append((step, chunk))
         while self._predicted[0][0] + self.horizon <= step:
             self._predicted.popleft()
-        total, weights = np.zeros(chunk.shape), np.zeros((self.horizon, 1))
-        said = np.zeros((self.horizon, 1))  # how many older chunks have spoken of each row
-        for first, rows in self._predicted:
-            n = first + self.horizon - step
-            weight = np.exp(-self.chunking.decay * said[:n])
-            total[:n] += weight * rows[step - first :]
-            weights[:n] += weight
-            said[:n] += 1
-        return (total / weights).astype(np.float32)
+        return ensemble(self._predicted, step, self.chunking.decay, grippers)
 
     def remember(self, step: int | None, chunk: np.ndarray) -> None:
         self._before = None if step is None else self.before(step)
         self._sent = None if step is None else (step, chunk)
         if step is not None:
             self._next = step + (self.chunking.execute or self.horizon)
-
-
-class Delays:
-    """How long requests take, as control steps: a high quantile of the last ones."""
-
-    def __init__(self, window: int = 64, quantile: float = 0.9):
-        self._seconds: deque[float] = deque(maxlen=window)
-        self._quantile = quantile
-
-    def add(self, seconds: float) -> None:
-        self._seconds.append(seconds)
-
-    def steps(self, rate_hz: float) -> int:
-        if not self._seconds:
-            return 0
-        ordered = sorted(self._seconds)
-        seconds = ordered[min(len(ordered) - 1, int(self._quantile * len(ordered)))]
-        return math.ceil(seconds * rate_hz)

@@ -7,7 +7,8 @@ An array is a map with bytes keys, a numpy scalar likewise:
 `b"__npgeneric__": True`  `b"data"`: a number or a bool, `b"dtype"`: "<f4"
 =====================  ==================================================================
 
-JSON has the same maps with text keys and base64 data. Decoding trusts nothing: before a byte is
+Read, though not written, are also the maps of the package msgpack-numpy (`b"nd"`, `b"type"`, `b"kind"`, ...).
+JSON has the maps above with text keys and base64 data. Decoding trusts nothing: before a byte is
 turned into an object, one pass over the message bounds its depth, the number of its values and
 every length; no object dtype, no structured dtype, no extension type and no pickle exist here.
 Decoded arrays are read-only, and large ones views of the message. Every refusal is a `RequestError`.
@@ -38,16 +39,13 @@ _SCALAR_FIELDS = {"__npgeneric__", "data", "dtype"}
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a message may be at most.
+    """What a message may be at most."""
 
-    max_items: values of any kind in one message, an array counting as about eight. max_dims: axes of an array.
-    """
-
-    max_message_bytes: int = 64 << 20
-    max_array_bytes: int = 64 << 20
-    max_depth: int = 16
-    max_items: int = 65_536
-    max_dims: int = 8
+    max_message_bytes: int = 64 << 20  # of the whole message
+    max_array_bytes: int = 64 << 20  # of one array
+    max_depth: int = 16  # of lists and maps inside each other
+    max_items: int = 65_536  # values of any kind, an array counting as about eight
+    max_dims: int = 8  # axes of an array
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -172,12 +170,25 @@ def _scalar(body: dict[str, Any]) -> np.generic:
         return dtype.type(data)
 
 
+def _of_msgpack_numpy(body: dict[str, Any], limits: Limits) -> np.ndarray | np.generic:
+    """What the package msgpack-numpy makes of an array or a scalar; it pickles what is no number, which is refused."""
+    if body.get("kind", b"") not in (b"", ""):
+        raise malformed("an array of objects or of records", fix="send bool, int, uint, float or text arrays")
+    shape = body.get("shape", []) if body["nd"] is True else []
+    array = _array({"__ndarray__": True, "data": body["data"], "dtype": body["type"], "shape": shape}, limits)
+    return array if body["nd"] is True else array[()]
+
+
 def _hook(limits: Limits):
     def revive(body: dict[Any, Any]) -> Any:
         for mark in ("__ndarray__", "__npgeneric__"):
             if mark in body or mark.encode() in body:
                 fields = {key.decode("latin-1") if isinstance(key, bytes) else key: body[key] for key in body}
                 return _array(fields, limits) if mark == "__ndarray__" else _scalar(fields)
+        if b"nd" in body or "nd" in body:
+            fields = {key.decode("latin-1") if isinstance(key, bytes) else key: body[key] for key in body}
+            if {"nd", "type", "data"} <= set(fields) and isinstance(fields["data"], bytes | memoryview):
+                return _of_msgpack_numpy(fields, limits)
         for key, value in body.items():
             if type(value) is memoryview:
                 body[key] = bytes(value)

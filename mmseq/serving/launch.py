@@ -9,57 +9,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mmseq.errors import ConfigError, DataError, did_you_mean
-from mmseq.serving.chunking import Chunking
-from mmseq.serving.codec import Limits
-from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, ReplayPolicy
-from mmseq.serving.safety import GateConfig
-from mmseq.serving.scheduler import SchedulerConfig
-from mmseq.serving.server import Server, ServerConfig, is_loopback, serve
+from mmseq.serving.server import Listening, Server, ServerConfig, is_loopback, serve
 
 log = logging.getLogger("mmseq.serving")
 
 
 @dataclass(kw_only=True)
-class ServeSettings:
-    """What `mmseq serve` can be told, by a YAML file and `key=value`.
+class ServeSettings(Listening):
+    """What `mmseq serve` can be told, by a YAML file and `key=value`."""
 
-    checkpoint: a directory; or replay: `DATASET:EPISODE`, whose recorded actions are sent in chunks of
-    replay_horizon steps. policy: the arrow, or the name of a trained task, that answers `infer`. embodiment: the
-    one robot to serve. device: default a GPU where there is one. passes: forward passes per chunk, of a policy
-    trained for it. speculate: without passes, guess chunks and check the guesses. compile: compile what control
-    steps repeat, on a GPU as CUDA graphs, before the server is ready. token_file: a file with the token that
-    clients must send. The rest is described at `ServerConfig`.
-    """
-
-    checkpoint: str | None = None
-    replay: str | None = None
-    replay_horizon: int = 16
-    device: str | None = None
-    policy: str | None = None
-    embodiment: str | None = None
-    passes: int | None = None
-    speculate: bool = True
+    checkpoint: str | None = None  # a checkpoint's folder; or replay
+    replay: str | None = None  # send the recorded actions of an episode: a dry run
+    replay_horizon: int = 16  # control steps of each chunk of a replay
+    device: str | None = None  # default: cuda where there is one
+    policy: str | None = None  # the arrow, or the mix's task, that answers `infer`; default: the one called policy
+    embodiment: str | None = None  # the one robot to serve; default: all it knows
+    passes: int | None = None  # forward passes per chunk, of a policy trained for it
+    speculate: bool = True  # without passes: guess a chunk and check it, which gives the chunk of one pass per token
+    # compile what every control step repeats, while it warms up; on a GPU as CUDA graphs
     compile: bool = False
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token_file: str | None = None
-    insecure_public: bool = False
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    max_connections: int = 256
-    chunking: Chunking = field(default_factory=Chunking)
-    gate: GateConfig = field(default_factory=GateConfig)
-    observation: ObservationRules = field(default_factory=ObservationRules)
-    scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
-    limits: Limits = field(default_factory=Limits)
-    stuck_s: float = 30.0
-    grace_s: float = 10.0
-    hold_file: str | None = None
+    token_file: str | None = None  # clients must send its content as `Authorization: Api-Key TOKEN`
 
 
 def server_config(settings: ServeSettings) -> ServerConfig:
@@ -69,9 +43,8 @@ def server_config(settings: ServeSettings) -> ServerConfig:
             f"host {settings.host!r} is reachable from other machines and there is no token",
             fix="give --token-file FILE, serve on 127.0.0.1, or --insecure-public where everybody may drive the robots",
         )
-    same = ("host", "port", "insecure_public", "tls_cert", "tls_key", "chunking", "gate", "observation")
-    same += ("scheduling", "limits", "max_connections", "stuck_s", "grace_s", "hold_file")
-    return ServerConfig(token=_token(settings.token_file), **{name: getattr(settings, name) for name in same})
+    same = {f.name: getattr(settings, f.name) for f in fields(Listening)}
+    return ServerConfig(token=_token(settings.token_file), **same)
 
 
 def loader(settings: ServeSettings) -> Callable[[], Policy]:

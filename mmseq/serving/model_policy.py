@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.embodiment import Axes, Embodiment
+from mmseq.embodiment import Embodiment
 from mmseq.errors import CheckpointError, ConfigError, MMSeqError, ModelError, TaskError, did_you_mean
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import Decoder, Request
@@ -31,7 +31,8 @@ from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.serving.keys import IMAGES
 from mmseq.serving.observation import example_observation
-from mmseq.tasks import ALIASES, VISION_STREAMS, Group, Task, parse_offset
+from mmseq.streams import IMAGE_PREFIX, STREAMS, VECTOR, VISION, StreamRow, row_of, stream_row
+from mmseq.tasks import ALIASES, Group, Task, parse_offset
 from mmseq.tokenization.bundle import Tokenizers
 
 log = logging.getLogger("mmseq.serving")
@@ -53,7 +54,7 @@ class ObservationTokens:
         images = {k.removeprefix(IMAGES): _stack(v) for k, v in observation.items() if k.startswith(IMAGES)}
         self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
         self.now = max((len(f) for f in self._frames.values()), default=1) - 1
-        self._futures: dict[tuple[str, int], np.ndarray] = {}  # by camera and step
+        self._elsewhere: dict[tuple[str, int], np.ndarray] = {}  # single frames by camera and step
         for name in (name for name in images if "@" in name):
             camera, _, at = name.partition("@")
             try:
@@ -62,40 +63,49 @@ class ObservationTokens:
                 fix = f"write it as the arrow does: {IMAGES}{camera}@+16, @+0.8s or @end"
                 raise TaskError(f"'{IMAGES}{name}' has no readable offset", fix=fix) from error
             step = self.now + (_FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz))
-            if (camera, step) in self._futures:
+            if (camera, step) in self._elsewhere:
                 raise TaskError(f"'{IMAGES}{name}' is given a second time, under another offset of the same step")
-            self._futures[camera, step] = images[name]
+            self._elsewhere[camera, step] = images[name]
 
     def __len__(self) -> int:
         return self.now + _FUTURE
 
     @property
     def streams(self) -> list[str]:
-        present = [f"image.{c}" for c in dict.fromkeys([*self._frames, *(c for c, _ in self._futures)])]
-        keys = {
-            "prompt": "text",
-            "question": "question",
-            "plan": "plan",
-            "observation.state": "proprio",
-            "action": "action",
-        }
-        return present + [stream for key, stream in keys.items() if self._observation.get(key) is not None]
+        present = [f"{IMAGE_PREFIX}{c}" for c in dict.fromkeys([*self._frames, *(c for c, _ in self._elsewhere)])]
+        rows = [*STREAMS.values(), *map(stream_row, self._vectors)]
+        known = {row.name: row.wire for row in rows if row.wire and row.kind is not VISION}
+        return present + [name for name, key in known.items() if self._observation.get(key) is not None]
 
-    def text(self, stream: str, variant: int) -> np.ndarray:
-        key = "prompt" if stream == "text" else stream
-        if not isinstance(self._observation.get(key), str):
-            raise TaskError(f"the observation has no {key!r}", fix=f"send {key} as a string")
-        return self.tokenizers.text.encode(self._observation[key])
+    @property
+    def _vectors(self) -> list[str]:
+        robot = self.tokenizers.embodiments.get(self.embodiment or "")
+        return list(robot.vectors) if robot is not None else []
 
-    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
+    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
+        row = row_of(stream)
+        if row.kind is VISION:
+            return self._vision(stream.removeprefix(IMAGE_PREFIX), start, stop)
+        if row.kind is VECTOR:
+            return self._vector(row, start, stop)
+        if row.wire is None:
+            raise TaskError(f"{stream} is predicted, it cannot be given in an observation")
+        if not isinstance(self._observation.get(row.wire), str):
+            raise TaskError(f"the observation has no {row.wire!r}", fix=f"send {row.wire} as a string")
+        return self.tokenizers[row.range].encode(self._observation[row.wire])
+
+    def features(self, camera: str, start: int, stop: int) -> np.ndarray:
+        raise TaskError(f"these tokenizers have no encoder for camera {camera!r}")
+
+    def _vision(self, camera: str, start: int, stop: int) -> np.ndarray:
+        lone = self._elsewhere.get((camera, start)) if stop - start == 1 else None
+        if lone is not None:
+            return self.tokenizers.vision.encode(lone[-1:])
         if stop > self.now + 1:
-            future = self._futures.get((camera, stop - 1))
-            if future is None or stop - start > 1:
-                raise TaskError(
-                    f"this arrow is given a future image of camera {camera!r} that the observation lacks",
-                    fix=f"send {IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
-                )
-            return self.tokenizers.vision.encode(future[-1:])
+            raise TaskError(
+                f"this arrow is given a future image of camera {camera!r} that the observation lacks",
+                fix=f"send {IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
+            )
         if camera not in self._frames:
             raise TaskError(f"the observation has no image of camera {camera!r}", fix=f"send {IMAGES}{camera}")
         frames = self._frames[camera]
@@ -104,24 +114,18 @@ class ObservationTokens:
             raise TaskError(f"camera {camera!r} has {len(frames)} frames, fewer than other cameras")
         return self.tokenizers.vision.encode(frames[first : first + stop - start])
 
-    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
-        key = "observation.state" if stream == "proprio" else stream
+    def _vector(self, row: StreamRow, start: int, stop: int) -> np.ndarray:
+        key = row.wire or row.name
         values = np.atleast_2d(np.asarray(self._observation[key]))
-        axes: Axes | None = getattr(self.tokenizers.embodiment(self.embodiment), stream)
-        if axes is None:
-            raise TaskError(f"embodiment {self.embodiment!r} has no {stream}")
-        # states end with now, commands begin with it
-        first = start - (self.now + 1 - len(values)) if stream == "proprio" else start - self.now
+        # what is observed ends with now, commands begin with it
+        first = start - (self.now + 1 - len(values)) if row.clock == "observed" else start - self.now
         if first < 0 or first + stop - start > len(values):
             raise TaskError(
                 f"this arrow needs {key!r} of steps {start - self.now} to {stop - 1 - self.now} from now, "
                 f"the observation has {len(values)}"
             )
-        checked = axes.check(values[first : first + stop - start], what=key, where="observation")
-        return getattr(self.tokenizers, stream).encode(checked, axes)
-
-    def scalar(self, stream: str, step: int) -> int:
-        raise TaskError(f"{stream} is predicted, it cannot be given in an observation")
+        values = values[first : first + stop - start]
+        return self.tokenizers.encode_vector(row.name, self.embodiment, values, what=key, where="observation")
 
 
 def _stack(image: Any) -> np.ndarray:
@@ -322,10 +326,8 @@ class ModelPolicy:
             )
         prefix = observation.get("action_prefix")
         if prefix is not None and len(prefix):
-            axes = self.robots[str(name)].action
-            assert axes is not None
-            checked = axes.check(np.asarray(prefix), what="action_prefix", where="observation")
-            prefix = self.tokenizers.action.encode(checked, axes)
+            what = {"what": "action_prefix", "where": "observation"}
+            prefix = self.tokenizers.encode_vector("action", str(name), prefix, **what)
         else:
             prefix = None
         seed = int((observation.get("options") or {}).get("seed", 0))
@@ -356,13 +358,12 @@ def required_keys(task: Task, body: Embodiment) -> list[str]:
     """The keys of an observation that the given side of a task reads, the prompt aside."""
     keys: dict[str, None] = {}
     for segment in task.given:
-        if segment.stream in VISION_STREAMS:
-            at = str(segment).partition("@")[2]
+        if segment.row.kind is VISION:
             cameras = [c.name for c in body.cameras]
             if segment.camera and segment.camera not in cameras:
                 raise ConfigError(f"{task} is given {segment}; robot {body.name!r} has the cameras {cameras}")
             for camera in [segment.camera] if segment.camera else cameras:
-                keys[f"{IMAGES}{camera}" + (f"@{at}" if at else "")] = None
-        elif segment.stream == "proprio":
-            keys["observation.state"] = None
+                keys[f"{IMAGES}{camera}{segment.at}"] = None
+        elif segment.row.kind is VECTOR and segment.row.wire:
+            keys[segment.row.wire] = None
     return list(keys)

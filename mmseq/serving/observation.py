@@ -1,9 +1,10 @@
 """Checks an observation against the embodiment, before any model sees it.
 
 ==============================  =======================  =============================================
-`observation.images.<camera>`   uint8 (H, W, 3)          RGB, the size of the contract's camera
+`observation.images.<camera>`   uint8 (H, W, 3)          RGB; another size is fitted to the contract's camera
 `observation.images.<c>@+16`    uint8 (H, W, 3)          where the policy is given a future image (a goal)
 `observation.state`             float32 (proprio,)       in the order and units of the contract
+`observation.<stream>`          float32 (axes,)          each further vector stream of the contract, such as `force`
 `prompt`                        text                     the instruction
 `embodiment`                    text, or its whole dict  which robot; may be left out if there is one
 `embodiment_fingerprint`        text                     refused unless it is the server's
@@ -23,29 +24,30 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from mmseq_client import contract as client
+from mmseq_client.images import fit
+from mmseq_client.rules import inward, rounding
 
 from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.errors import EmbodimentError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
-from mmseq.serving.keys import IMAGES, OTHER_KEYS, PREDICT_KEYS, STATE, canonical_keys
-from mmseq.serving.policy import Contract, image_keys
+from mmseq.serving.keys import IMAGES, OTHER_KEYS, PREDICT_KEYS, canonical_keys
+from mmseq.serving.policy import Contract, image_keys, vector_keys
 
+ENLARGED = 8  # times, at most: what is smaller is no picture of such a camera
 MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObservationRules:
-    """How strict the server is.
+    """How strict the server is."""
 
-    unknown_keys: `ignore` for clients that send more than the model reads. state_range: `clamp` limits a
-    state outside of the contract instead of refusing it, `ignore` passes it on. aliases: a client's own
-    key -> ours.
-    """
-
+    # `refuse`, or `ignore` for clients that send more than the model reads
     unknown_keys: Literal["refuse", "ignore"] = "refuse"
+    # a state outside of the contract: `refuse`, `clamp` limits it, `ignore` passes it on
     state_range: Literal["refuse", "clamp", "ignore"] = "refuse"
-    aliases: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # a client's own key: ours
 
 
 def choose_embodiment(observation: Mapping[str, Any], contract: Contract) -> Embodiment:
@@ -92,19 +94,40 @@ def _describe(value: Any) -> str:
 
 
 def check_image(value: Any, camera: Camera, *, key: str, frames: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) in the camera's size, or with `frames` also (T, H, W, 3). Raises: RequestError."""
+    """uint8 (H, W, 3) in the camera's size, or with `frames` also (T, H, W, 3). Raises: RequestError.
+
+    Channels may come first, a batch axis may have one picture, and another size is cropped and scaled as
+    `mmseq data import --size` does: nothing is lost that training had.
+    """
     expected = f"uint8 ({camera.height}, {camera.width}, 3)"
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
         fix = "send 0..255" if isinstance(value, np.ndarray) and value.dtype.kind == "f" else None
         raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected {expected}", key=key, fix=fix)
-    shape = value.shape[1:] if frames and value.ndim == 4 and len(value) else value.shape
-    if shape != (camera.height, camera.width, 3):
-        if shape == (3, camera.height, camera.width):
-            fix = "put the channels last"
-        else:
-            fix = "resize on the client, as in training"
-        raise RequestError("wrong_shape", f"{key!r} is {_describe(value)}, expected {expected}", key=key, fix=fix)
-    return value
+    given = value
+    if value.ndim == 4 and len(value) == 1 and not frames:
+        value = value[0]
+    if value.ndim > 2 and value.shape[-1] != 3 and value.shape[-3] == 3:
+        value = np.moveaxis(value, -3, -1)
+    height, width = value.shape[-3:-1] if value.ndim > 2 else (0, 0)
+    fix = None
+    if value.ndim == 2 or value.shape[-1] == 1:
+        fix = "send the colours: RGB, not grey or depth"
+    elif value.ndim > 2 and 4 in (value.shape[-1], value.shape[-3]) and value.shape[-1] != 3:
+        fix = "leave the alpha channel out: RGB has three"
+    elif value.ndim == 4 and not (frames and len(value)):
+        fix = "send one picture, that of now"
+    elif value.ndim not in (3, 4) or value.shape[-1] != 3:
+        fix = "send RGB with the channels last"
+    elif height * ENLARGED < camera.height or width * ENLARGED < camera.width:
+        fix = f"send at least a {ENLARGED}th of the contract's size, or serve a policy of smaller pictures"
+    if fix is not None:
+        raise RequestError("wrong_shape", f"{key!r} is {_describe(given)}, expected {expected}", key=key, fix=fix)
+    if (height, width) == (camera.height, camera.width):
+        return value
+    fitted = [
+        fit(np.ascontiguousarray(one), camera.height, camera.width) for one in value.reshape(-1, height, width, 3)
+    ]
+    return np.stack(fitted) if value.ndim == 4 else fitted[0]
 
 
 def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: str = "refuse") -> np.ndarray:
@@ -125,6 +148,8 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
             value = value.reshape(0, len(axes))
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
         raise RequestError("wrong_type", f"{key!r} is {_describe(value)}, expected {expected}", key=key)
+    if ndim == 1 and value.ndim == 2 and len(value) == 1:  # a batch of one
+        value = value[0]
     if value.ndim != ndim or value.shape[-1] != len(axes):
         raise RequestError("wrong_shape", f"{key!r} is {_describe(value)}, expected {expected}", key=key)
     with np.errstate(over="ignore"):
@@ -135,8 +160,8 @@ def check_vectors(value: Any, axes: Axes, *, key: str, ndim: int, out_of_range: 
         raise RequestError("not_finite", f"{key!r} axis {axis!r} is {value[bad][0]}, expected a finite number", key=key)
     if out_of_range == "ignore":
         return value
-    low, high = axes.limits
-    slack = 1e-5 * np.maximum(1, np.maximum(abs(low), abs(high)))
+    low, high = inward(axes.minimum, axes.maximum)
+    slack = rounding(low, high)
     outside = (value < low - slack) | (value > high + slack)
     if outside.any() and out_of_range == "refuse":
         where = tuple(np.argwhere(outside)[0])
@@ -167,10 +192,11 @@ def _check_given(key: str, value: Any, embodiment: Embodiment, rules: Observatio
     cameras = {camera.name: camera for camera in embodiment.cameras}
     if base.startswith(IMAGES) and base.removeprefix(IMAGES) in cameras:
         return check_image(value, cameras[base.removeprefix(IMAGES)], key=key, frames=frames)
-    if base == STATE and embodiment.proprio:
-        many = frames and isinstance(value, np.ndarray) and value.ndim == 2
-        return check_vectors(value, embodiment.proprio, key=key, ndim=2 if many else 1, out_of_range=rules.state_range)
-    return None
+    axes = vector_keys(embodiment).get(base)
+    if axes is None:
+        return None
+    many = frames and isinstance(value, np.ndarray) and value.ndim == 2
+    return check_vectors(value, axes, key=key, ndim=2 if many else 1, out_of_range=rules.state_range)
 
 
 def check_observation(
@@ -195,7 +221,7 @@ def check_observation(
         if not _check_text(flat["prompt"], "prompt").strip():
             raise RequestError("out_of_range", "'prompt' is empty", key="prompt", fix="say what is to be done")
     cameras = {IMAGES + camera.name: camera for camera in embodiment.cameras}
-    known = {*cameras, *required, *([STATE] if embodiment.proprio else []), *OTHER_KEYS}
+    known = {*cameras, *required, *vector_keys(embodiment), *OTHER_KEYS}
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key in cameras:
@@ -283,12 +309,12 @@ def check_given(
         elif (stream := _check_given(key, value, embodiment, rules, frames=True)) is not None:
             checked[key] = stream
         elif key.startswith("observation."):
-            known = [*image_keys(embodiment), STATE]
+            known = [*image_keys(embodiment), *vector_keys(embodiment)]
             raise RequestError("unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key)
         elif key.partition("@")[0] in named:
             checked[key] = _check_other(key, value)
         elif rules.unknown_keys == "refuse":
-            known = [*image_keys(embodiment), STATE, *OTHER_KEYS, *PREDICT_KEYS]
+            known = [*image_keys(embodiment), *vector_keys(embodiment), *OTHER_KEYS, *PREDICT_KEYS]
             raise RequestError("unknown_key", f"{key[:80]!r} is not known: {did_you_mean(key[:80], known)}", key=key)
     checked["embodiment"] = embodiment.name
     return checked, embodiment
@@ -305,12 +331,4 @@ def _check_other(key: str, value: Any) -> Any:
 
 def example_observation(embodiment: Embodiment, *, seed: int = 0) -> dict[str, Any]:
     """A valid random observation of `embodiment`: to try a server, to warm a model up, in tests."""
-    random = np.random.default_rng(seed)
-    observation: dict[str, Any] = {
-        f"observation.images.{camera.name}": random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
-        for camera in embodiment.cameras
-    }
-    if embodiment.proprio:
-        low, high = np.asarray(embodiment.proprio.low), np.asarray(embodiment.proprio.high)
-        observation["observation.state"] = random.uniform(low, high).astype(np.float32)
-    return {**observation, "prompt": "do the task", "embodiment": embodiment.name}
+    return client.example_observation(embodiment.to_dict(), seed)

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from mmseq_client import rest_action
 
-from mmseq.embodiment import Embodiment
+from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
@@ -121,7 +122,9 @@ class Contract:
             "image_keys": sorted({key for body in self.embodiments.values() for key in image_keys(body)}),
             "required_keys": {name: list(self.required(body)) for name, body in self.embodiments.items()},
             "prefix": self.prefix,
-            "hold": {name: hold_of(body) for name, body in self.embodiments.items()},
+            "hold": {
+                n: "position" if body.action_form == "absolute" else "zero" for n, body in self.embodiments.items()
+            },
             **self.extra,
         }
 
@@ -151,13 +154,14 @@ class Contract:
         return (*image_keys(embodiment), *(["observation.state"] if embodiment.proprio else []))
 
 
-def hold_of(embodiment: Embodiment) -> str:
-    """What a robot does without a valid action: `position` repeats the last one, `zero` stops; the gripper stays."""
-    return "position" if embodiment.action_form == "absolute" else "zero"
-
-
 def image_keys(embodiment: Embodiment) -> list[str]:
     return [f"observation.images.{camera.name}" for camera in embodiment.cameras]
+
+
+def vector_keys(embodiment: Embodiment) -> dict[str, Axes]:
+    """The keys of the vectors that are observed, and their axes."""
+    names = {name: "state" if name == "proprio" else name for name in embodiment.vectors if name != "action"}
+    return {f"observation.{key}": embodiment.vectors[name] for name, key in names.items()}
 
 
 MAX_REPLAYED = 4096  # control steps of one answer
@@ -185,9 +189,9 @@ class ReplayPolicy:
         self.execute = horizon if execute is None else execute
         if not 1 <= self.execute <= horizon:
             raise ServeError(f"execute is {self.execute}, outside 1..{horizon}", fix="execute at most one chunk")
-        self.axes = embodiment.action
         self.actions = embodiment.action.check(episode["action"], what="action", where=f"episode {episode.id!r}")
         self.episode, self.embodiment, self.horizon, self.step = episode, embodiment, horizon, 0
+        self._rest = rest_action(embodiment.to_dict(), self.actions[-1])
         self._over = False
 
     def contract(self) -> dict[str, Any]:
@@ -203,11 +207,7 @@ class ReplayPolicy:
     def chunk(self, step: int, length: int) -> np.ndarray:
         """The actions from `step` on, float32 (length, axes), padded after the episode's end."""
         actions = self.actions[step : step + length]
-        rest = self.actions[-1].copy()
-        if hold_of(self.embodiment) == "zero":
-            axis = None if self.embodiment.gripper is None else self.axes.names.index(self.embodiment.gripper.axis)
-            rest[np.arange(len(rest)) != axis] = 0
-        return np.concatenate([actions, np.tile(rest, (length - len(actions), 1))]).astype(np.float32)
+        return np.concatenate([actions, np.tile(self._rest, (length - len(actions), 1))]).astype(np.float32)
 
     def _start(self, observation: dict[str, Any]) -> int:
         step = observation.get("options", {}).get("step", observation.get("step", self.step))

@@ -27,12 +27,12 @@ BACKGROUND_S = 10.0  # and one that no robot waits for
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """max_waiting: requests that may wait for the model. max_batch: requests of one model call. batch_wait_ms: how
-    long an idle model waits for the requests of other robots; those that come while it computes share a batch anyway.
-    """
+    """How requests share the model."""
 
-    max_waiting: int = 32
-    max_batch: int = 8
+    max_waiting: int = 32  # requests that may wait for the model; one more is answered `busy` at once
+    max_batch: int = 8  # requests of several robots that share a model call
+    # how long an idle model waits for the requests of other robots; those that come while it computes share a batch
+    # anyway
     batch_wait_ms: float = 0.0
 
     def __post_init__(self):

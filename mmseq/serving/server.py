@@ -24,17 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mmseq.errors import MMSeqError, ServeError, require
-from mmseq.serving.app import build_app
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.codec import Limits
 from mmseq.serving.errors import RequestError
-from mmseq.serving.notify import Notifier
+from mmseq.serving.net.app import build_app
+from mmseq.serving.net.notify import Notifier
+from mmseq.serving.net.sockets import check_tls, is_loopback, listen, raise_file_limit
 from mmseq.serving.observation import ObservationRules
 from mmseq.serving.policy import Policy, prepare
 from mmseq.serving.safety import GateConfig
 from mmseq.serving.scheduler import SchedulerConfig
 from mmseq.serving.service import Service
-from mmseq.serving.sockets import check_tls, is_loopback, listen, raise_file_limit
 
 log = logging.getLogger("mmseq.serving")
 
@@ -42,32 +42,31 @@ MAX_GRACE_S = 86_400
 MAX_TOKEN = 4096  # characters: a line of a websocket's head has 8192 at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where and how to serve.
+@dataclass(kw_only=True)
+class Listening:
+    """Where a server listens, and how it treats those who connect: settings of `mmseq serve` too."""
 
-    port: 0 takes a free one. token: clients send it as `Authorization: Api-Key TOKEN`; a host other than
-    loopback needs one, unless insecure_public. tls_cert, tls_key: PEM files; with them the addresses are https and
-    wss. max_connections: of robots; one more is answered `busy`, and HTTP is not counted. stuck_s: a model call that
-    takes longer makes `/readyz` say 503. grace_s: time that requests under way get to finish when the server stops.
-    hold_file: where operators' holds are kept, so that they outlive the process.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = field(default=None, repr=False)
-    insecure_public: bool = False
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    max_connections: int = 256
+    host: str = "127.0.0.1"  # another address needs a token
+    port: int = 8000  # 0 takes a free one
+    insecure_public: bool = False  # other machines may connect without a token
+    tls_cert: str | None = None  # PEM file; with it and its key the addresses are https and wss
+    tls_key: str | None = None  # its private key
+    max_connections: int = 256  # of robots; one more is answered `busy`, and HTTP is not counted
     limits: Limits = field(default_factory=Limits)
     observation: ObservationRules = field(default_factory=ObservationRules)
     gate: GateConfig = field(default_factory=GateConfig)
     scheduling: SchedulerConfig = field(default_factory=SchedulerConfig)
     chunking: Chunking = field(default_factory=Chunking)
-    stuck_s: float = 30.0
-    grace_s: float = 10.0
-    hold_file: str | None = None
+    stuck_s: float = 30.0  # a model call that takes longer makes `/readyz` say 503
+    grace_s: float = 10.0  # time that requests under way get to finish when the server stops
+    hold_file: str | None = None  # where operators' holds are kept; default: they end with the process
+
+
+@dataclass(kw_only=True)
+class ServerConfig(Listening):
+    """Where and how to serve."""
+
+    token: str | None = field(default=None, repr=False)  # clients send it as `Authorization: Api-Key TOKEN`
 
     def __post_init__(self):
         if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
@@ -122,8 +121,8 @@ class Server:
         if self._thread is not None:
             raise ServeError("the server has been started already", fix="make a new Server")
         uvicorn = require("uvicorn", "serve")
-        from mmseq.serving.http import HttpProtocol
-        from mmseq.serving.websocket import WebSocketProtocol
+        from mmseq.serving.net.http import HttpProtocol
+        from mmseq.serving.net.websocket import WebSocketProtocol
 
         app = build_app(
             self.service,

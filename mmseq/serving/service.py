@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from mmseq_client.chunking import Delays
+
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ServeError
 from mmseq.serving.answers import answer, broken
-from mmseq.serving.chunking import Chunking, Delays, Turn, take_turn
+from mmseq.serving.chunking import Chunking, Turn, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, Holds
 from mmseq.serving.keys import check_aliases
@@ -161,7 +164,7 @@ class Service:
         step = memory.begin(turn)
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
-            delay = self.delays.steps(embodiment.rate_hz) if turn.delay is None else turn.delay
+            delay = math.ceil(self.delays.usual * embodiment.rate_hz) if turn.delay is None else turn.delay
             prefix = memory.prefix(step, delay)
             if prefix is not None:
                 checked["action_prefix"] = prefix
@@ -182,10 +185,7 @@ class Service:
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
             chunk, first = self.gate.check(actions, embodiment, horizon=self.contract.horizon)
-            actions = memory.ensemble(step, chunk)
-            if embodiment.gripper is not None and embodiment.action is not None:
-                axis = embodiment.action.names.index(embodiment.gripper.axis)
-                actions[:, axis] = chunk[:, axis]  # half open is neither
+            actions = memory.ensemble(step, chunk, self.gate.rules(embodiment).grippers)
         reply = dict(result)
         reply["actions"], safety = self.gate.check(
             actions, embodiment, horizon=self.contract.horizon, prefix=prefix, before=before, stood=stood

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmseq.errors import DataError, require
-from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES
-from mmseq.simulation.record import ROBOT, RecordedEpisode, embodiment
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, ROBOT
+from mmseq.simulation.record import RecordedEpisode, embodiment
 
 # yuv444p, since at 64 pixels a quarter of the colour is what 4:2:0 loses first (34 dB against 49)
 CRF, PIXEL_FORMAT, PRESET, KEYFRAME_EVERY = 4, "yuv444p", "ultrafast", 2

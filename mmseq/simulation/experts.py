@@ -45,6 +45,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmseq.errors import ConfigError, did_you_mean, require
+from mmseq.simulation.base import quantise
 from mmseq.simulation.metaworld import MetaWorldEnv
 
 MAX_STEPS = 90  # control steps at 20 Hz after which an episode has failed
@@ -298,29 +299,24 @@ class Expert:
         return np.clip(action, -1.0, 1.0)
 
 
-def quantise(action: np.ndarray, bins: int = 64) -> np.ndarray:
-    """`action` moved to the nearest of `bins` evenly spaced values over [-1, 1], ends included."""
-    return (np.rint((np.asarray(action) + 1) / 2 * (bins - 1)) / (bins - 1) * 2 - 1).astype(np.float32)
-
-
 def run_expert(
     env: MetaWorldEnv, seed: int, *, bins: int | None = None, max_steps: int = MAX_STEPS
 ) -> list[np.ndarray]:
     """Actions of the expert from the start of `seed` until success; `env.succeeded` tells whether it came."""
     expert = Expert(env.task)
-    env.reset(seed)
+    env.begin(seed)
     actions: list[np.ndarray] = []
     while not env.succeeded and len(actions) < max_steps:
         action = expert.action(env)
         actions.append(action if bins is None else quantise(action, bins))
-        env.step(actions[-1])
+        env.act(actions[-1])
     return actions
 
 
 def replay(env: MetaWorldEnv, seed: int, actions: list[np.ndarray]) -> bool:
     """Whether `actions`, executed blindly from the start of `seed`, succeed."""
-    env.reset(seed)
-    return any(env.step(action) for action in actions)
+    env.begin(seed)
+    return any(env.act(action) for action in actions)
 
 
 def measure(

@@ -1,8 +1,10 @@
 """One Meta-World v3 task as a robot sees it: 64 x 64 RGB, four proprio numbers, four action numbers.
 
     env = MetaWorldEnv("button-press-topdown", seed=0)
-    observation = env.observe()                  # {"image": (64, 64, 3) uint8, "proprio": (4,) float32}
-    success = env.step([0.0, 1.0, -0.2, 1.0])    # dx, dy, dz, gripper effort
+    observation = env.observe()                  # {"image.front": (64, 64, 3) uint8, "proprio": (4,) float32}
+    success = env.act([0.0, 1.0, -0.2, 1.0])     # dx, dy, dz, gripper effort
+
+It is a `mmseq.simulation.base.Simulator` and an environment of Gymnasium: `reset`, `step`, spaces, `render`.
 
 Everything random about an episode (where the object and the goal are) comes from its seed. The object's
 position is in the image and nowhere else, and the goal marker that Meta-World draws is hidden.
@@ -21,16 +23,25 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.errors import ConfigError, DependencyError, did_you_mean, require
 
+if TYPE_CHECKING:
+    import gymnasium
+else:
+    gymnasium = require("gymnasium", "sim")
+
+ROBOT = "metaworld_sawyer"
 SIMULATION_HZ = 80  # Meta-World's own control rate: 5 physics steps of 2.5 ms
 PROPRIO_NAMES = ("x", "y", "z", "gripper")
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+REACH = ((-0.8, 0.1, -0.2, -0.1), (0.8, 1.3, 1.0, 1.5))  # of proprio: a policy goes where no expert went
 METRES_PER_ACTION = 0.01 * 4  # an action of 1, held for one step of 20 Hz, moves the hand's set point this far
 
 # Links of the Sawyer arm behind the wrist. They are outside the picture or cut by its edge, and drawing their
@@ -62,7 +73,24 @@ VIEWS = {
 }
 
 
-class MetaWorldEnv:
+def robot(camera: str = "front", size: int = 64, rate_hz: float = 20) -> Embodiment:
+    """The contract of the simulated Sawyer. Its quantiles are its limits: the expert saturates on every axis."""
+
+    def axes(names: tuple[str, ...], units: tuple[str, ...], low: tuple[float, ...], high: tuple[float, ...]) -> Axes:
+        return Axes(names=names, units=units, low=low, high=high, minimum=low, maximum=high)
+
+    return Embodiment(
+        name=ROBOT,
+        rate_hz=rate_hz,
+        cameras=(Camera(name=camera, height=size, width=size),),
+        proprio=axes(PROPRIO_NAMES, ("m", "m", "m", "unitless"), *REACH),
+        action=axes(ACTION_NAMES, ("unitless",) * 4, (-1.0,) * 4, (1.0,) * 4),
+        action_form="delta",
+        grippers=(Gripper(axis="gripper", open=-1.0, closed=1.0),),
+    )
+
+
+class MetaWorldEnv(gymnasium.Env):
     """One task of Meta-World v3 with a seeded layout, rendered with the fast settings.
 
     task: a Meta-World name, with or without `-v3`. seed: of the layout. camera: a name in `VIEWS` or a `View`.
@@ -73,6 +101,9 @@ class MetaWorldEnv:
 
     Raises: DependencyError without Meta-World or an OpenGL library; ConfigError for an unknown task, camera or rate.
     """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
+    render_mode = "rgb_array"
 
     def __init__(
         self,
@@ -100,10 +131,46 @@ class MetaWorldEnv:
         self.camera = camera if isinstance(camera, str) else "custom"
         self._camera = _make_camera(VIEWS[camera] if isinstance(camera, str) else camera)
         self._options = _make_options()
-        self.reset(seed)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (4,))
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                f"image.{self.camera}": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "proprio": gymnasium.spaces.Box(*np.array(REACH, np.float32)),
+            }
+        )
+        self.begin(seed)
 
-    def reset(self, seed: int) -> None:
-        """Begin the episode of `seed`; it does not depend on what ran before."""
+    @staticmethod
+    def tasks() -> tuple[str, ...]:
+        """Those that there are words for."""
+        from mmseq.simulation.experts import TASKS
+
+        return tuple(TASKS)
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        from mmseq.simulation.experts import task_language
+
+        return task_language(self.task).instructions
+
+    def contract(self) -> Embodiment:
+        return robot(self.camera, self.size, self.rate_hz)
+
+    def expert(self, gain: float = 1.0) -> Callable[[], np.ndarray]:
+        """The scripted expert's action for the state that this is in, see `Expert`."""
+        from mmseq.simulation.experts import Expert
+
+        expert = Expert(self.task, gain)
+        return lambda: expert.action(self)
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Begin the episode of `seed`; it does not depend on what ran before. Returns: the observation, and {}."""
+        super().reset(seed=seed)
+        self.begin(int(self.np_random.integers(1 << 31)) if seed is None else seed)
+        return self.observe(), {}
+
+    def begin(self, seed: int) -> None:
+        """`reset` without a picture."""
         self.seed = int(seed)
         self._env.seed(self.seed)
         state, _ = self._env.reset()
@@ -112,11 +179,11 @@ class MetaWorldEnv:
         self.succeeded = False
 
     def observe(self) -> dict[str, np.ndarray]:
-        """What the robot may know: `image` uint8 (size, size, 3) and `proprio` float32 (4,).
+        """What the robot may know: `image.<camera>` uint8 (size, size, 3) and `proprio` float32 (4,).
 
         Proprio is the hand's x, y, z in metres and the opening of the gripper, 0 (closed) to 1 (open).
         """
-        return {"image": self.render(), "proprio": self.proprio()}
+        return {f"image.{self.camera}": self.render(), "proprio": self.proprio()}
 
     def proprio(self) -> np.ndarray:
         """The hand's x, y, z in metres and the opening of the gripper from 0 to 1, float32 (4,)."""
@@ -146,7 +213,12 @@ class MetaWorldEnv:
         blocks = self._renderer.render().reshape(self.size, n, self.size, n, 3)
         return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + n * n // 2) // (n * n)).astype(np.uint8)
 
-    def step(self, action: Sequence[float] | np.ndarray) -> bool:
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """As Gymnasium has it: observation, reward (1 where the task succeeds), terminated, truncated, info."""
+        success = self.act(action)
+        return self.observe(), float(success), success, False, {"success": success}
+
+    def act(self, action: Sequence[float] | np.ndarray) -> bool:
         """Hold `action` (4,), each in [-1, 1], for one control step. Returns whether the task succeeded in it.
 
         dx, dy, dz move the hand's set point by up to `METRES_PER_ACTION` each; the last is the gripper's effort,
@@ -169,12 +241,6 @@ class MetaWorldEnv:
             self._renderer = None
             _open.discard(self)
 
-    def __enter__(self) -> MetaWorldEnv:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
 
 _open: weakref.WeakSet[MetaWorldEnv] = weakref.WeakSet()
 
@@ -190,7 +256,6 @@ def _make(task: str, spread: float):
     if not 0 <= spread <= 3:
         raise ConfigError(f"spread is {spread}", fix="use a number from 0 to 3; 1 is Meta-World's own")
     choose_gl()
-    gymnasium = require("gymnasium", "sim")
     require("metaworld", "sim")
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -207,7 +272,7 @@ def _make(task: str, spread: float):
     box = env._random_reset_space  # x, y, z of the object, in some tasks followed by those of the goal
     middle, half = (box.low + box.high) / 2, (box.high - box.low) / 2
     half = half * np.where(np.arange(len(half)) % 3 == 2, 1.0, spread)
-    env._random_reset_space = gymnasium.spaces.Box(middle - half, middle + half, dtype=np.float64)
+    env._random_reset_space = gymnasium.spaces.Box(middle - half, middle + half, dtype=np.float64)  # type: ignore[arg-type]
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     env._set_task_called = True

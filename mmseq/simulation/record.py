@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
+from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EpisodeError
-from mmseq.simulation.experts import MAX_STEPS, TASKS, Expert, task_language
-from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, MetaWorldEnv
+from mmseq.simulation.experts import MAX_STEPS, TASKS, task_language
+from mmseq.simulation.metaworld import PROPRIO_NAMES, ROBOT, MetaWorldEnv, robot
 
-ROBOT = "metaworld_sawyer"
 STEPS_AFTER_SUCCESS = 4  # a chunk of H actions needs H, or no sample of it comes from just before the success
 ATTEMPTS = 12  # seeds tried for one episode before giving up; the hardest task of `TASKS` fails on a quarter
 
@@ -163,15 +162,15 @@ def _attempt(
     language = TASKS[env.task]
     first = int(rng.integers(len(language.instructions)))
     texts = (language.instructions[first], *language.instructions[:first], *language.instructions[first + 1 :])
-    expert = Expert(env.task, gain)
-    env.reset(layout_seed)
+    expert = env.expert(gain)
+    env.begin(layout_seed)
     limit = round(MAX_STEPS * env.rate_hz / 20)
     images, proprio, actions = [], [], []
     burst_left, offset, succeeded = 0, np.zeros(3), 0
     while succeeded <= after_success:
         if env.steps >= limit and not env.succeeded:
             return None
-        action = expert.action(env)
+        action = expert()
         if burst_left == 0 and rng.random() < BURST_PROBABILITY:
             burst_left = int(rng.integers(BURST_STEPS[0], BURST_STEPS[1] + 1))
             direction = rng.normal(size=3)
@@ -180,10 +179,10 @@ def _attempt(
             action[:3] = np.clip(action[:3] + offset, -1, 1)
         burst_left = max(0, burst_left - 1)
         observation = env.observe()
-        images.append(observation["image"])
+        images.append(observation[f"{IMAGE_PREFIX}{env.camera}"])
         proprio.append(observation["proprio"])
         actions.append(action)
-        env.step(action)
+        env.act(action)
         succeeded += env.succeeded
     return RecordedEpisode(
         task=env.task,
@@ -207,28 +206,9 @@ def embodiment(episodes: Sequence[RecordedEpisode]) -> Embodiment:
     """
     if not episodes:
         raise EpisodeError("an embodiment needs recorded episodes for its statistics")
-    height, width = episodes[0].images.shape[1:3]
-    # the statistics are of the data, the limits of the simulator: a policy goes where no expert went
-    reach = {"minimum": (-0.8, 0.1, -0.2, -0.1), "maximum": (0.8, 1.3, 1.0, 1.5)}
-    proprio = Axes.from_values(
-        np.concatenate([episode.proprio for episode in episodes]),
-        names=PROPRIO_NAMES,
-        units=("m", "m", "m", "unitless"),
-    )
-    return Embodiment(
-        name=ROBOT,
-        rate_hz=episodes[0].rate_hz,
-        cameras=(Camera(name=episodes[0].camera, height=height, width=width),),
-        proprio=replace(proprio, **reach),
-        # the limits are the simulator's own and so are the quantiles: the expert saturates on every axis
-        action=Axes(
-            names=ACTION_NAMES,
-            units=("unitless",) * 4,
-            low=(-1.0,) * 4,
-            high=(1.0,) * 4,
-            minimum=(-1.0,) * 4,
-            maximum=(1.0,) * 4,
-        ),
-        action_form="delta",
-        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
-    )
+    contract = robot(episodes[0].camera, episodes[0].images.shape[1], episodes[0].rate_hz)
+    assert contract.proprio is not None
+    # the statistics are of the data, the limits of the simulator
+    seen = np.concatenate([episode.proprio for episode in episodes])
+    found = Axes.from_values(seen, PROPRIO_NAMES)
+    return replace(contract, proprio=replace(contract.proprio, low=found.low, high=found.high))

@@ -42,7 +42,7 @@ def embodiment(name: str = "arm", cameras: tuple[str, ...] = ("front",), size: i
         proprio=axes("xyz"),
         action=axes("xyzg"),
         action_form="delta",
-        gripper=Gripper(axis="g", open=-1.0, closed=1.0),
+        grippers=(Gripper(axis="g", open=-1.0, closed=1.0),),
     )
 
 
@@ -87,11 +87,13 @@ def tokenizers(
         size=16, patch=4, margin=2, levels=(4, 4, 4), width=32, hidden=32, decoder_depth=1, decoder_reach=1
     )
     return Tokenizers(
-        text=TextTokenizer.load(text) if text else TextTokenizer.train(TEXTS, vocab_size=300),
-        vision=VisionTokenizer(config, FSQAutoencoder(config)),
-        action=BinTokenizer(32),
-        proprio=BinTokenizer(32),
-        progress=ScalarTokenizer(16),
+        {
+            "text": TextTokenizer.load(text) if text else TextTokenizer.train(TEXTS, vocab_size=300),
+            "vision": VisionTokenizer(config, FSQAutoencoder(config)),
+            "action": BinTokenizer(32),
+            "proprio": BinTokenizer(32),
+            "progress": ScalarTokenizer(16),
+        },
         embodiments=robots if robots is not None else (embodiment(),),
         merge=merge,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from websockets.sync.client import connect
 
 from mmseq.serving import codec
-from mmseq.serving.websocket import _header
+from mmseq.serving.net.websocket import _header
 
 UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -1,81 +1,132 @@
-"""Tokenizers: the tokenizers of one model together, their vocabulary, and the way from an episode
-to its tokens and back.
+"""Tokenizers: the tokenizers of one model together, their vocabulary, and the way from an episode to its tokens.
 
-On disk a folder: `tokenizers.json`, `text.model` (or `text.tokenizer.json`), `vision.json` and
-`vision.safetensors`, `embodiments/<name>.json`.
+On disk a folder: `tokenizers.json`, the files of each tokenizer (`text.model` or `text.tokenizer.json`, `vision.json`
+and `vision.safetensors`, ...), `embodiments/<name>.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from mmseq.embodiment import Embodiment
-from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.errors import CheckpointError, EpisodeError, FingerprintError, TaskError, did_you_mean
+from mmseq.embodiment import Axes, Embodiment
+from mmseq.episode import Episode
+from mmseq.errors import CheckpointError, ConfigError, EpisodeError, FingerprintError, TaskError, did_you_mean
 from mmseq.sequence import Layout, SequenceBuilder
-from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer, value_features
+from mmseq.streams import TEXT, VECTOR, of_kind, stream_row
+from mmseq.tokenization.base import READOUTS, Tokenizer, tokenizer_class
+from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.text import TextTokenizer
+from mmseq.tokenization.values import episode_streams, values_of
 from mmseq.tokenization.vision import VisionTokenizer
 from mmseq.vocabulary import Vocabulary
 
 FILE = "tokenizers.json"
+FORMAT = 2
+SPARE_BINS = 64  # of a further vector stream for which nobody names a tokenizer
 
 
-class Tokenizers:
-    """Everything between episodes and vocabulary ids."""
+class Tokenizers(Mapping[str, Tokenizer]):
+    """Everything between episodes and vocabulary ids: a tokenizer for each range of the vocabulary.
+
+    tokenizers: by range, `text` and `vision` among them. embodiments: the robots; each further vector stream that one
+    of them declares gets a `BinTokenizer` where it has no tokenizer yet. merge: given vision joins merge x merge tokens
+    into one position. flat_slots: as in `Layout`, of tokenizers from before. streams: names that have header tokens
+    already, in their order; those of the robots and tokenizers follow. `vectors` names the ranges of vectors.
+    """
 
     def __init__(
         self,
+        tokenizers: Mapping[str, Tokenizer],
         *,
-        text: TextTokenizer,
-        vision: VisionTokenizer,
-        action: BinTokenizer,
-        proprio: BinTokenizer,
-        progress: ScalarTokenizer,
         embodiments: Sequence[Embodiment] = (),
         merge: int = 2,
+        flat_slots: bool = False,
+        streams: Sequence[str] = (),
     ):
-        self.text, self.vision = text, vision
-        self.action, self.proprio, self.progress = action, proprio, progress
         self.embodiments = {e.name: e for e in embodiments}
-        self.layout = Layout(vision.grid, merge)
-        self.vocabulary = Vocabulary(
-            text=text.size,
-            vision=vision.codebook_size,
-            action=action.bins,
-            proprio=proprio.bins,
-            progress=progress.bins,
-            embodiments=list(self.embodiments),
-        )
+        declared = {name for e in embodiments for name in e.vectors}
+        self._tokenizers = dict(tokenizers)
+        for name in sorted({stream_row(name).range for name in declared} - set(tokenizers)):
+            self._tokenizers[name] = BinTokenizer(SPARE_BINS)
+        for name, tokenizer in self._tokenizers.items():
+            if not isinstance(tokenizer, Tokenizer):
+                raise ConfigError(f"the tokenizer of {name!r} is {type(tokenizer).__name__}, which lacks what one has")
+            if tokenizer.readout not in READOUTS:
+                raise ConfigError(f"the tokenizer of {name!r} has readout={tokenizer.readout!r}, not one of {READOUTS}")
+        sizes = {name: tokenizer.size for name, tokenizer in self._tokenizers.items()}
+        self.vectors = tuple(name for name in self._tokenizers if stream_row(name).kind is VECTOR)
+        self.layout = Layout(self.vision.grid, merge, self.vectors, flat=flat_slots)
+        further = sorted({*declared, *self.vectors} - set(streams))
+        self.vocabulary = Vocabulary(sizes, embodiments=list(self.embodiments), streams=[*streams, *further])
+        self._success = ScalarTokenizer(2)
+
+    def __getitem__(self, name: str) -> Any:
+        """The tokenizer of a range. Raises: TaskError when this model has none."""
+        if name == "success":
+            return self._success
+        if name not in self._tokenizers:
+            raise TaskError(f"this model has no tokenizer of {name!r}; it has {', '.join(self._tokenizers)}")
+        return self._tokenizers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tokenizers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokenizers)
+
+    def __len__(self) -> int:
+        return len(self._tokenizers)
+
+    @property
+    def text(self) -> TextTokenizer:
+        return self["text"]
+
+    @property
+    def vision(self) -> VisionTokenizer:
+        return self["vision"]
+
+    def readout(self, range_name: str) -> str:
+        """What the model answers with in a range at temperature 0."""
+        return self[range_name].readout
 
     def code_features(self) -> np.ndarray:
         """float32 (C, F): what the last C ids of the vocabulary, from the first vision code on, are made of.
 
         Each tokenizer has columns of its own; rows are zero for ids without a feature.
         """
-        parts = {
-            "vision": self.vision.code_features(),
-            "action": value_features(self.action.bins),
-            "proprio": value_features(self.proprio.bins),
-            "progress": value_features(self.progress.bins),
-        }
-        first = self.vocabulary.ranges["vision"].start
-        out = np.zeros((len(self.vocabulary) - first, sum(p.shape[1] for p in parts.values())), np.float32)
+        ranges = self.vocabulary.ranges
+        first = ranges["vision"].start
+        parts = {name: self[name].code_features() for name in ranges if name in self and ranges[name].start >= first}
+        found = {name: features for name, features in parts.items() if features is not None}
+        out = np.zeros((len(self.vocabulary) - first, sum(p.shape[1] for p in found.values())), np.float32)
         column = 0
-        for name, features in parts.items():
-            ids = self.vocabulary.ranges[name]
+        for name, features in found.items():
+            ids = ranges[name]
             out[ids.start - first : ids.stop - first, column : column + features.shape[1]] = features
             column += features.shape[1]
         return out
 
     def builder(self) -> SequenceBuilder:
-        cameras = {e.name: [c.name for c in e.cameras] for e in self.embodiments.values()}
-        return SequenceBuilder(self.vocabulary, self.layout, cameras)  # type: ignore[arg-type]
+        robots = self.embodiments.values()
+        cameras = {e.name: [c.name for c in e.cameras] for e in robots}
+        axes = {e.name: {stream: len(axes) for stream, axes in e.vectors.items()} for e in robots}
+        return SequenceBuilder(self.vocabulary, self.layout, cameras, axes)
+
+    def axes(self, embodiment: str | None, stream: str) -> Axes:
+        """The axes of a vector stream of a robot.
+
+        Raises: EpisodeError, TaskError when there is no such robot or stream.
+        """
+        found = self.embodiment(embodiment).vectors.get(stream)
+        if found is None:
+            raise TaskError(f"embodiment {embodiment!r} has no {stream}")
+        return found
 
     def embodiment(self, name: str | None) -> Embodiment:
         if name is None or name not in self.embodiments:
@@ -84,28 +135,31 @@ class Tokenizers:
             )
         return self.embodiments[name]
 
+    def encode_vector(
+        self, stream: str, embodiment: str | None, values: Any, *, what: str | None = None, where: str = "predict"
+    ) -> np.ndarray:
+        """Codes (steps, axes) of values in a robot's units. what, where: for messages.
+
+        Raises: EpisodeError naming the axis of a value that cannot be, TaskError when there is no such stream.
+        """
+        axes = self.axes(embodiment, stream)
+        checked = axes.check(np.asarray(values), what=what or stream, where=where)
+        return self[stream_row(stream).range].encode(checked, axes)
+
     def with_embodiments(self, embodiments: Sequence[Embodiment]) -> Tokenizers:
-        """The same tokenizers for other robots; those that are here should come first, in their order."""
+        """The same tokenizers for other robots; those that are here should come first, in their order.
+
+        A further stream of a new robot gets a range of its own.
+        """
+        layout, streams = self.layout, self.vocabulary.streams
         return Tokenizers(
-            text=self.text,
-            vision=self.vision,
-            action=self.action,
-            proprio=self.proprio,
-            progress=self.progress,
-            embodiments=embodiments,
-            merge=self.layout.merge,
+            self._tokenizers, embodiments=embodiments, merge=layout.merge, flat_slots=layout.flat, streams=streams
         )
 
     def fingerprints(self) -> dict[str, str]:
         """Of every part that token shards depend on; embodiments as `embodiment/<name>`."""
-        return {
-            "text": self.text.fingerprint,
-            "vision": self.vision.fingerprint,
-            "action": f"bins-{self.action.bins}",
-            "proprio": f"bins-{self.proprio.bins}",
-            "progress": f"bins-{self.progress.bins}",
-            **{f"embodiment/{e.name}": e.fingerprint for e in self.embodiments.values()},
-        }
+        robots = {f"embodiment/{e.name}": e.fingerprint for e in self.embodiments.values()}
+        return {name: tokenizer.fingerprint for name, tokenizer in self._tokenizers.items()} | robots
 
     def require_fingerprints(
         self, theirs: dict[str, str], *, what: str, fix: str = "tokenize again with `mmseq data tokenize`"
@@ -122,16 +176,14 @@ class Tokenizers:
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         (directory / "embodiments").mkdir(parents=True, exist_ok=True)
-        self.text.save(directory)
-        self.vision.save(directory)
         for embodiment in self.embodiments.values():
             embodiment.save(directory / "embodiments" / f"{embodiment.name}.json")
         settings = {
-            "format": 1,
-            "action_bins": self.action.bins,
-            "proprio_bins": self.proprio.bins,
-            "progress_bins": self.progress.bins,
+            "format": FORMAT,
+            "tokenizers": {name: {"kind": t.kind, **t.save(directory)} for name, t in self._tokenizers.items()},
             "merge": self.layout.merge,
+            "flat_slots": self.layout.flat,
+            "streams": self.vocabulary.streams,
             "embodiments": list(self.embodiments),
             "fingerprints": self.fingerprints(),
         }
@@ -146,23 +198,29 @@ class Tokenizers:
         directory = Path(directory)
         try:
             settings = json.loads((directory / FILE).read_text())
-            names, fingerprints = settings["embodiments"], settings["fingerprints"]
-            parts = {k: int(settings[k]) for k in ("action_bins", "proprio_bins", "progress_bins", "merge")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            names, fingerprints, merge = settings["embodiments"], settings["fingerprints"], int(settings["merge"])
+            parts = settings["tokenizers"] if settings["format"] == FORMAT else _first_format(settings)
+            kinds = {str(name): (tokenizer_class(part["kind"]), dict(part)) for name, part in parts.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{directory} holds no tokenizers ({FILE}: {error})", fix="train them with `mmseq tokenizer train`"
             ) from error
         bundle = cls(
-            text=TextTokenizer.load(directory),
-            vision=VisionTokenizer.load(directory, device=device),
-            action=BinTokenizer(parts["action_bins"]),
-            proprio=BinTokenizer(parts["proprio_bins"]),
-            progress=ScalarTokenizer(parts["progress_bins"]),
+            {name: kind.load(directory, part, device=device) for name, (kind, part) in kinds.items()},
             embodiments=[Embodiment.load(directory / "embodiments" / f"{name}.json") for name in names],
-            merge=parts["merge"],
+            merge=merge,
+            flat_slots=bool(settings.get("flat_slots", True)),
+            streams=[str(name) for name in settings.get("streams", ())],
         )
         bundle.require_fingerprints(fingerprints, what=f"{directory / FILE}")
         return bundle
+
+
+def _first_format(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tokenizers of a folder from before each had settings of its own."""
+    bins = {n: {"kind": "bins", "bins": int(settings[f"{n}_bins"])} for n in ("action", "proprio")}
+    progress = {"kind": "scalar", "bins": int(settings["progress_bins"])}
+    return {"text": {"kind": "text"}, "vision": {"kind": "fsq"}, **bins, "progress": progress}
 
 
 class EpisodeTokens:
@@ -174,58 +232,27 @@ class EpisodeTokens:
         self.tokenizers = tokenizers
         self.rate_hz = episode.rate_hz
         self.embodiment = episode.embodiment if episode.embodiment in tokenizers.embodiments else None
-        self._texts: dict[str, list[str]] = {"text": list(episode.texts), "plan": list(episode.plans)}
-        for stream in ("question", "answer"):
-            if stream in episode.metadata:
-                self._texts[stream] = [str(episode.metadata[stream])]
-        for stream, text in (texts or {}).items():
-            self._texts[stream] = [text]
+        self._texts = texts or {}
 
     def __len__(self) -> int:
         return len(self.episode)
 
+    def texts_of(self, stream: str, step: int) -> list[str]:
+        """The phrasings of a text stream at a step."""
+        return [self._texts[stream]] if stream in self._texts else self.episode.texts_of(stream, step)
+
     @property
     def streams(self) -> list[str]:
-        names = [name for name, texts in self._texts.items() if texts]
-        if self.episode.success is not False:  # a demonstration leads to its goal unless it says otherwise
-            names.append("progress")
-        if self.episode.success is not None:
-            names.append("success")
-        for name in self.episode.streams:
-            if name.startswith(IMAGE_PREFIX) or self._axes(name) is not None:
-                names.append(name)
-        return names
+        spans = {span.stream for span in self.episode.spans}
+        texts = {name: name in spans or self.texts_of(name, 0) for name in of_kind(TEXT)}
+        return episode_streams(self.episode, self.tokenizers, texts)
 
-    def _axes(self, stream: str):
-        if self.embodiment is None or stream not in ("action", "proprio"):
-            return None
-        return getattr(self.tokenizers.embodiments[self.embodiment], stream)
+    def axes(self, stream: str) -> Axes | None:
+        """The axes of a vector stream; None where its robot is unknown or has no such stream."""
+        return self.tokenizers.embodiments[self.embodiment].vectors.get(stream) if self.embodiment else None
 
-    def text(self, stream: str, variant: int) -> np.ndarray:
-        texts = self._texts.get(stream)
-        if not texts:
-            raise TaskError(f"episode {self.episode.id!r} has no {stream!r}", fix=f"pass {stream}=... to predict")
-        return self.tokenizers.text.encode(texts[variant % len(texts)])
+    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
+        return values_of(stream).encode(self, stream, start, stop, variant)
 
-    def vision(self, camera: str, start: int, stop: int) -> np.ndarray:
-        return self.tokenizers.vision.encode(self.episode[f"{IMAGE_PREFIX}{camera}"][start:stop])
-
-    def vector(self, stream: str, start: int, stop: int) -> np.ndarray:
-        axes = self._axes(stream)
-        if axes is None:
-            raise TaskError(
-                f"episode {self.episode.id!r} of embodiment {self.episode.embodiment!r} has no {stream!r} here"
-            )
-        where = f"episode {self.episode.id!r}"
-        values = axes.check(self.episode[stream][start:stop], what=stream, where=where)
-        return getattr(self.tokenizers, stream).encode(values, axes)
-
-    def scalar(self, stream: str, step: int) -> int:
-        return scalar_code(stream, step, len(self), self.episode.success, self.tokenizers.progress)
-
-
-def scalar_code(stream: str, step: int, length: int, success: bool | None, progress: ScalarTokenizer) -> int:
-    """The code of `progress` (the share of a successful episode that is over) or `success` (its end)."""
-    if stream == "progress":
-        return progress.encode(step / max(1, length - 1))
-    return int(bool(success) and step >= 0.9 * (length - 1))
+    def features(self, camera: str, start: int, stop: int) -> np.ndarray:
+        raise TaskError(f"these tokenizers have no encoder for camera {camera!r}")

@@ -7,19 +7,45 @@ bins. Tokens of a chunk are laid out in time order.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Self
+
 import numpy as np
 
 from mmseq.embodiment import Axes
 from mmseq.errors import ConfigError
 
 
-class BinTokenizer:
-    """`bins` values per axis. Works for any robot: the axes come with each call."""
+class _Bins:
+    """What tokenizers of evenly spaced values have in common: nothing but their number."""
 
-    def __init__(self, bins: int = 64):
+    def __init__(self, bins: int):
         if not 2 <= bins <= 65536:
             raise ConfigError(f"bins must be between 2 and 65536, got {bins}")
-        self.bins = bins
+        self.bins = self.size = bins
+
+    @property
+    def fingerprint(self) -> str:
+        return f"bins-{self.bins}"
+
+    def code_features(self) -> np.ndarray:
+        return value_features(self.bins)
+
+    def save(self, directory: str | Path) -> dict[str, Any]:
+        return {"bins": self.bins}
+
+    @classmethod
+    def load(cls, directory: str | Path, settings: dict[str, Any], *, device: Any = "cpu") -> Self:
+        return cls(int(settings["bins"]))
+
+
+class BinTokenizer(_Bins):
+    """`bins` values per axis. Works for any robot: the axes come with each call."""
+
+    kind, readout = "bins", "median"
+
+    def __init__(self, bins: int = 64):
+        super().__init__(bins)
 
     def encode(self, values: np.ndarray, axes: Axes) -> np.ndarray:
         """float (steps, axes) -> int64 codes (steps, axes); beyond low and high goes to the end bins."""
@@ -54,13 +80,13 @@ def _scale(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
     return low, np.where(span > 1e-8, span, 1.0)  # an axis that never moves keeps its one value
 
 
-class ScalarTokenizer:
-    """Values in 0..1 (progress) as `bins` uniform tokens."""
+class ScalarTokenizer(_Bins):
+    """Values in 0..1 (progress, or success as yes and no) as `bins` uniform tokens."""
+
+    kind, readout = "scalar", "mean"
 
     def __init__(self, bins: int = 32):
-        if bins < 2:
-            raise ConfigError(f"bins must be at least 2, got {bins}")
-        self.bins = bins
+        super().__init__(bins)
 
     def encode(self, value: float) -> int:
         return int(np.clip(round(value * (self.bins - 1)), 0, self.bins - 1))

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, UInt8
 
 PSNR_CAP_DB = 60.0  # of identical pictures, whose error is zero
 STRIP_SCALE = 2  # small frames are enlarged so that a person can see them
-STRIP_GAP = 4
+STRIP_GAP = 4  # between rows
 
 
-def psnr(real: UInt8[np.ndarray, "N H W 3"], other: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, " N"]:
-    """Per picture, 10 log10(255^2 / mean squared error) in dB: uint8 (N, H, W, 3) twice -> (N,)."""
-    error = (real.astype(np.float64) - other.astype(np.float64)) ** 2
-    mse = error.reshape(len(error), -1).mean(1)
+def psnr_db(mse: np.ndarray | float) -> Any:
+    """10 log10(255^2 / mean squared error) in dB, on the scale of 0 to 255, of one error or of many."""
     return 10 * np.log10(255.0**2 / np.maximum(mse, 255.0**2 / 10 ** (PSNR_CAP_DB / 10)))
 
 
-def strip(*rows: np.ndarray) -> np.ndarray:
-    """Rows of frames (N, H, W, 3) as one picture, enlarged, a white gap between rows."""
+def psnr(real: UInt8[np.ndarray, "N H W 3"], other: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, " N"]:
+    """Per picture, in dB: uint8 (N, H, W, 3) twice -> (N,)."""
+    error = (real.astype(np.float64) - other.astype(np.float64)) ** 2
+    return psnr_db(error.reshape(len(error), -1).mean(1))
+
+
+def strip(*rows: Any, scale: int = STRIP_SCALE, gap: int = 0) -> np.ndarray:
+    """Rows of frames (N, H, W, 3) as one picture, enlarged, white between rows; gap: and between frames."""
     lines: list[np.ndarray] = []
     for frames in rows:
-        line = np.concatenate(list(frames), axis=1).repeat(STRIP_SCALE, 0).repeat(STRIP_SCALE, 1)
+        apart = np.pad(np.asarray(frames), ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+        line = np.concatenate(list(apart), axis=1)[:, : -gap or None].repeat(scale, 0).repeat(scale, 1)
         if lines:
             lines.append(np.full((STRIP_GAP, line.shape[1], 3), 255, np.uint8))
         lines.append(line)

@@ -14,54 +14,37 @@ from mmseq.tokenization.vision import VisionConfig
 
 @dataclass(kw_only=True)
 class TokenizerSource:
-    """path: episode shards, LeRobot, HDF5 or videos. weight: share of the vision batches.
+    """Episodes to train tokenizers on."""
 
-    rate_hz: resample to this rate (datasets and videos only). map: which columns of a dataset fill which streams.
-    swap_colours: cameras whose red and blue are exchanged.
-    """
-
-    path: str = "???"
-    weight: float = 1.0
-    rate_hz: float | None = None
-    map: dict[str, Any] = field(default_factory=dict)
-    swap_colours: list[str] = field(default_factory=list)
+    path: str = "???"  # episode shards, LeRobot, HDF5 or videos
+    weight: float = 1.0  # share of the vision batches
+    rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
+    map: dict[str, Any] = field(default_factory=dict)  # which columns of a dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)
 class TextRecipe:
-    """kind: `sentencepiece`, trained on the texts and plans of the sources with at most `vocab_size`
-    pieces (or read from `path`); `huggingface`, the tokenizer.json at `path`."""
+    """Where the text tokenizer comes from."""
 
+    # `sentencepiece`, trained on the texts and plans of the sources; `huggingface`, the tokenizer.json at `path`
     kind: str = "sentencepiece"
-    path: str | None = None
-    vocab_size: int = 512
+    path: str | None = None  # a tokenizer to take as it is; needed for `huggingface`
+    vocab_size: int = 512  # pieces at most, of a trained one
 
 
-@dataclass(kw_only=True)
-class VisionRecipe:
-    """How the vision tokenizer is trained, then the fields of `VisionConfig`.
+@dataclass(frozen=True, kw_only=True)
+class VisionRecipe(VisionConfig):
+    """How the vision tokenizer is trained, beside what it is."""
 
-    path: a trained vision tokenizer to take as it is. frames_per_source: frames read of each source
-    and camera, evenly spaced. threads: of the CPU, default torch's.
-    """
-
-    path: str | None = None
-    steps: int = 400
-    batch_images: int = 32
-    max_seconds: float | None = None
-    threads: int | None = None
-    foreground: float = 1.0
-    frames_per_source: int = 20_000
-    device: str = "cpu"
-    size: int = VisionConfig.size
-    patch: int = VisionConfig.patch
-    margin: int = VisionConfig.margin
-    levels: list[int] = field(default_factory=lambda: list(VisionConfig.levels))
-    width: int = VisionConfig.width
-    hidden: int = VisionConfig.hidden
-    encoder_depth: int = VisionConfig.encoder_depth
-    decoder_depth: int = VisionConfig.decoder_depth
-    decoder_reach: int = VisionConfig.decoder_reach
+    path: str | None = None  # a trained vision tokenizer to take as it is
+    steps: int = 400  # training steps
+    batch_images: int = 32  # images per step
+    max_seconds: float | None = None  # stop there, with the steps so far; default: no limit
+    threads: int | None = None  # of the CPU; default: torch's choice
+    foreground: float = 1.0  # extra weight of a pixel per standard deviation from its mean; 0: all pixels alike
+    frames_per_source: int = 20_000  # frames read of each source and camera, evenly spaced
+    device: str = "cpu"  # cpu, cuda
 
     def config(self) -> VisionConfig:
         return VisionConfig(**{f.name: getattr(self, f.name) for f in fields(VisionConfig)})
@@ -69,22 +52,19 @@ class VisionRecipe:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """All tokenizers of a model. out: their folder. holdout: share of each source's episodes that is
-    kept for measuring; a mix with the same source names and holdout keeps the same ones.
+    """All tokenizers of a model."""
 
-    Bins per axis of `action` and `proprio`, and of `progress`. merge: given vision joins merge x merge
-    tokens into one position.
-    """
-
-    out: str = "???"
-    seed: int = 0
-    sources: dict[str, TokenizerSource] = field(default_factory=dict)
+    out: str = "???"  # their folder
+    seed: int = 0  # of training
+    sources: dict[str, TokenizerSource] = field(default_factory=dict)  # by name
     text: TextRecipe = field(default_factory=TextRecipe)
     vision: VisionRecipe = field(default_factory=VisionRecipe)
-    action_bins: int = 64
-    proprio_bins: int = 128
-    progress_bins: int = 32
-    merge: int = 2
+    action_bins: int = 64  # per axis of an action
+    proprio_bins: int = 128  # per axis of the robot's state
+    progress_bins: int = 32  # of progress, 0 to 1
+    merge: int = 2  # given vision joins merge x merge tokens into one position
+    # share of each source's episodes kept for measuring; a mix with the same source names and holdout keeps the same
+    # ones
     holdout: float = 0.1
 
     def check(self) -> None:

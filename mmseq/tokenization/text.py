@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ HF_FILE = "text.tokenizer.json"
 
 class TextTokenizer:
     """`encode(str) -> int64 (n,)` with the end token last; `decode` is its inverse."""
+
+    kind, readout = "text", "likeliest"
 
     def __init__(self, data: bytes, *, huggingface: bool = False):
         self.data = data
@@ -99,11 +102,15 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.data).hexdigest()[:16]
 
-    def save(self, directory: str | Path) -> None:
+    def code_features(self) -> None:
+        return None
+
+    def save(self, directory: str | Path) -> dict[str, Any]:
         Path(directory, HF_FILE if self.huggingface else MODEL_FILE).write_bytes(self.data)
+        return {}
 
     @classmethod
-    def load(cls, path: str | Path) -> TextTokenizer:
+    def load(cls, path: str | Path, settings: Any = None, *, device: Any = "cpu") -> TextTokenizer:
         """From a directory that `save` wrote, a SentencePiece `.model` or a `tokenizer.json`."""
         path = Path(path)
         if path.is_dir():

@@ -20,16 +20,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Integer, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, MMSeqError, did_you_mean
+from mmseq.files import save_tensors
 
 WEIGHTS_FILE = "vision.safetensors"
 CONFIG_FILE = "vision.json"
@@ -39,23 +41,17 @@ CHUNK_IMAGES = 64  # images per forward pass: small enough to stay near the cach
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision tokenizer.
+    """A vision tokenizer."""
 
-    size, patch: pixels along one side of the image and of the square that a token stands for.
-    margin: pixels around its patch that a token also sees. levels: values per number of a code;
-    their product is the size of the codebook. width, hidden: of the residual layers.
-    decoder_reach: a patch is drawn from the tokens up to this many places away.
-    """
-
-    size: int = 64
-    patch: int = 8
-    margin: int = 2
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 192
-    hidden: int = 512
-    encoder_depth: int = 1
-    decoder_depth: int = 3
-    decoder_reach: int = 2
+    size: int = 64  # pixels along one side of an image
+    patch: int = 8  # pixels along one side of the square that a token stands for
+    margin: int = 2  # pixels around its patch that a token also sees
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # values per number of a code; their product is the size of the codebook
+    width: int = 192  # of the residual layers
+    hidden: int = 512  # width inside each residual layer
+    encoder_depth: int = 1  # residual layers before the code
+    decoder_depth: int = 3  # residual layers after it
+    decoder_reach: int = 2  # a patch is drawn from the tokens up to this many places away
 
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -222,6 +218,8 @@ class VisionTokenizer:
     between two levels can differ.
     """
 
+    kind, readout = "fsq", "likeliest"
+
     def __init__(self, config: VisionConfig, network: FSQAutoencoder, *, device: str | torch.device = "cpu"):
         self.config = config
         self.device = torch.device(device)
@@ -237,15 +235,19 @@ class VisionTokenizer:
         return self.config.side**2
 
     @property
-    def codebook_size(self) -> int:
+    def size(self) -> int:
         return self.config.codebook_size
+
+    def fit(self, frames: np.ndarray) -> UInt8[np.ndarray, "N size size 3"]:
+        """Frames of any size as this tokenizer sees and draws them. Raises: EpisodeError (`fit_frames`)."""
+        return fit_frames(frames, self.config.size)
 
     def encode(self, frames: np.ndarray) -> Int32[np.ndarray, "N T"]:
         """uint8 RGB frames (N, H, W, 3) of any size (see `fit_frames`) to codes, row by row of the grid.
 
         Raises: EpisodeError when frames are not uint8 (N, H, W, 3).
         """
-        frames = fit_frames(frames, self.config.size)
+        frames = self.fit(frames)
         codes = np.empty((len(frames), self.tokens_per_frame), np.int32)
         with _exact(self.device):
             for part in _chunks(len(frames)):
@@ -267,12 +269,11 @@ class VisionTokenizer:
                 f"vision codes have shape {codes.shape}, not (frames, {self.tokens_per_frame})",
                 fix=f"one frame is {self.grid[0]} x {self.grid[1]} tokens in one row",
             )
-        bad = (codes < 0) | (codes >= self.codebook_size)
+        bad = (codes < 0) | (codes >= self.size)
         if bad.any():
             frame, token = np.argwhere(bad)[0]
             raise DataError(
-                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside "
-                f"0..{self.codebook_size - 1}",
+                f"vision code {codes[frame, token]} (frame {frame}, token {token}) is outside 0..{self.size - 1}",
                 fix="subtract the start of the vision range from vocabulary ids first",
             )
         frames = np.empty((len(codes), self.config.size, self.config.size, 3), np.uint8)
@@ -293,21 +294,24 @@ class VisionTokenizer:
 
         Rows of unit length; codes that differ in one coordinate share most of them.
         """
-        coordinates = self._network.from_index(torch.arange(self.codebook_size, device=self.device))
+        coordinates = self._network.from_index(torch.arange(self.size, device=self.device))
         digits = self._network.digits(coordinates).long()
         values = [0.5 * F.one_hot(digits[:, i], n) for i, n in enumerate(self.config.levels)]
         return F.normalize(torch.cat([coordinates, *values], 1), dim=1).cpu().numpy()
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path) -> dict[str, Any]:
         """Writes `vision.safetensors` and `vision.json`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self._weights(), directory / WEIGHTS_FILE)
+        save_tensors(self._weights(), directory / WEIGHTS_FILE)
         settings = {"format": FORMAT, "kind": "fsq", "fingerprint": self.fingerprint, "config": asdict(self.config)}
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        return {}
 
     @classmethod
-    def load(cls, directory: str | Path, *, device: str | torch.device = "cpu") -> VisionTokenizer:
+    def load(
+        cls, directory: str | Path, settings: Any = None, *, device: str | torch.device = "cpu"
+    ) -> VisionTokenizer:
         """Raises: CheckpointError naming the file that is absent, damaged or does not fit the other."""
         config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
         train = "train one with `mmseq tokenizer train`, or copy the folder again"
@@ -346,9 +350,13 @@ class VisionTokenizer:
             )
         return tokenizer
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hex digits of the settings and every weight."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, weight in sorted(self._weights().items()):
             digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Trains and measures a vision tokenizer: frames in, `VisionTokenizer` out.
+"""Trains a vision tokenizer: frames in, `VisionTokenizer` out.
 
 Every matrix inside the network is trained with Muon, the rest with AdamW. Sources (robot, human
 video, ...) share each batch by weight, whatever their sizes. A pixel counts more the further it is
@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mmseq.errors import ConfigError, DataError, DependencyError
+from mmseq.tokenization.pictures import psnr_db
 from mmseq.tokenization.vision import FSQAutoencoder, VisionConfig, VisionTokenizer, fit_frames, to_signed
 
 WARM_UP_STEPS = 30
@@ -27,7 +28,6 @@ MUON_RATE = 0.04
 ADAMW_RATE = 4e-3
 DEVIATIONS = 6.0  # standard deviations from the mean of its place from which on a pixel's extra weight grows no further
 DEVIATION_FLOOR = 0.05  # of [-1, 1], added to the standard deviation: noise on a static place is no foreground
-FOREGROUND_SEEN = 20  # of 255: evaluation counts a pixel this far from its source's median image as foreground
 SURVEY_FRAMES = 512  # per source, to estimate a mean or median image
 
 Frames = np.ndarray  # uint8 (N, H, W, 3), checked by `fit_frames`
@@ -60,7 +60,7 @@ def train_vision(
     DependencyError when torch is older than 2.9.
     """
     config = config or VisionConfig()
-    sources = _sources(frames, config.size)
+    sources = fitted_sources(frames, config.size)
     shares = _shares(weights, list(sources))
     if not (math.isfinite(foreground) and foreground >= 0):
         raise ConfigError(f"foreground={foreground}", fix="give a number of at least 0")
@@ -96,45 +96,10 @@ def train_vision(
                 raise ConfigError(f"vision training diverged at step {step}", fix="train with a larger batch_images")
             late = max_seconds is not None and time.monotonic() - started >= max_seconds
             if on_progress is not None:
-                on_progress(step + 1, steps, _psnr(mse * 127.5**2))
+                on_progress(step + 1, steps, float(psnr_db(mse * 127.5**2)))
             if late:
                 break
     return VisionTokenizer(config, network, device=device)
-
-
-def evaluate_vision(tokenizer: VisionTokenizer, sources: Mapping[str, Frames]) -> dict:
-    """Measures a tokenizer on held-out frames of each source.
-
-    Returns: `psnr` (dB, over all pixels of a source), `psnr_image` (mean over its images),
-    `psnr_foreground` (over pixels that differ from the source's median image; None without any),
-    each by source; `codes_used` (share of the codebook), `codes_perplexity`, `tokens_per_frame`,
-    `images_per_s` (encoding, with the threads torch has now).
-    Raises: DataError without frames.
-    """
-    fitted = _sources(sources, tokenizer.config.size)
-    tokenizer.encode(next(iter(fitted.values()))[:1])
-    by_source: dict[str, dict[str, float | None]] = {"psnr": {}, "psnr_image": {}, "psnr_foreground": {}}
-    counts = np.zeros(tokenizer.codebook_size, np.int64)
-    seconds, images = 0.0, 0
-    for name, frames in fitted.items():
-        started = time.perf_counter()
-        codes = tokenizer.encode(frames)
-        seconds += time.perf_counter() - started
-        images += len(frames)
-        counts += np.bincount(codes.ravel(), minlength=len(counts))
-        error = np.square(tokenizer.decode(codes).astype(np.float32) - frames)
-        moves = np.abs(frames.astype(np.int16) - np.median(_survey(frames), axis=0)).max(-1) >= FOREGROUND_SEEN
-        by_source["psnr"][name] = _psnr(float(error.mean(dtype=np.float64)))
-        by_source["psnr_image"][name] = float(np.mean([_psnr(float(e)) for e in error.mean((1, 2, 3))]))
-        by_source["psnr_foreground"][name] = _psnr(float(error[moves].mean())) if moves.any() else None
-    p = counts[counts > 0] / counts.sum()
-    return {
-        **by_source,
-        "codes_used": float((counts > 0).mean()),
-        "codes_perplexity": float(np.exp(-(p * np.log(p)).sum())),
-        "tokens_per_frame": tokenizer.tokens_per_frame,
-        "images_per_s": images / seconds,
-    }
 
 
 class _Source:
@@ -142,11 +107,11 @@ class _Source:
 
     def __init__(self, frames: UInt8[np.ndarray, "N size size 3"], device: str, foreground: float | int):
         self.frames, self.device, self.foreground = frames, device, foreground
-        survey = to_signed(torch.from_numpy(_survey(frames)).to(device))
-        self.mean = survey.mean(0)
-        self.deviation = (survey - self.mean).square().mean((0, -1)).sqrt()[..., None] + DEVIATION_FLOOR
+        seen = to_signed(torch.from_numpy(survey(frames)).to(device))
+        self.mean = seen.mean(0)
+        self.deviation = (seen - self.mean).square().mean((0, -1)).sqrt()[..., None] + DEVIATION_FLOOR
         self.scale = 1.0
-        self.scale = 1 / float(self.weight(survey).mean())
+        self.scale = 1 / float(self.weight(seen).mean())
 
     def weight(self, x: Float[Tensor, "N size size 3"]) -> Float[Tensor, "N size size 3"]:
         """The weight of each pixel, one on average."""
@@ -162,7 +127,7 @@ def _batch(sources: list[_Source], counts: np.ndarray, rng: np.random.Generator)
     return torch.cat([x for _, x in drawn]), torch.cat([s.weight(x) for s, x in drawn])
 
 
-def _sources(frames: Frames | Sequence[Frames] | Mapping[str, Frames], size: int) -> dict[str, np.ndarray]:
+def fitted_sources(frames: Frames | Sequence[Frames] | Mapping[str, Frames], size: int) -> dict[str, np.ndarray]:
     if isinstance(frames, np.ndarray):
         frames = [frames]
     named = dict(frames) if isinstance(frames, Mapping) else {f"source {i}": f for i, f in enumerate(frames)}
@@ -182,7 +147,7 @@ def _shares(weights: Sequence[float | int] | None, names: list[str]) -> np.ndarr
     return shares / shares.sum()
 
 
-def _survey(frames: np.ndarray) -> np.ndarray:
+def survey(frames: np.ndarray) -> np.ndarray:
     """At most `SURVEY_FRAMES` frames, evenly spaced."""
     return frames[np.unique(np.linspace(0, len(frames) - 1, min(len(frames), SURVEY_FRAMES)).astype(int))]
 
@@ -226,8 +191,3 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _psnr(mse: float) -> float:
-    """dB, of a mean squared error on the scale of 0 to 255; at most 100, so that averages stay finite."""
-    return min(100.0, 10 * math.log10(255**2 / max(mse, 1e-12)))

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmseq.data.mixture import DataState
 from mmseq.data.shards import replace_folder
 from mmseq.errors import CheckpointError
+from mmseq.files import save_tensors
 from mmseq.training.distributed import agree
 from mmseq.training.fragments import WEIGHT, Fragment, base_optimizer, create_states, local_fragments, refresh_weights
 from mmseq.training.optimizer import AVERAGE
@@ -210,7 +210,7 @@ def _write_fragments(path: Path, fragments: list[Fragment]) -> None:
         starts[f.name] = f.start
         for key, view in f.tensors.items():
             tensors[f"{f.name}|{key}"] = view.detach().to("cpu", torch.float32).contiguous()
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    save_tensors(tensors, path, {"starts": json.dumps(starts)})
     _sync(path)
 
 

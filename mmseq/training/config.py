@@ -9,116 +9,97 @@ from typing import Any
 
 from mmseq.errors import ConfigError, did_you_mean, raise_all
 from mmseq.model.transformer import ModelConfig
-from mmseq.sequence import RANGES
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """mix: a mix file. tokens: the folder `mmseq data tokenize` wrote from it. tokenizers: theirs.
+    """What a run trains on, and in which portions."""
 
-    row_tokens: length of a packed row. rows_per_step: rows of one optimiser step over all ranks;
-    the global batch does not depend on the number of ranks. rows_per_pass: rows that one rank puts
-    through the model at once. prefetch: steps built ahead. workers: processes of each rank that build
-    sequences; 0 builds them on a thread. max_bad_samples: how many samples of the whole run may be
-    unreadable, each logged and left out, before the run stops.
-    """
-
-    mix: str = "???"
-    tokens: str = "???"
-    tokenizers: str = "???"
-    row_tokens: int = 2048
+    mix: str = "???"  # a mix file
+    tokens: str = "???"  # the folder that `mmseq data tokenize` wrote from it
+    tokenizers: str = "???"  # the folder of the tokenizers that wrote them
+    row_tokens: int = 2048  # length of a packed row
+    # rows of one optimiser step over all ranks; the global batch does not depend on the number of ranks
     rows_per_step: int = 8
-    rows_per_pass: int = 4
-    prefetch: int = 2
-    workers: int = 0
+    rows_per_pass: int = 4  # rows that one rank puts through the model at once
+    prefetch: int = 2  # steps built ahead
+    workers: int = 0  # processes of each rank that build sequences; 0 builds them on a thread
+    # so many samples of the whole run may be unreadable, each logged and left out, before the run stops
     max_bad_samples: int = 0
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """Linear warm-up, then a cosine to `final_share` of the peak learning rates.
+    """Linear warm-up, then a cosine to `final_share` of the peak learning rates."""
 
-    kind: `adamw`, or `muon` for the matrices inside the layers (with AdamW for the rest).
-    average_decay: keep an exponential moving average of the weights, which the finished model then has; 0 none.
-    """
-
-    kind: str = "adamw"
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    warmup_steps: int = 50
-    final_share: float = 0.05
-    gradient_clip: float = 1.0
+    kind: str = "adamw"  # `adamw`, or `muon` for the matrices inside the layers (with AdamW for the rest)
+    learning_rate: float = 1e-3  # peak of AdamW
+    muon_learning_rate: float = 0.02  # peak of Muon
+    beta1: float = 0.9  # AdamW's mean of gradients keeps this share of itself at a step
+    beta2: float = 0.95  # and its mean of squared gradients this
+    eps: float = 1e-8  # AdamW's, beside the root of the mean square
+    weight_decay: float = 0.05  # of matrices: of every one with `adamw`, of those inside the layers with `muon`
+    warmup_steps: int = 50  # steps of the linear warm-up; at most a tenth of the run
+    final_share: float = 0.05  # of the peak learning rate, at the last step
+    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
+    # decay of a moving average of the weights, which the finished model then has; 0 keeps none
     average_decay: float = 0.0
 
 
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
-    """zero_stage 0 to 3. dtype: fp32, or bf16 with fp32 master weights (autocast at stage 0, DeepSpeed's
-    bf16 optimizer above). settings: a DeepSpeed JSON that is merged over what the recipe gives.
-    sequence_parallel: so many consecutive ranks share each line of tokens (Ulysses), for long video."""
+    """What DeepSpeed does."""
 
-    zero_stage: int = 1
+    zero_stage: int = 1  # 0 to 3: what is split over the ranks
+    # `fp32`, or `bf16` with fp32 master weights (autocast at stage 0, DeepSpeed's bf16 optimizer above)
     dtype: str = "bf16"
-    settings: str | None = None
-    sequence_parallel: int = 1
+    settings: str | None = None  # a DeepSpeed JSON that is merged over what the recipe gives
+    sequence_parallel: int = 1  # so many consecutive ranks share each line of tokens (Ulysses), for long video
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """rank: of the adapters beside the matrices of the layers; 0 trains every weight. alpha: what they learn is
-    scaled by alpha / rank; 0 is the rank."""
+    """Adapters beside the matrices of the layers."""
 
-    rank: int = 0
-    alpha: float = 0.0
+    rank: int = 0  # of the adapters; 0 trains every weight
+    alpha: float = 0.0  # what they learn is scaled by alpha / rank; 0 is the rank
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """A training run. out: its folder.
+    """A training run. A step whose loss or gradient is not finite changes nothing."""
 
-    init_from: a local directory to start from, a language model of Hugging Face or a checkpoint of ours, which
-    decides the shape of the model.
-    max_minutes: after the first steps the run measures its speed and shortens `steps` to fit; 0 is
-    no limit. stop_after: save and end after this step, to go on later with the same settings; 0 is never.
-    range_weights: loss weight of tokens by range (`vision: 0.3`), 1 where absent.
-
-    A step whose loss or gradient is not finite changes nothing; so does, with `skip_spikes`, one whose loss
-    lies 6 standard deviations above the mean of the last 128. max_skipped_in_a_row: more than these stop the run.
-    keep_checkpoints: the newest; those at multiples of `milestone_every` steps stay besides (0: none).
-    compile: torch.compile what lies between attentions; may change when a run goes on.
-    loggers: besides metrics.jsonl: tensorboard, wandb, trackio. peak_tflops: of one rank, for MFU; 0 looks it up.
-    """
-
-    name: str = "run"
-    out: str = "???"
-    seed: int = 0
-    steps: int = 1000
+    name: str = "run"  # how loggers call the run
+    out: str = "???"  # the run's folder
+    seed: int = 0  # of the data order and of fresh weights
+    steps: int = 1000  # optimiser steps
+    # after the first steps the run measures its speed and shortens `steps` to fit; 0 is no limit
     max_minutes: float = 0.0
-    stop_after: int = 0
+    stop_after: int = 0  # save and end after this step, to go on later with the same settings; 0 is never
+    # a local directory to start from, a language model of Hugging Face or a checkpoint of ours, which decides the shape
+    # of the model
     init_from: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    # loss weight of tokens by range (`vision: 0.3`), 1 where absent
     range_weights: dict[str, float] = field(default_factory=dict)
-    log_every: int = 10
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    milestone_every: int = 0
+    log_every: int = 10  # steps between lines of the log
+    save_every: int = 500  # steps between checkpoints to go on from
+    keep_checkpoints: int = 2  # the newest that stay
+    milestone_every: int = 0  # those at multiples of so many steps stay besides; 0: none
+    # a step whose loss lies 6 standard deviations above the mean of the last 128 changes nothing either
     skip_spikes: bool = False
-    compile: bool = False
-    max_skipped_in_a_row: int = 10
-    loggers: list[str] = field(default_factory=list)
-    peak_tflops: float = 0.0
-    validate_every: int = 0
-    validation_samples: int = 32
+    compile: bool = False  # torch.compile what lies between attentions; may change when a run goes on
+    max_skipped_in_a_row: int = 10  # more steps than these that changed nothing stop the run
+    loggers: list[str] = field(default_factory=list)  # besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`
+    peak_tflops: float = 0.0  # of one rank, for MFU; 0 looks it up
+    validate_every: int = 0  # steps between validations on held-out episodes; 0 is never
+    validation_samples: int = 32  # held-out samples of each task
 
     def check(self, world_size: int) -> None:
         """Raises: ConfigError naming every field that cannot work."""
@@ -166,11 +147,7 @@ class TrainConfig:
         for name, most in (("row_tokens", 1 << 24), ("prefetch", 1024), ("workers", 1024)):
             if getattr(self.data, name) > most:
                 yield ConfigError(f"data.{name} is {getattr(self.data, name)}", fix=f"use at most {most}")
-        if self.range_weights and not any(self.range_weights.get(r, 1.0) for r in RANGES):
-            yield ConfigError("range_weights are 0 for every range, so nothing would be learned")
         for name, weight in self.range_weights.items():
-            if name not in RANGES:
-                yield ConfigError(f"range_weights names an unknown range {name!r}: {did_you_mean(name, RANGES)}")
             if not (math.isfinite(weight) and weight >= 0):
                 yield ConfigError(f"range_weights.{name} must not be negative, got {weight}")
 

@@ -18,6 +18,7 @@ from mmseq.errors import ConfigError, MMSeqError, did_you_mean, raise_all
 from mmseq.model.attention import BACKENDS
 from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
+from mmseq.sequence import Layout
 from mmseq.training.checkpoint import complete_checkpoints, require_same
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import deepspeed_settings
@@ -120,14 +121,14 @@ def recipe_model(config: TrainConfig) -> ModelConfig:
     shape = model_shape(config)
     if (Path(config.data.tokenizers) / FILE).is_file():
         tokenizers = Tokenizers.load(config.data.tokenizers)
-        model = shape.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+        model = shape.for_tokenizers(tokenizers)
     elif not shape.vocabulary:
         raise ConfigError(
             f"there are no tokenizers at data.tokenizers={config.data.tokenizers}, so the vocabulary is unknown",
             fix="train them, or pass model.vocabulary=65536",
         )
     else:
-        model = replace(shape, merge=shape.merge or 2)
+        model = replace(shape, merge=shape.merge or 2, slots=shape.slots or Layout((8, 8)).slot_rows)
     model.check()
     if config.init_from is not None:
         raise_all(replace(config, model=model).sharing_of_heads())
@@ -203,7 +204,7 @@ def _data_problems(config: TrainConfig, notes: list[str]) -> Iterator[MMSeqError
     elif tokenizers is not None:
         try:
             mixture = open_mixture(config, mix, tokenizers)
-            if config.validate_every and not mixture.held_out().streams:
+            if config.validate_every and not mixture.held_out().moments:
                 notes.append("validate_every does nothing: the mix holds no episode out (holdout)")
             if found := complete_checkpoints(Path(config.out) / "checkpoints"):
                 state = require_same(found[-1], identity_of(config, recipe_model(config), mixture))

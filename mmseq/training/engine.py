@@ -31,11 +31,11 @@ def deepspeed_settings(config: TrainConfig, world: int) -> dict[str, Any]:
     Raises: ConfigError when the file is no JSON object, or contradicts the recipe.
     """
     rows = max(1, config.data.rows_per_step // config.groups(world))
-    passes = max(1, rows // min(config.data.rows_per_pass, rows))
+    portions = max(1, rows // min(config.data.rows_per_pass, rows))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": passes,
-        "train_batch_size": passes * world,
+        "gradient_accumulation_steps": portions,
+        "train_batch_size": portions * world,
         # at stage 0 the loop clips, after it has seen that the gradients are finite
         "gradient_clipping": config.optimizer.gradient_clip if config.deepspeed.zero_stage else 0.0,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
@@ -115,7 +115,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, *, teacher_forced: bool = False) -> tuple[Any, ...]:
         if teacher_forced:
             return self._teacher_forced(batch)
-        loss = torch.zeros((), device=batch.ids.device)
+        loss = torch.zeros((), device=batch.input.ids.device)
         sums = self._sums(batch)
         with self._precision(batch):
             groups = self.model.losses(batch)
@@ -133,10 +133,10 @@ class Objective(nn.Module):
         return sums[0, -1], sums, {name: (nats, codes) for name, (nats, codes, _) in groups.items()}
 
     def _precision(self, batch: Batch) -> Any:
-        return torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(batch.input.ids.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _sums(self, batch: Batch) -> Tensor:
-        return torch.zeros(2, self.tasks + 1, device=batch.ids.device, dtype=torch.float64)
+        return torch.zeros(2, self.tasks + 1, device=batch.input.ids.device, dtype=torch.float64)
 
     def _add(self, sums: Tensor, name: str, nats: Tensor, task: Tensor) -> None:
         nats = nats.double()

@@ -40,6 +40,7 @@ from mmseq.data.importing import (
 )
 from mmseq.data.mapping import Streams
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
@@ -59,34 +60,26 @@ type Notes = list[dict[str, Any]]  # what an index of shards says of each episod
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """checkpoint: to start from. dataset: LeRobot of the new robot. out: the folder of it all.
+    """What `mmseq finetune` is told."""
 
-    map: which columns of the dataset fill which streams. swap_colours: cameras whose red and blue are exchanged.
-    skip_bad: leave out so many episodes that are bad.
-    embodiment: the answers to what the dataset does not say. rate_hz: resample to this rate. tasks: arrows to
-    train instead of the checkpoint's. keep: the share of samples that rehearse what the checkpoint knows;
-    tokens: where its token shards are, default: where they were. hours: the limit; steps: another limit.
-    settings: `key=value` of the training recipe. ranks: that will train, which must be able to share the rows.
-    """
-
-    checkpoint: str
-    dataset: str
-    out: str = "runs/finetune"
-    map: Streams = field(default_factory=dict)
-    swap_colours: list[str] = field(default_factory=list)
-    skip_bad: int = 0
-    embodiment: str | None = None
-    rate_hz: float | None = None
-    tasks: list[str] = field(default_factory=list)
-    lora: bool = False
-    lora_rank: int = 16
-    hours: float = 2.0
-    steps: int = 20_000
-    keep: float = 0.2
-    tokens: str | None = None
-    seed: int = 0
-    settings: list[str] = field(default_factory=list)
-    ranks: int = 1
+    checkpoint: str  # to start from
+    dataset: str  # LeRobot of the new robot, or HDF5 files
+    out: str = "runs/finetune"  # the folder of it all
+    map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
+    skip_bad: int = 0  # leave out up to so many episodes that cannot be read
+    embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
+    rate_hz: float | None = None  # steps per second; default: the dataset's
+    tasks: list[str] = field(default_factory=list)  # arrows to train instead of the checkpoint's
+    lora: bool = False  # train adapters instead of every weight
+    lora_rank: int = 16  # of the adapters
+    hours: float = 2.0  # at most
+    steps: int = 20_000  # at most
+    keep: float = 0.2  # share of the samples that rehearse what the checkpoint knows
+    tokens: str | None = None  # the checkpoint's own token shards; default: where they were
+    seed: int = 0  # of the data order and of fresh weights
+    settings: list[str] = field(default_factory=list)  # `key=value` of the training recipe
+    ranks: int = 1  # processes on this machine, which share the rows; default: one per GPU
 
     def check(self) -> None:
         if not 0 < self.hours <= 24 * 365:
@@ -324,7 +317,7 @@ def _new_tasks(
     if not any("action" in _predicted(a) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
     longest = max(note["length"] for note in notes)
-    streams = _streams(notes)
+    streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
         arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
@@ -356,16 +349,6 @@ def _without(arrow: str, streams: list[str]) -> str:
 
 def _predicted(arrow: str) -> str:
     return arrow.rpartition("->")[2]
-
-
-def _streams(notes: Notes) -> list[str]:
-    """Every stream that some episode has."""
-    found: set[str] = set()
-    for note in notes:
-        found |= {*note["streams"], *note.get("spans", ())}
-        found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
-        found |= {"progress"} if note["success"] is not False else set()
-    return sorted(found)
 
 
 def _rehearsed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -43,4 +44,6 @@ def write_model(
     model.save_pretrained(partial)
     save_mix(mix, partial / "mix.yaml")
     (partial / "train.yaml").write_text(to_yaml(config))
+    if (code := directory.parent / "code.json").is_file():
+        shutil.copy(code, partial)
     replace_folder(partial, directory)

@@ -49,7 +49,7 @@ def training_flops(batch: Batch, config: ModelConfig, vocabulary: Vocabulary) ->
         2 * layer_parameters(config) * batch.used_tokens
         + 2 * config.heads * config.head_size * sum(n * n for n in lengths)
     )
-    merged = 2 * batch.patch_ids.numel() * config.width**2 if config.merge > 1 else 0
+    merged = 2 * batch.input.patch_ids.numel() * config.width**2 if config.merge > 1 else 0
     outputs = sum(2 * len(at) * vocabulary.ranges[r].size * config.width for r, (at, _, _) in batch.targets.items())
     return 3.0 * (layers + merged + outputs)
 

@@ -29,12 +29,12 @@ from mmseq.training.signals import ASKED
 
 @dataclass
 class StepData:
-    """passes: the batches of this rank. state: of the data after this step. samples: of all ranks.
+    """batches: of this rank, one a pass through the model. state: of the data after this step. samples: of all ranks.
 
     bad: samples of this rank that could not be read, with the reason.
     """
 
-    passes: list[Batch]
+    batches: list[Batch]
     state: DataState
     samples: list[Sample]
     used_tokens: int
@@ -62,7 +62,7 @@ def build_batch(mixture: Mixture, rows: list[list[Sample]]) -> _Built:
                 bad.append((sample, str(error)))
     vocabulary = mixture.tokenizers.vocabulary
     if not sequences:  # every sample of the pass is bad: the rank still takes part in the step
-        sequences, tasks = [void_sequence(vocabulary, mixture.tokenizers.layout)], [0]
+        sequences, tasks = [void_sequence(mixture.builder)], [0]
     return _Built(collate(sequences, vocabulary, tasks=tasks, pad_to=mixture.row_tokens * len(rows)), bad)
 
 
@@ -85,8 +85,8 @@ def steps(
     def prepare() -> tuple[list[list[Sample]], DataState, list[Future[Any]]]:
         rows = order.take(rows_per_step)
         mine = rows[rank::world]
-        passes = [mine[i : i + rows_per_pass] for i in range(0, len(mine), rows_per_pass)]
-        return rows, order.state, [pool.submit(build, p) for p in passes]
+        portions = [mine[i : i + rows_per_pass] for i in range(0, len(mine), rows_per_pass)]
+        return rows, order.state, [pool.submit(build, p) for p in portions]
 
     def finish(prepared: Future[tuple[list[list[Sample]], DataState, list[Future[Any]]]]) -> StepData:
         rows, after, futures = prepared.result()

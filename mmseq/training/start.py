@@ -12,12 +12,13 @@ import torch
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, Mixture
-from mmseq.errors import CheckpointError, ConfigError, MMSeqError
+from mmseq.errors import CheckpointError, ConfigError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
 from mmseq.model.families import read_config
 from mmseq.model.language_model import from_language_model, read_json, require_language_model
 from mmseq.model.sequence_model import CONFIG_FILE, TOKENIZERS_FOLDER, SequenceModel
 from mmseq.model.weights import StoredWeights
+from mmseq.sequence import Layout
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import agree
@@ -30,9 +31,14 @@ HOW = ("attention", "activation_checkpointing")  # of the model's settings: may 
 def open_mixture(config: TrainConfig, mix: MixConfig, tokenizers: Tokenizers) -> Mixture:
     """The data of a run. Raises: ConfigError, DataError, FingerprintError when it is not there, is of other
     tokenizers, or has a sequence that no row can hold."""
-    data = config.data
+    data, ranges = config.data, tokenizers.vocabulary.ranges
+    for name in config.range_weights:
+        if name not in ranges:
+            raise ConfigError(f"range_weights names an unknown range {name!r}: {did_you_mean(name, ranges)}")
+    if not any(config.range_weights.get(name, 1.0) for name in ranges):
+        raise ConfigError("range_weights are 0 for every range, so nothing would be learned")
     mixture = Mixture(mix, data.tokens, tokenizers, row_tokens=data.row_tokens, seed=config.seed)
-    longest = max((stream.longest() for stream in mixture.streams), key=lambda sample: sample.length)
+    longest = max((moments.longest() for moments in mixture.moments), key=lambda sample: sample.length)
     if longest.length > data.row_tokens:
         raise ConfigError(
             f"{mixture.provenance(longest)} has {longest.length} tokens, more than any other and than "
@@ -105,7 +111,7 @@ def model_of_rank(config: TrainConfig, tokenizers: Tokenizers, rank: int) -> Seq
 
 
 def _unwritten(config: TrainConfig, tokenizers: Tokenizers) -> SequenceModel:
-    shape = model_shape(config).for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+    shape = model_shape(config).for_tokenizers(tokenizers)
     with torch.device("meta"):
         model = SequenceModel(shape, tokenizers.vocabulary, tokenizers)
     model.to_empty(device="cpu")
@@ -143,19 +149,15 @@ def _is_ours(directory: Path) -> bool:
 def from_checkpoint(directory: Path, recipe: ModelConfig, tokenizers: Tokenizers) -> SequenceModel:
     """A checkpoint of ours under other embodiments: those that it knows keep their tokens, new ones get spare ones.
 
+    Ranges that it lacks are gained: their rows are drawn like those that it has.
     Raises: FingerprintError when a tokenizer or a known embodiment is another.
     """
     old = SequenceModel.from_pretrained(directory, dtype=torch.float32)
     assert old.tokenizers is not None
-    config = recipe.adopt(old.config, CHECKPOINT_FIELDS, where=str(directory))
-    config = config.for_tokenizers(vocabulary=len(tokenizers.vocabulary), merge=tokenizers.layout.merge)
+    config = recipe.adopt(old.config, CHECKPOINT_FIELDS, where=str(directory)).for_tokenizers(tokenizers)
     _require_known(old.tokenizers, tokenizers, directory)
     state = old.transformer.state_dict()
-    tokens = old.vocabulary.ranges["embodiment"]
-    rows = torch.tensor(_embodiment_rows(old.vocabulary, tokenizers.vocabulary))
-    for name in ("embed.weight", "head.weight"):
-        if name in state:
-            state[name][tokens.start : tokens.stop] = state[name][tokens.start : tokens.stop][rows]
+    _move_rows(state, old.tokenizers, tokenizers)
     with torch.device("meta"):
         model = SequenceModel(config, tokenizers.vocabulary, tokenizers)
     model.transformer.load_state_dict(state, assign=True)
@@ -164,11 +166,53 @@ def from_checkpoint(directory: Path, recipe: ModelConfig, tokenizers: Tokenizers
 
 
 def _require_known(old: Tokenizers, new: Tokenizers, directory: Path) -> None:
-    new.vocabulary.require_same_ranges(old.vocabulary, mine="the tokenizers", theirs=str(directory))
-    kept = {k: v for k, v in old.fingerprints().items() if k in new.fingerprints()}
+    """Raises: FingerprintError for a range or an embodiment that both have and that differs, or that is gone."""
+    theirs = {k: v for k, v in old.fingerprints().items() if k in new.fingerprints() or not k.startswith("embodiment/")}
     new.require_fingerprints(
-        kept, what=str(directory), fix="keep its tokenizers and give a changed embodiment another name"
+        theirs, what=str(directory), fix="keep its tokenizers and give a changed embodiment another name"
     )
+    if new.layout.flat != old.layout.flat:
+        raise FingerprintError(
+            f"the tokenizers and {directory} number places in another way", fix="keep the tokenizers of the checkpoint"
+        )
+
+
+def _move_rows(state: dict[str, torch.Tensor], old: Tokenizers, new: Tokenizers) -> None:
+    """Put rows that belong to ids and slots where `new` has them; rows that `old` lacks are drawn."""
+    ids, rows = _ids_of(old.vocabulary), _ids_of(new.vocabulary)
+    embodiments = _embodiment_rows(old.vocabulary, new.vocabulary)
+    first = old.vocabulary.ranges["embodiment"].start
+    ids |= {("embodiment", i): first + there for i, there in enumerate(embodiments)}
+    for name in ("embed.weight", "head.weight"):
+        if name in state:
+            state[name] = _moved(state[name], ids, rows, len(new.vocabulary))
+    if "slots.weight" in state and old.layout != new.layout:
+        state["slots.weight"] = _moved(
+            state["slots.weight"], _rows_of(old.layout), _rows_of(new.layout), new.layout.slot_rows
+        )
+
+
+def _moved(weight: torch.Tensor, old: dict[Any, int], new: dict[Any, int], count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    drawn = torch.randn(count, weight.shape[1], generator=generator) * weight.std(0) + weight.mean(0)
+    pairs = [(here, old[key]) for key, here in new.items() if key in old]
+    here, there = torch.tensor(pairs).unbind(1)
+    drawn[here] = weight[there]
+    return drawn
+
+
+def _ids_of(vocabulary: Vocabulary) -> dict[Any, int]:
+    """The ids by what they mean: a range and a code, or a structural token; ids beyond all ranges by their place."""
+    ranges = vocabulary.ranges.values()
+    found: dict[Any, int] = {(r.name, i): r.start + i for r in ranges for i in range(r.size)}
+    last = max(r.stop for r in ranges)
+    return found | {("unused", i): last + i for i in range(len(vocabulary) - last)}
+
+
+def _rows_of(layout: Layout) -> dict[Any, int]:
+    """The rows of the slot table by what they mean."""
+    sizes = {use: (first, rows + columns) for use, (first, rows, columns) in layout.tables.items()}
+    return {(use, i): first + i for use, (first, count) in sizes.items() for i in range(count)} | {"none": 0}
 
 
 def _embodiment_rows(old: Vocabulary, new: Vocabulary) -> list[int]:

@@ -25,10 +25,11 @@ from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError, FingerprintError, MMSeqError
 from mmseq.tokenization.bundle import FILE, Tokenizers
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
+from mmseq.tokenization.quality import vector_errors, vision_quality
 from mmseq.tokenization.recipe import TextRecipe, TokenizerConfig
 from mmseq.tokenization.text import TextTokenizer
 from mmseq.tokenization.vision import VisionTokenizer, fit_frames
-from mmseq.tokenization.vision_training import evaluate_vision, train_vision
+from mmseq.tokenization.vision_training import train_vision
 
 REPORT = "report.json"
 EVALUATION_FRAMES = 2000  # per source
@@ -61,11 +62,13 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
             )
     vision = _train_vision(config, sources, seen, on_progress)
     tokenizers = Tokenizers(
-        text=_train_text(config.text, sources, seen),
-        vision=vision,
-        action=BinTokenizer(config.action_bins),
-        proprio=BinTokenizer(config.proprio_bins),
-        progress=ScalarTokenizer(config.progress_bins),
+        {
+            "text": _train_text(config.text, sources, seen),
+            "vision": vision,
+            "action": BinTokenizer(config.action_bins),
+            "proprio": BinTokenizer(config.proprio_bins),
+            "progress": ScalarTokenizer(config.progress_bins),
+        },
         embodiments=list(robots.values()),
         merge=config.merge,
     )
@@ -180,9 +183,9 @@ def evaluate_tokenizers(
 ) -> dict[str, Any]:
     """Measure tokenizers on episodes of each source (default: all of them).
 
-    Returns: `vision` as `evaluate_vision` gives it (None without frames); `text`: tokens per text by
-    source; `action` and `proprio`: mean absolute round-trip error by source and axis, in its unit;
-    `episodes`: how many were measured, by source.
+    Returns: `vision`: PSNR and use of the codebook (see `vision_quality`; None without frames); `text`: tokens per
+    text by source; `action`, `proprio` and further vectors: mean absolute round-trip error by source and axis, in its
+    unit; `episodes`: how many were measured, by source.
     """
     chosen = {name: list(episodes[name]) if episodes else list(range(len(s))) for name, s in sources.items()}
     size = tokenizers.vision.config.size
@@ -190,35 +193,26 @@ def evaluate_tokenizers(
     frames = {name: f for name, f in frames.items() if len(f)}
     report: dict[str, Any] = {
         "episodes": {name: len(ids) for name, ids in chosen.items()},
-        "vision": evaluate_vision(tokenizers.vision, frames) if frames else None,
+        "vision": _vision_report(tokenizers.vision, frames) if frames else None,
         "text": {},
-        "action": {},
-        "proprio": {},
+        **{stream: {} for stream in tokenizers.vectors},
     }
     for name, source in sources.items():
         texts = [text for i in chosen[name] for text in _texts(source, i)]
         if texts:
             report["text"][name] = float(np.mean([len(tokenizers.text.encode(t)) for t in texts]))
-        for stream in ("action", "proprio"):
-            errors = _vector_errors(tokenizers, source, chosen[name], stream)
+        for stream in tokenizers.vectors:
+            errors = vector_errors(tokenizers, (source[i] for i in chosen[name]), stream)
             if errors:
-                report[stream][name] = errors
+                report[stream][name] = {
+                    robot: {n: {"error": float(e), "unit": u} for n, u, e in zip(axes.names, axes.units, of_axes)}
+                    for robot, (axes, _, of_axes) in errors.items()
+                }
     return report
 
 
-def _vector_errors(
-    tokenizers: Tokenizers, source: EpisodeSource, episodes: list[int], stream: str
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, list[np.ndarray]] = {}
-    for i in episodes:
-        episode = source[i]
-        if stream in episode and episode.embodiment is not None:
-            found.setdefault(episode.embodiment, []).append(episode[stream])
-    out: dict[str, dict[str, Any]] = {}
-    for robot, values in found.items():
-        axes = getattr(tokenizers.embodiment(robot), stream)
-        if axes is None:
-            continue
-        errors = getattr(tokenizers, stream).error(np.concatenate(values), axes)
-        out[robot] = {n: {"error": float(e), "unit": u} for n, u, e in zip(axes.names, axes.units, errors)}
-    return out
+def _vision_report(vision: VisionTokenizer, frames: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    found = vision_quality(vision, frames)
+    book = found.pop("codebook")
+    shown = {name: value for name, value in found.items() if name not in ("decoded", "psnr_images")}
+    return {**shown, "codes_used": book["used"] / book["size"], "codes_perplexity": book["perplexity"]}

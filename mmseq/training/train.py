@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m mmseq train train/demo.yaml        two ranks
     mmseq train train/demo.yaml steps=20 out=runs/try                 a laptop try
 
-The run's folder: `config.yaml` (resolved), `command.txt`, `metrics.jsonl`, `checkpoints/` to resume
+The run's folder: `config.yaml` (resolved), `command.txt`, `code.json`, `metrics.jsonl`, `checkpoints/` to resume
 from, and `checkpoint/`, the finished model. Running the same command again resumes.
 """
 
@@ -23,6 +23,7 @@ import torch
 from mmseq.config import changes, to_yaml
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.errors import ConfigError, DataError, MMSeqError, raise_all
+from mmseq.files import record_revision
 from mmseq.model.attention import choose_backend
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
@@ -108,6 +109,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
     if rank == 0:  # only now: a run that is refused must not touch what an earlier one wrote
         (out / "config.yaml").write_text(to_yaml(config))
         (out / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        changed += record_revision(out / "code.json")
     log = RunLog(out, config, mixture.task_names, total=state.steps, enabled=rank == 0, after=state.step)
     peak, machine = (config.peak_tflops or None, "peak_tflops") if config.peak_tflops else peak_tflops(device)
     log.say(
@@ -146,16 +148,16 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
         waited = time.perf_counter()
         step_data = next(data)
         began = time.perf_counter()
-        passes = [model.share(b) for b in step_data.passes]
+        batches = [model.share(b) for b in step_data.batches]
         unread = len(step_data.bad) * groups / world
-        targets, stopping, bad = _over_ranks(objective.targets(passes), stop.asked, unread)
+        targets, stopping, bad = _over_ranks(objective.targets(batches), stop.asked, unread)
         _count_bad_samples(step_data, round(bad), state, mixture, config)
         if bad and not targets:
             raise DataError(f"no sample of step {state.step + 1} could be read", fix="see the warnings above")
         share = config.rate_share(state.step, state.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        record = _step(engine, objective, passes, targets, state, config)
+        record = _step(engine, objective, batches, targets, state, config)
         state.step += 1
         state.data = step_data.state
         timed.append(time.perf_counter() - waited)
@@ -174,7 +176,7 @@ def _train(config: TrainConfig, stop: StopRequest) -> Path | None:
             state.steps = _fit_to_time(config, timed, state)
             log.total = state.steps
             last = min(state.steps, config.stop_after or state.steps)
-        flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.passes)
+        flops = sum(training_flops(b, model.config, tokenizers.vocabulary) for b in step_data.batches)
         flops *= groups / world
         record |= {
             "step": state.step,
@@ -254,7 +256,7 @@ def _count_bad_samples(
 def _step(
     engine: Any,
     objective: Objective,
-    passes: list[Batch],
+    batches: list[Batch],
     targets: float,
     state: checkpoints.RunState,
     config: TrainConfig,
@@ -266,13 +268,13 @@ def _step(
     """
     optimizer = base_optimizer(engine)
     optimizer.updates, optimizer.skip = state.updates, False
-    scale = torch.distributed.get_world_size() * len(passes) / max(targets, 1.0)  # DeepSpeed averages over both
+    scale = torch.distributed.get_world_size() * len(batches) / max(targets, 1.0)  # DeepSpeed averages over both
     sums = torch.zeros(2, objective.tasks + 1, device=engine.device, dtype=torch.float64)
-    for i, batch in enumerate(passes):
+    for i, batch in enumerate(batches):
         loss, part = engine(batch.to(engine.device))
         sums += part
         engine.backward(loss * scale)
-        if i < len(passes) - 1:
+        if i < len(batches) - 1:
             engine.step()
     torch.distributed.all_reduce(sums)
     mean = float(sums[0, -1]) / max(targets, 1.0)

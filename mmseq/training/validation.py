@@ -22,10 +22,10 @@ from mmseq.data.mixture import Mixture, Sample
 from mmseq.errors import DataError, MMSeqError
 from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence
+from mmseq.streams import stream_row
+from mmseq.tokenization.values import Span, values_of
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import agree, most
-from mmseq.training.measures import Span, measure, picture
-from mmseq.vocabulary import RANGE_OF_STREAM
 
 PICTURES = 4  # samples per task that are shown
 
@@ -43,7 +43,7 @@ class HeldOut:
 
 @dataclass
 class Measured:
-    """bits_per_token: by task. teacher_forced: by task and measure (`measures.py`). pictures: by name (H, W, 3)."""
+    """bits_per_token: by task. teacher_forced: by task and measure (`values.py`). pictures: by name (H, W, 3)."""
 
     bits_per_token: dict[str, float] = field(default_factory=dict)
     teacher_forced: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -62,11 +62,11 @@ def _plan(config: TrainConfig, mixture: Mixture) -> tuple[list[list[tuple[int, S
     groups: list[list[tuple[int, Sample]]] = []
     by_task: dict[int, list[int]] = {}
     number = 0
-    for stream in mixture.streams:
-        count = min(config.validation_samples, len(stream))
-        samples = [stream.moment(p) for p in _spread(count, len(stream))]
+    for moments in mixture.moments:
+        count = min(config.validation_samples, len(moments))
+        samples = [moments.moment(p) for p in _spread(count, len(moments))]
         groups += _within(list(enumerate(samples, number)), config.data.row_tokens * config.data.rows_per_pass)
-        by_task.setdefault(stream.task_index, []).extend(range(number, number + count))
+        by_task.setdefault(moments.task_index, []).extend(range(number, number + count))
         number += count
     shown = {numbers[i] for numbers in by_task.values() for i in _spread(min(PICTURES, len(numbers)), len(numbers))}
     return groups, shown
@@ -114,8 +114,7 @@ class Validation:
         if agree(failed is not None):
             raise failed or DataError("a held-out sample cannot be read; another rank says which")
         self.rounds = most(len(self.batches))  # with ZeRO 3 ranks pass equally often
-        void = void_sequence(self.tokenizers.vocabulary, self.tokenizers.layout)
-        self._nothing = collate([void], self.tokenizers.vocabulary)
+        self._nothing = collate([void_sequence(mixture.builder)], self.tokenizers.vocabulary)
 
     def __bool__(self) -> bool:
         return self.rounds > 0
@@ -152,9 +151,9 @@ class Validation:
     ) -> None:
         for number, sample, span, drawn in spans(held, answers, self.mixture):
             task = self.mixture.task_names[sample.task]
-            for name, value in measure(span, self.tokenizers).items():
+            for name, value in values_of(span.stream).measure(span, self.tokenizers).items():
                 sums[task, name] = sums.get((task, name), np.zeros(2)) + value
-            shown = picture(span, self.tokenizers) if number in held.shown else None
+            shown = values_of(span.stream).draw(span, self.tokenizers) if number in held.shown else None
             if shown is not None:
                 pictures[f"{task}/{number}" + (f".{drawn}" if drawn else "")] = shown
 
@@ -169,10 +168,9 @@ def spans(
     done: Counter[str] = Counter()
     ranges = mixture.tokenizers.vocabulary.ranges
     for number, sample, sequence in zip(held.numbers, held.samples, held.sequences, strict=True):
-        plan = mixture.shards[sample.source].plan
-        robot = plan.kinds[plan.kind(sample.episode)].embodiment
+        robot = mixture.shards[sample.source].plan.robot(sample.episode)
         for place, segment in enumerate(s for s in sequence.segments if s.predicted):
-            name = RANGE_OF_STREAM[segment.stream]
+            name = stream_row(segment.stream).range
             stop = segment.stop - segment.padding
             at = slice(done[name], done[name] + stop - segment.start)
             done[name] = at.stop

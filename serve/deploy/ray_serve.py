@@ -1,6 +1,6 @@
 """Replicas of the policy server with Ray Serve: a GPU each, on one machine or on all of a Ray cluster.
 
-    pip install '.[serve,ray]'
+    pip install '.[serve,ray]' ./serve/client
     python serve/deploy/ray_serve.py --replicas 4 --gpus 1 --config serve/server.yaml device=cuda
 
 The settings are those of `mmseq serve`; TLS belongs before Ray's proxy. The proxy gives each websocket to the replica
@@ -23,9 +23,9 @@ from ray import serve
 
 from mmseq.config import load_config
 from mmseq.errors import ConfigError, MMSeqError, ServeError
-from mmseq.serving.app import build_app
 from mmseq.serving.holds import Holds
 from mmseq.serving.launch import ServeSettings, loader, server_config
+from mmseq.serving.net.app import build_app
 from mmseq.serving.service import Service
 
 SHARE_S = 0.1  # between two looks at the other replicas' hold

@@ -23,7 +23,16 @@ import numpy as np
 from lerobot.configs import parser
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.import_utils import register_third_party_plugins
-from mmseq_client import Chunking, Client, ClientError, ContractError, ControlLoop, holds_position, zero_action
+from mmseq_client import (
+    Chunking,
+    Client,
+    ClientError,
+    ContractError,
+    ControlLoop,
+    gripper_axes,
+    holds_position,
+    zero_action,
+)
 from mmseq_client.images import fit
 
 log = logging.getLogger(__name__)
@@ -82,9 +91,8 @@ class LeRobotRobot:
                 seen = {} if self._last is None else dict(zip(self.action_names, self._last.tolist()))
             if all(name in seen for name in self.action_names):
                 here = {name: float(seen[name]) for name in self.action_names}
-                gripper = (self._contract.get("gripper") or {}).get("axis")
-                if gripper is not None and self._last is not None:  # it keeps its grip: closed on something it is less
-                    here[gripper] = float(self._last[self.action_names.index(gripper)])  # far than it was sent
+                for at in gripper_axes(self._contract) if self._last is not None else ():
+                    here[self.action_names[at]] = float(self._last[at])  # closed on something it is less far than sent
                 self.robot.send_action(here)
         else:
             rest = zero_action(self._contract, self._last)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,25 @@ from mmseq_client import Chunking, Client, ClientError, ControlLoop
 from mmseq_client.chunking import MODES
 
 from mmseq.errors import MMSeqError
-from mmseq.simulation.experts import DEMO_SPREAD, task_language
-from mmseq.simulation.metaworld import MetaWorldEnv
+from mmseq.simulation.base import Simulator, open_simulator, to_wire
+from mmseq.simulation.experts import DEMO_SPREAD
 
 
 class SimulatorRobot:
     """One episode; each command is one control step of the simulator. contract: of the checkpoint."""
 
-    def __init__(self, env: MetaWorldEnv, contract: dict[str, Any]):
+    def __init__(self, env: Simulator, contract: dict[str, Any]):
         self.env, self._contract = env, contract
-        self.camera = contract["cameras"][0]["name"]
+        self.cameras = [camera["name"] for camera in contract["cameras"]]
 
     def contract(self) -> dict[str, Any]:
         return self._contract
 
     def observe(self) -> dict[str, Any]:
-        seen = self.env.observe()
-        return {f"observation.images.{self.camera}": seen["image"], "observation.state": seen["proprio"]}
+        return to_wire(self.env.observe(), self.cameras)
 
     def act(self, action: np.ndarray) -> None:
-        self.env.step(action)
+        self.env.act(action)
 
     def stop(self) -> None:
         """A simulator stands still between commands."""
@@ -66,12 +66,11 @@ def main(arguments: list[str] | None = None) -> SimulatorRobot:
 def drive(args: argparse.Namespace, token: str | None) -> SimulatorRobot:
     with (
         Client(args.host, args.port, token, ca_file=args.ca_file) as client,
-        MetaWorldEnv(args.task, seed=args.seed, spread=DEMO_SPREAD) as env,
+        closing(open_simulator("metaworld", args.task, seed=args.seed, spread=DEMO_SPREAD)) as env,
     ):
         robot = SimulatorRobot(env, next(iter(client.metadata["embodiments"].values())))
         env.observe()  # the first picture takes long
-        prompt = task_language(env.task).instructions[0]
-        loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=prompt)
+        loop = ControlLoop(client, robot, Chunking(args.mode, args.execute), prompt=env.instructions[0])
         loop.run(seconds=args.seconds)
         print(f"{env.task}: {'solved' if env.succeeded else 'not solved'} in {env.steps} steps; {dict(loop.counts)}")
     return robot

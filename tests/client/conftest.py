@@ -33,7 +33,7 @@ def embodiment() -> Embodiment:
         proprio=axes("xyz", 1.0),
         action=axes("xyzg", 1e6),
         action_form="absolute",
-        gripper=Gripper(axis="g", open=0.0, closed=1.0),
+        grippers=(Gripper(axis="g", open=0.0, closed=1.0),),
     )
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from mmseq_client import ChunkBuffer, Chunking, ClientError
+from mmseq_client.chunking import Delays, ensemble
 
 H = 16
 
@@ -83,8 +84,7 @@ def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on()
     buffer = ChunkBuffer(Chunking("realtime", 4), H)
     play(buffer, 1, 0)
     [buffer.action(step) for step in range(1, 4)]
-    buffer._delays.extend([2] * 50)
-    buffer._warm = True
+    [buffer._delays.add(2) for _ in range(52)]
     ask = buffer.ask(4)
     assert len(ask.prefix) == 2
     [buffer.action(step) for step in range(4, 8)]  # four, two more than committed
@@ -94,7 +94,7 @@ def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on()
     assert buffer.action(8).sequence == 1
     assert buffer.due(9)
     assert buffer.delay == 2
-    buffer._delays.clear()
+    buffer._delays = Delays()
     buffer.lost(buffer.ask(9).sequence, 12, late=True)
     assert buffer.delay == 3
 
@@ -102,7 +102,7 @@ def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on()
 def test_a_chunk_whose_prefix_was_not_kept_is_discarded():
     buffer = ChunkBuffer(Chunking("realtime", 4), H)
     play(buffer, 4, 0)
-    buffer._delays.extend([2] * 50)
+    [buffer._delays.add(2) for _ in range(52)]
     ask = buffer.ask(4)
     assert buffer.accept(ask.sequence, chunk(4) + 1, 5) == "without its prefix"
     assert buffer.action(5).sequence == 1
@@ -238,3 +238,31 @@ def test_how_much_of_the_episode_was_executed():
     assert buffer.executed(24) == 8
     buffer.restart()
     assert buffer.executed(24) == 0
+
+
+def test_delays_are_a_high_quantile_of_the_last_ones():
+    delays = Delays()
+    assert delays.usual == 0
+    delays.add(9)
+    assert delays.usual == 9  # the first one, which says nothing of the next
+    for delay in [1] * 19 + [5]:
+        delays.add(delay)
+    assert delays.usual == 1  # 19 of 20 are at most that
+    delays.add(5)
+    assert delays.usual == 5
+    for _ in range(48):
+        delays.add(2)
+    assert delays.usual == 2
+    for _ in range(50):
+        delays.add(3)
+    assert delays.usual == 3
+
+
+def test_chunks_say_together_what_each_says_of_a_step():
+    old, new = np.arange(8, dtype=np.float32).reshape(4, 2), np.full((4, 2), 10, np.float32)
+    mean = ensemble([(3, old), (5, new)], 5, 0.5, [1])
+    weight = np.exp(-0.5)
+    np.testing.assert_allclose(mean[:, 0], [(4 + 10 * weight) / (1 + weight), (6 + 10 * weight) / (1 + weight), 10, 10])
+    np.testing.assert_array_equal(mean[:, 1], 10)
+    np.testing.assert_array_equal(ensemble([(3, old)], 4, 0.5), old[1:])
+    assert mean.dtype == np.float32

@@ -27,7 +27,7 @@ ARM = Embodiment(
     proprio=AXES,
     action=AXES,
     action_form="absolute",
-    gripper=Gripper(axis="gripper", open=0.0, closed=1.0),
+    grippers=(Gripper(axis="gripper", open=0.0, closed=1.0),),
 )
 
 
@@ -142,7 +142,7 @@ def test_refused_before_any_motion_on_both_ends(client, robot, name):
 
 
 def test_the_names_of_the_fields_are_told(client, robot):
-    changed = dataclasses.replace(ARM, rate_hz=20, gripper=Gripper(axis="gripper", open=1.0, closed=0.0))
+    changed = dataclasses.replace(ARM, rate_hz=20, grippers=(Gripper(axis="gripper", open=1.0, closed=0.0),))
     robot._contract = changed.to_dict()
     with pytest.raises(ContractError) as caught:
         ControlLoop(client, robot)

@@ -2,8 +2,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from mmseq_client import ActionGate, ContractError, UnsafeActionError
+from hypothesis import given
+from hypothesis import strategies as st
+from mmseq_client import ActionGate, ContractError, UnsafeActionError, rest_action, zero_action
+from mmseq_client.rules import Breach, inward
 
+from mmseq.embodiment import Gripper
 from mmseq.serving.errors import RequestError
 from mmseq.serving.safety import GateConfig, SafetyGate
 from mmseq.testing import tiny
@@ -63,7 +67,7 @@ def test_the_change_per_control_step_is_limited_from_the_action_before(contract)
     actions = np.ones((4, 4), np.float32)
     gate.limit_steps(actions, None)  # nothing was executed yet
     np.testing.assert_allclose(actions, 1)
-    with pytest.raises(UnsafeActionError, match=r"changes by 1 at step 0, more than 0\.5"):
+    with pytest.raises(UnsafeActionError, match=r"moves from 0 to 1 at step 0; its max_step is 0\.5 m"):
         ActionGate(contract, "refuse").limit_steps(actions, np.zeros(4, np.float32))
 
 
@@ -106,7 +110,7 @@ def test_a_robot_may_be_allowed_less_than_its_contract(contract):
     actions = np.ones((4, 4), np.float32)
     gate.limit_steps(actions, np.zeros(4, np.float32))
     np.testing.assert_allclose(actions[0], 0.1)
-    np.testing.assert_allclose(ActionGate(contract, max_step=[9, 0.2, 9, 9]).max_step, [0.5, 0.2, 0.5, 2.0])
+    np.testing.assert_allclose(ActionGate(contract, max_step=[9, 0.2, 9, 9]).rules.max_step, [0.5, 0.2, 0.5, 2.0])
     for wrong in (0, float("nan"), [1, 2]):
         with pytest.raises(ContractError, match="max_step is"):
             ActionGate(contract, max_step=wrong)
@@ -137,3 +141,101 @@ def test_an_arm_far_outside_of_its_limits_is_not_sent_anywhere_by_either_end(con
             server.check(chunk, body, horizon=8, before=before)
         with pytest.raises(UnsafeActionError, match=words):
             client.limit_steps(chunk, before, clamp=True)
+
+
+def two_arms(form: str = "delta", **change) -> dict:
+    names = ("x", "left_gripper", "y", "right_gripper")
+    robot = dataclasses.replace(tiny.embodiment(), action_form=form, grippers=())
+    action = dataclasses.replace(robot.action, names=names)
+    grippers = (Gripper(axis="left_gripper", open=1.0, closed=0.0), Gripper(axis="right_gripper", open=-1, closed=0.5))
+    return dataclasses.replace(robot, action=action, grippers=grippers, **change).to_dict()
+
+
+def test_every_gripper_stays_where_it_was_and_between_open_and_closed():
+    body, last = two_arms(), np.float32([0.3, 1, 0.3, -0.5])
+    np.testing.assert_array_equal(zero_action(body, last), [0, 1, 0, -0.5])
+    np.testing.assert_array_equal(zero_action(body, None), [0, 0, 0, 0])
+    np.testing.assert_array_equal(rest_action(body, last), [0, 1, 0, -0.5])
+    np.testing.assert_array_equal(rest_action(two_arms("absolute"), last), last)
+    gate = ActionGate(body)
+    checked = gate.check_chunk(np.float32([[0, -1, 0, -1], [0, 0.5, 0, 1], [0, -0.05, 0, 0.6]]), 3)
+    np.testing.assert_array_equal(checked[:, [1, 3]], [[0, -1], [0.5, 0.5], [0, 0.5]])
+    assert gate.counts["clamped_range"] == 2  # what overshoots by less than a tenth is not counted
+    for value, passes in ((0.64, True), (0.66, False)):  # a tenth of 1.5 beyond 0.5
+        refusing, chunk = ActionGate(body, "refuse"), np.float32([[0, 0, 0, value]])
+        if passes:
+            assert refusing.check_chunk(chunk, 1)[0, 3] == 0.5
+            continue
+        with pytest.raises(
+            UnsafeActionError, match=r"gripper 'right_gripper' is 0.66 at step 0; open is -1 and closed"
+        ):
+            refusing.check_chunk(chunk, 1)
+    with pytest.raises(ContractError, match="'thumb' is not among"):
+        ActionGate({**body, "gripper": {"axis": "thumb", "open": 1, "closed": 0}})
+
+
+@pytest.mark.parametrize(("beyond", "passes"), [(0.0, True), (0.9, True), (1.1, False)])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_what_counts_as_rounding_at_a_limit(contract, beyond, passes, side):
+    """1e-4 of the range, here 3; and of an axis that hardly moves, of a tenth of its size."""
+    tight = {**contract["action"], "minimum": [-1, 500, -1, -1], "maximum": [2, 500, 2, 2]}
+    for axis, body, slack in ((0, contract, 3e-4), (1, {**contract, "action": tight}, 5e-3)):
+        low, high = (body["action"][end][axis] for end in ("minimum", "maximum"))
+        limit = high if side > 0 else low
+        actions = chunk(1)
+        actions[0, 1] = body["action"]["minimum"][1]
+        actions[0, axis] = limit + side * beyond * slack
+        refusing, clamping = ActionGate(body, "refuse"), ActionGate(body)
+        assert clamping.check_chunk(actions, 1)[0, axis] == limit
+        assert clamping.counts["clamped_range"] == (not passes)
+        if passes:
+            refusing.check_chunk(actions, 1)
+            continue
+        with pytest.raises(UnsafeActionError, match="out_of_range"):
+            refusing.check_chunk(actions, 1)
+        assert refusing.counts["out_of_range"] == 1
+
+
+@pytest.mark.parametrize(("step", "passes"), [(0.5, True), (0.50004, True), (0.5001, False), (-0.5001, False)])
+def test_what_counts_as_rounding_of_a_step(contract, step, passes):
+    gate, actions = ActionGate(contract, "refuse"), np.zeros((2, 4), np.float32)
+    actions[1, 0] = step
+    if passes:
+        gate.limit_steps(actions, None)
+        return
+    with pytest.raises(UnsafeActionError, match=r"max_step\): action axis 'x' moves .* at step 1"):
+        gate.limit_steps(actions, None)
+
+
+def test_a_chunk_of_any_length_is_well_formed_where_none_is_asked_for(contract):
+    rules = ActionGate(contract).rules
+    assert rules.well_formed(np.zeros((3, 4), np.int64), None).dtype == np.float32
+    for wrong in (np.zeros(4), np.zeros((3, 5)), np.zeros(())):
+        with pytest.raises(Breach, match=r"expected float32 \(n, 4\)"):
+            rules.well_formed(wrong, None)
+
+
+def test_limits_that_are_none_are_refused(contract):
+    for low, high in (([3, -1, -1, -1], [2] * 4), ([-1] * 4, [2, 2, 2, float("inf")]), ([-1e39] * 4, [2] * 4)):
+        with pytest.raises(ContractError, match="the limits of"):
+            ActionGate({**contract, "action": {**contract["action"], "minimum": low, "maximum": high}})
+
+
+def test_limits_are_rounded_inward():
+    low, high = inward([0.1, -0.1, 0.3, 1.0], [0.7, 0.7, 0.3, 2.0])
+    assert (low.astype(np.float64) >= [0.1, -0.1, 0.0, 1.0]).all()
+    assert (high.astype(np.float64) <= [0.7, 0.7, 1.0, 2.0]).all()
+    np.testing.assert_allclose(low, [0.1, -0.1, 0.3, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(high, [0.7, 0.7, 0.3, 2.0], rtol=1e-6)
+    assert (low[2], low[3], high[3]) == (np.float32(0.3), 1, 2)
+
+
+@given(st.floats(-1e38, 1e38), st.floats(0, 1e38))
+def test_float32_limits_are_within_the_stated_ones(least, width):
+    most = least + width
+    low, high = inward([least], [most])
+    assert low.dtype == high.dtype == np.float32
+    assert low <= high
+    nearest = np.float32(least)
+    if float(nearest) == least or float(np.nextafter(nearest, np.float32(np.inf))) <= most:
+        assert least <= float(low[0]) <= float(high[0]) <= most

@@ -411,7 +411,7 @@ def test_lerobot_eval_runs_it_in_process_and_through_a_server(exported, server, 
 @pytest.mark.slow
 @pytest.mark.parametrize("inference", ["sync", "rtc"])
 def test_lerobot_rollout_drives_a_robot(inference, site, tmp_path):
-    robot = replace(tiny.embodiment(), proprio=tiny.axes(AXES), action=tiny.axes(AXES), gripper=None)
+    robot = replace(tiny.embodiment(), proprio=tiny.axes(AXES), action=tiny.axes(AXES), grippers=())
     model = tiny.model(tiny.tokenizers((replace(robot, action_form="absolute"),)))
     model.tasks = {"policy": ARROW.replace("4", "16")}
     model.save_pretrained(tmp_path / "checkpoint")

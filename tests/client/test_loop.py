@@ -296,7 +296,7 @@ def test_a_velocity_robot_is_at_rest_between_episodes_and_keeps_its_grip(server,
     robot._contract = server.metadata["embodiments"]["arm"] = body
     loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
     drive(loop, clock, 20)
-    before, gripper = robot.actions[-1], loop.gate.gripper
+    before, gripper = robot.actions[-1], loop.gate.rules.grippers[0]
     loop.reset()
     np.testing.assert_array_equal(np.delete(robot.actions[-1], gripper), 0)
     assert robot.actions[-1][gripper] == before[gripper]

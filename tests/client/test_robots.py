@@ -103,7 +103,7 @@ class TestLeRobot:
         from lerobot_robot import LeRobotRobot
 
         gripper = Gripper(axis=JOINTS[2], open=9.0, closed=-9.0)
-        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), action_form=form, gripper=gripper).to_dict())
+        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), action_form=form, grippers=(gripper,)).to_dict())
 
         def dead():
             raise TimeoutError("camera front: no frame within 200 ms")
@@ -122,7 +122,7 @@ class TestLeRobot:
         from lerobot_robot import LeRobotRobot
 
         gripper = Gripper(axis=JOINTS[2], open=9.0, closed=-9.0)
-        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), gripper=gripper).to_dict())
+        robot = LeRobotRobot(lerobot_arm, dataclasses.replace(arm(), grippers=(gripper,)).to_dict())
         robot.act(np.float32([10, 20, -9]))
         lerobot_arm.positions.update(dict(zip(JOINTS, [8.0, 19.0, -4.0], strict=True)))  # it lags, and holds a cup
         robot.stop()
@@ -270,7 +270,7 @@ class TestRos2:
         node = Node()
         messages = SimpleNamespace(Image=Image, JointState=JointState, Float64MultiArray=Float64MultiArray)
         body = dataclasses.replace(
-            arm(), action_form="velocity", gripper=Gripper(axis=JOINTS[2], open=3.0, closed=-3.0)
+            arm(), action_form="velocity", grippers=(Gripper(axis=JOINTS[2], open=3.0, closed=-3.0),)
         )
         robot = Ros2Robot(node, body.to_dict(), {"front": "/camera"}, "/joints", "/commands", messages)
         robot.stop()

@@ -20,7 +20,7 @@ def body(form: str = "absolute", names: tuple[str, ...] = ("x", "y", "z")):
 
 
 def stance(robot) -> Stance:
-    return Stance(robot.to_dict(), ActionGate(robot.to_dict()))
+    return Stance(ActionGate(robot.to_dict()))
 
 
 def seen(*state: float) -> dict:

@@ -7,14 +7,14 @@ import pytest
 import yaml
 
 from mmseq.data.contract import complete, open_questions, questionnaire, read_answers
-from mmseq.embodiment import Embodiment
+from mmseq.embodiment import Embodiment, Gripper
 from mmseq.errors import EmbodimentError
 from mmseq.testing import tiny
 
 ROBOT = replace(
     tiny.embodiment(),
     name="unknown",
-    gripper=None,
+    grippers=(),
     action=replace(tiny.axes("xyg"), names=("x", "y", "gripper.pos")),
 )
 ANSWERS = {
@@ -37,7 +37,7 @@ def test_answers_complete_the_contract():
     assert robot.name == "arm"
     assert robot.action.units == ("m", "m", "share")
     assert (robot.action.minimum[0], robot.action.maximum[0]) == (-2.0, 2.0)
-    assert (robot.gripper.axis, robot.gripper.open, robot.gripper.closed) == ("gripper.pos", 1.0, -1.0)
+    assert robot.grippers == (Gripper(axis="gripper.pos", open=1.0, closed=-1.0),)
 
 
 def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_path):
@@ -48,7 +48,7 @@ def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_pa
         complete(ROBOT, read_answers(form), where=str(form))
     text = form.read_text().replace("name: ???", "name: arm").replace("open: ???", "open: 1")
     form.write_text(text.replace("closed: ???", "closed: 0").replace(": ???", ": m"))
-    assert complete(ROBOT, read_answers(form), where=str(form)).gripper.closed == 0
+    assert complete(ROBOT, read_answers(form), where=str(form)).grippers[0].closed == 0
     text = form.read_text()
     at = text.index("# max_step:")
     form.write_text(text[:at] + text[at:].replace("# ", "", 1).replace("  #   ", "    "))
@@ -63,6 +63,8 @@ def test_the_form_names_every_axis_and_becomes_valid_once_it_is_completed(tmp_pa
         ({"gripper": {"axis": "gripper.pos", "open": 1, "closed": 1}}, "are both 1"),
         ({"gripper": {"axis": "gripper.pos", "open": "wide", "closed": 1}}, "gripper.open is 'wide'"),
         ({"gripper": "left"}, "Write {axis: NAME"),
+        ({"gripper": [{"axis": "gripper.pos", "open": 1, "closed": 0}] * 2}, "an axis is a gripper twice"),
+        ({"gripper": [{"axis": "gripper.pos", "open": 1, "closed": 0}, {"axis": "x"}]}, "gripper is {'axis': 'x'}"),
         ({"action_form": "relative"}, "Use one of absolute, delta, velocity"),
         ({"action": {"units": {"x": "m"}}}, "the units of action y, gripper.pos"),
         ({"action": {"units": {"z": "m"}}}, "action.units names 'z'"),
@@ -109,3 +111,29 @@ def test_stated_limits_decide_which_values_are_real():
         complete(robot, answers, where="robot.yaml", values={"action": values})
     with pytest.raises(EmbodimentError, match=r"the data reach from -1 to 10000\. Check the unit"):
         complete(robot, {**ANSWERS, "action": {"units": "m", "limits": {"x": [-2, 2]}}}, where="robot.yaml")
+
+
+def two_arms(names=("left_x", "left_gripper", "rightGripper")) -> Embodiment:
+    return replace(ROBOT, action=replace(tiny.axes("xyg"), names=names))
+
+
+def test_each_gripper_of_several_is_asked_for_and_stated(tmp_path):
+    robot = two_arms()
+    assert any("which value of left_gripper and of rightGripper is open" in q for q in open_questions(robot, {}))
+    text = questionnaire(robot).replace("name: ???", "name: two").replace("open: ???", "open: 1")
+    (tmp_path / "form.yaml").write_text(text.replace("closed: ???", "closed: 0").replace(": ???", ": m"))
+    found = complete(robot, read_answers(tmp_path / "form.yaml"), where="form")
+    assert found.grippers == tuple(Gripper(axis=a, open=1.0, closed=0.0) for a in ("left_gripper", "rightGripper"))
+    assert complete(robot, {**ANSWERS, "action": {"units": "m"}, "gripper": None}, where="form").grippers == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((n, True) for n in ("gripper", "gripper.pos", "left_gripper", "RightGripper", "jaw", "left_hand", "GRIPPER")),
+        *((n, False) for n in ("kLeftHandThumbBend", "hand_joint_1", "gripper_x", "gripper.yaw", "jawbone", "elbow")),
+    ],
+)
+def test_what_is_asked_for_as_a_gripper_opens_and_closes(name, is_one):
+    asked = [q for q in open_questions(two_arms(("a", "b", name)), {}) if "gripper" in q.partition(" (gripper;")[1]]
+    assert bool(asked) == is_one

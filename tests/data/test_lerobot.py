@@ -120,7 +120,7 @@ def test_images_are_decoded_only_when_used(dataset):
 def test_the_embodiment_is_inferred(written):
     path, episodes = written
     robot = LeRobotReader(path).embodiment()
-    assert (robot.name, robot.rate_hz, robot.action_form, robot.gripper) == ("toy_arm", 10, "delta", None)
+    assert (robot.name, robot.rate_hz, robot.action_form, robot.grippers) == ("toy_arm", 10, "delta", ())
     assert robot.cameras == (Camera(name="top", height=64, width=64), Camera(name="wrist", height=64, width=64))
     assert robot.proprio.names == ("x", "y", "gripper")
     assert robot.action.units == ("unitless",) * 3

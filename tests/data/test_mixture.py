@@ -81,7 +81,7 @@ def test_the_longest_sequence_of_a_stream_is_found(tmp_path):
     episodes[7] = replace(episodes[7], texts=["go", "put the red one away", "stop"])
     write_token_shards(episodes, tmp_path / "robot", bundle, name="robot")
     mixture = make((tmp_path, bundle), weights={"text -> image@+7": 1}, sources={"robot": SourceConfig()}, holdout=0.0)
-    (stream,) = mixture.streams
+    (stream,) = mixture.moments
     lengths = {len(mixture.build(stream.sample(k, seed=3))) for k in range(400)}
     longest = stream.longest()
     assert longest.length == len(mixture.build(longest)) == max(lengths) > min(lengths)
@@ -103,7 +103,7 @@ def test_every_world_size_reads_the_same_rows(world, world_size):
         for rank, part in enumerate(parts):
             assert part.samples == [s for row in wanted for s in row]
             own = [mixture.build(s).ids for row in wanted[rank::world_size] for s in row]
-            found = np.concatenate([b.ids[: b.used_tokens].numpy() for b in part.passes])
+            found = np.concatenate([b.ids[: b.used_tokens].numpy() for b in part.batches])
             np.testing.assert_array_equal(found, np.concatenate(own))
     for stream in streams:
         stream.close()
@@ -122,7 +122,7 @@ def test_it_resumes_from_any_state(world):
 
 
 def test_an_epoch_visits_every_moment_once(world):
-    for stream in make(world).streams:
+    for stream in make(world).moments:
         for epoch in range(2):
             visits = [stream.sample(epoch * len(stream) + k, 0) for k in range(len(stream))]
             moments = {(s.episode, s.now) for s in visits}
@@ -134,7 +134,7 @@ def test_an_epoch_visits_every_moment_once(world):
 
 def test_a_policy_sees_the_last_moments_of_its_episodes(world):
     mixture = make(world)
-    policy, dynamics, _ = (next(s for s in mixture.streams if s.task_index == i) for i in range(3))
+    policy, dynamics, _ = (next(s for s in mixture.moments if s.task_index == i) for i in range(3))
     lengths = {e: int(mixture.shards["robot"].plan.lengths[e]) for e in {s.episode for s in drawn(policy)}}
     assert {(s.episode, s.now) for s in drawn(policy)} == {(e, t) for e, n in lengths.items() for t in range(n)}
     assert max(s.now - lengths[s.episode] for s in drawn(dynamics)) == -5
@@ -152,24 +152,24 @@ def drawn(stream):
 
 def test_blocks_keep_the_weights_and_lose_nothing(world):
     mixture = make(world)
-    counts = collections.Counter(s.stream for b in range(4) for row in mixture.block(b) for s in row)
+    counts = collections.Counter(s.moments for b in range(4) for row in mixture.block(b) for s in row)
     total = 4 * mixture_module.BLOCK_SAMPLES
-    assert abs(sum(counts.values()) - total) <= len(mixture.streams)
-    for stream, weight in zip(mixture.streams, mixture.weights):
+    assert abs(sum(counts.values()) - total) <= len(mixture.moments)
+    for stream, weight in zip(mixture.moments, mixture.weights):
         assert abs(counts[stream.index] - total * weight) <= 1
     by_task = collections.Counter()
-    for stream, weight in zip(mixture.streams, mixture.weights):
+    for stream, weight in zip(mixture.moments, mixture.weights):
         by_task[stream.task_index] += weight
     np.testing.assert_allclose([by_task[i] for i in range(3)], np.array([3, 1, 2]) / 6)
     # `video[2] -> text` can be filled by both sources, 3 to 1
-    caption = {s.source: w for s, w in zip(mixture.streams, mixture.weights) if s.task_index == 2}
+    caption = {s.source: w for s, w in zip(mixture.moments, mixture.weights) if s.task_index == 2}
     assert caption["robot"] / caption["video"] == pytest.approx(3)
 
 
 def test_the_samples_of_a_stream_go_on_across_blocks(world):
     mixture = make(world)
-    stream = mixture.streams[0]
-    seen = [s for b in range(3) for row in mixture.block(b) for s in row if s.stream == stream.index]
+    stream = mixture.moments[0]
+    seen = [s for b in range(3) for row in mixture.block(b) for s in row if s.moments == stream.index]
     key = lambda s: (s.episode, s.now, s.variant)
     assert sorted(map(key, seen)) == sorted(key(stream.sample(k, 0)) for k in range(len(seen)))
 
@@ -185,7 +185,7 @@ def test_lengths_are_known_and_rows_fit(world):
 def test_held_out_episodes_are_never_trained_on(world):
     train, holdout = make(world), make(world, split="holdout")
     seen = {(s.source, s.episode) for b in range(3) for row in train.block(b) for s in row}
-    kept = {(s.source, m.episode) for s in holdout.streams for m in map(s.moment, range(len(s)))}
+    kept = {(s.source, m.episode) for s in holdout.moments for m in map(s.moment, range(len(s)))}
     assert kept
     assert not seen & kept
     for source, episode in kept:
@@ -201,7 +201,7 @@ def test_more_data_moves_no_episode_across():
 
 def test_weighting_by_frames_follows_the_moments(world):
     mixture = make(world, weighting="frames", weights={"video[2] -> text": 1.0})
-    sizes = np.array([len(s) * {"robot": 3, "video": 1}[s.source] for s in mixture.streams])
+    sizes = np.array([len(s) * {"robot": 3, "video": 1}[s.source] for s in mixture.moments])
     np.testing.assert_allclose(mixture.weights, sizes / sizes.sum())
 
 

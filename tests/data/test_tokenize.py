@@ -42,10 +42,10 @@ def test_tokens_are_those_of_the_episodes(place):
     episode = EpisodeTokens(open_source(root / "robot")[3], bundle)
     stored = shards[3]
     assert list(stored.streams) == episode.streams
-    assert (stored.vision("front", 2, 5) == episode.vision("front", 2, 5)).all()
-    assert (stored.vector("action", 0, 10) == episode.vector("action", 0, 10)).all()
+    assert (stored.codes("image.front", 2, 5) == episode.codes("image.front", 2, 5)).all()
+    assert (stored.codes("action", 0, 10) == episode.codes("action", 0, 10)).all()
     assert (stored.text("text", 1) == episode.text("text", 1)).all()
-    assert stored.scalar("progress", 9) == episode.scalar("progress", 9)
+    assert stored.codes("progress", 9, 10) == episode.codes("progress", 9, 10)
 
 
 def test_what_is_complete_is_kept_and_the_rest_is_written(place):

@@ -12,7 +12,7 @@ from mmseq.evaluation.results import read_results
 from mmseq.evaluation.splices import SpliceMeter, Splices
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
-from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES
+from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, MetaWorldEnv
 from mmseq.testing import tiny
 
 mmseq_client = pytest.importorskip("mmseq_client")
@@ -34,7 +34,7 @@ def model():
         proprio=axes(PROPRIO_NAMES, (-0.8, 0.1, -0.2, -0.1), (0.8, 1.3, 1.0, 1.5)),
         action=axes(ACTION_NAMES, (-1.0,) * 4, (1.0,) * 4),
         action_form="delta",
-        gripper=Gripper(axis="gripper", open=-1.0, closed=1.0),
+        grippers=(Gripper(axis="gripper", open=-1.0, closed=1.0),),
     )
     return tiny.model(tiny.tokenizers((robot,)))
 
@@ -47,7 +47,7 @@ def server(model):
 
 def drive(server, **changes):
     config = ClosedLoopConfig(tasks=["drawer-open"], episodes=1, max_steps=60, keep=0, **changes)
-    return _drive(("policy", "drawer-open", 0, 1, asdict(config), server.port, 32))[0]
+    return _drive((MetaWorldEnv, "policy", "drawer-open", 0, 1, asdict(config), server.port, 32))[0]
 
 
 def test_without_delay_every_chunk_begins_at_once(server):

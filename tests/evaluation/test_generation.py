@@ -134,12 +134,12 @@ def test_shuffled_actions_are_those_of_another_sample():
     task, rng = Task.parse("image, action[4] -> image@+4"), np.random.default_rng(0)
     cases = draw(task, tokens, 6, rng)
     sources = shuffle_actions(cases, rng)
-    chunks = [c.tokens.vector("action", c.now, c.now + 4) for c in cases]
-    moved = [s.vector("action", c.now, c.now + 4) for s, c in zip(sources, cases)]
+    chunks = [c.tokens.codes("action", c.now, c.now + 4) for c in cases]
+    moved = [s.codes("action", c.now, c.now + 4) for s, c in zip(sources, cases)]
     for mine, theirs in zip(chunks, moved):
         assert not np.array_equal(mine, theirs)
         assert any(np.array_equal(theirs, other) for other in chunks)
-    assert sources[0].vector("proprio", 2, 3).tolist() == cases[0].tokens.vector("proprio", 2, 3).tolist()
+    assert sources[0].codes("proprio", 2, 3).tolist() == cases[0].tokens.codes("proprio", 2, 3).tolist()
     assert shuffle_actions(cases[:1], rng) is None
 
 

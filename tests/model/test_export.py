@@ -53,7 +53,7 @@ def test_transformers_computes_the_same_for_text(tmp_path, family, tied):
     sequence = ours.tokenizers.builder().build(Task.parse("text, plan -> progress"), tokens, 2)
     batch = collate([sequence], ours.vocabulary)
     wanted = ours.hidden(batch) @ ours.transformer.output_rows(0, len(ours.vocabulary), None).t()
-    found = theirs(batch.ids[None]).logits[0]
+    found = theirs(batch.input.ids[None]).logits[0]
     assert len(found) > 20
     assert (found - wanted).abs().max() <= 1e-5
 
@@ -70,7 +70,7 @@ def test_a_model_without_our_modules_is_exported_whole(tmp_path):
     )
     batch = collate([sequence], bundle.vocabulary)
     wanted = ours.hidden(batch) @ ours.transformer.output_rows(0, len(bundle.vocabulary), None).t()
-    assert (theirs(batch.ids[None]).logits[0] - wanted).abs().max() <= 1e-5
+    assert (theirs(batch.input.ids[None]).logits[0] - wanted).abs().max() <= 1e-5
     assert "- nothing" in (tmp_path / "hf/README.md").read_text()
 
 

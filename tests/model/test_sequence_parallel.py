@@ -23,9 +23,9 @@ def batch(tmp_path_factory):
     write_token_shards([tiny.episode(i) for i in range(4)], root / "tokens/robot", bundle, name="robot")
     (root / "mix.yaml").write_text(MIX)
     mixture = Mixture(load_mix(root / "mix.yaml"), root / "tokens", bundle, row_tokens=256, seed=0)
-    sequences = [mixture.build(stream.moment(0)) for stream in mixture.streams]
+    sequences = [mixture.build(moments.moment(0)) for moments in mixture.moments]
     made = collate(sequences, bundle.vocabulary, tasks=list(range(len(sequences))))
-    assert len(made.patch_at) and len(made.copy_at) and len(made.targets) > 2  # noqa: PT018
+    assert len(made.input.patch_at) and len(made.input.copy_at) and len(made.targets) > 2  # noqa: PT018
     return made
 
 
@@ -35,7 +35,7 @@ def test_slices_hold_the_line(batch, parts):
     slices = [share(batch, i, parts, pad=5) for i in range(parts)]
     size = len(slices[0].ids)
     assert all(len(s.ids) == size and s.parts == parts for s in slices)
-    spare = size * parts - len(batch.ids)
+    spare = size * parts - batch.tokens
     assert 0 <= spare < parts
     for name, filler in (("ids", [5] * spare), ("slots", [0] * spare), ("positions", list(range(spare)))):
         whole = torch.cat([getattr(s, name) for s in slices]).tolist()

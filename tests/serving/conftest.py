@@ -28,7 +28,7 @@ def embodiment() -> Embodiment:
         cameras=(Camera(name="front", height=16, width=24), Camera(name="wrist", height=16, width=16)),
         proprio=axes,
         action=axes,
-        gripper=Gripper(axis="gripper", open=1, closed=-1),
+        grippers=(Gripper(axis="gripper", open=1, closed=-1),),
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmseq.errors import ConfigError
-from mmseq.serving.chunking import Chunking, ChunkMemory, Delays, Turn, take_turn
+from mmseq.serving.chunking import Chunking, ChunkMemory, Turn, take_turn
 from mmseq.serving.errors import RequestError
 
 H = 8
@@ -133,17 +133,6 @@ def test_turns_that_cannot_be(key, value):
     assert (caught.value.code, caught.value.key) == ("out_of_range", key)
 
 
-def test_delays_are_a_high_quantile_in_control_steps():
-    delays = Delays(window=10)
-    assert delays.steps(50) == 0
-    for seconds in [0.01] * 9 + [0.1]:
-        delays.add(seconds)
-    assert delays.steps(50) == 5
-    for _ in range(10):
-        delays.add(0.021)
-    assert delays.steps(50) == 2
-
-
 def test_a_step_that_is_asked_twice_counts_once():
     m = memory("ensemble")
     for _ in range(100):
@@ -152,3 +141,12 @@ def test_a_step_that_is_asked_twice_counts_once():
     m.remember(5, rows(0))
     m.remember(7, rows(50))
     assert m.before(7)[0] == 1  # of the chunk before, not of the answer that is being replaced
+
+
+def test_what_opens_and_closes_is_the_newest_chunks_alone():
+    m = memory("ensemble")
+    m.ensemble(0, rows(0))
+    mean = m.ensemble(1, rows(11), [1])
+    np.testing.assert_allclose(mean[:7, 0], np.arange(1, 8) + 10 * np.exp(-0.01) / (1 + np.exp(-0.01)), rtol=1e-6)
+    np.testing.assert_array_equal(mean[:, 1], rows(11)[:, 1])
+    assert mean[7, 0] == 18  # of which only the newest speaks

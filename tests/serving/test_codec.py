@@ -202,3 +202,45 @@ class TestHostileBytes:
         except ServeError:
             return
         repr(found)
+
+
+def msgpack_numpy(value, change=()):
+    """As the package msgpack-numpy writes it."""
+    body = {b"nd": isinstance(value, np.ndarray), b"type": value.dtype.str, b"data": value.tobytes()}
+    if body[b"nd"]:
+        body |= {b"kind": b"", b"shape": value.shape}
+    return msgpack.packb({"a": {key: item for key, item in (body | dict(change)).items() if item is not ...}})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((0, 4)), np.uint8(3), np.float64(0.25), np.bool_(True)]
+    + [np.arange(5000, dtype=">i2"), np.array(["go", "on"])],
+)
+def test_arrays_of_the_package_msgpack_numpy_are_read(value):
+    found = codec.unpack(msgpack_numpy(value))["a"]
+    np.testing.assert_array_equal(found, value)
+    assert (type(found), found.shape) == (type(value), value.shape)
+    texts = {key.decode(): item for key, item in msgpack.unpackb(msgpack_numpy(value))["a"].items()}
+    np.testing.assert_array_equal(codec.unpack(msgpack.packb({"a": texts}))["a"], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({b"kind": b"O"}, "an array of objects"),
+        ({b"kind": b"V", b"type": [["x", "<f4"]]}, "an array of objects or of records"),
+        ({b"type": "|O"}, "dtype"),
+        ({b"shape": [7]}, "has 28 bytes, got 16"),
+        ({b"shape": ...}, "has 4 bytes, got 16"),
+        ({b"nd": 1}, "has 4 bytes, got 16"),
+    ],
+)
+def test_what_msgpack_numpy_would_pickle_or_has_cut_off_is_refused(change, words):
+    with pytest.raises(ServeError, match=words):
+        codec.unpack(msgpack_numpy(np.zeros(4, np.float32), change))
+
+
+def test_a_map_that_only_looks_like_an_array_stays_one():
+    assert codec.unpack(msgpack.packb({"nd": 1, "type": "x"})) == {"nd": 1, "type": "x"}
+    assert codec.unpack(msgpack.packb({"nd": 1, "type": "x", "data": "y"})) == {"nd": 1, "type": "x", "data": "y"}

@@ -56,7 +56,7 @@ def test_the_server_answers_what_the_model_predicts(policy):
 
 def test_a_committed_prefix_begins_the_chunk(policy):
     axes = policy.robots["arm"].action
-    prefix = policy.tokenizers.action.decode(np.array([[3, 30, 7, 0], [31, 1, 2, 9]]), axes)
+    prefix = policy.tokenizers["action"].decode(np.array([[3, 30, 7, 0], [31, 1, 2, 9]]), axes)
     actions = policy.infer({**observe(tiny.episode(1), 2), "action_prefix": prefix})["actions"]
     assert actions.shape == (4, 4)
     np.testing.assert_array_equal(actions[:2], prefix)
@@ -188,7 +188,7 @@ def test_a_chunk_in_few_passes_only_of_a_policy_that_has_learned_it(policy, chec
 
 def test_a_batch_of_robots_gets_what_each_would_get_alone(policy):
     axes = policy.robots["arm"].action
-    prefix = policy.tokenizers.action.decode(np.array([[3, 30, 7, 0]]), axes)
+    prefix = policy.tokenizers["action"].decode(np.array([[3, 30, 7, 0]]), axes)
     asked = [observe(tiny.episode(i), 2 + i) | {"embodiment": "arm"} for i in range(3)]
     asked[1] = {**asked[1], "action_prefix": prefix, "options": {"seed": 5}}
     assert len({policy.batch_key(one) for one in asked}) == 1
@@ -225,7 +225,7 @@ def test_whatever_else_was_asked_a_known_robot_has_compiled_passes_only(policy, 
         compiled.predict("image -> video[3]", observation)
         before = Counter(compiled.extend.passes)
         for committed in range(3):
-            prefix = policy.tokenizers.action.decode(np.full((committed, 4), 9), axes)
+            prefix = policy.tokenizers["action"].decode(np.full((committed, 4), 9), axes)
             asked = observation | {"action_prefix": prefix}
             plain = ModelPolicy(policy.model, **how).infer(asked)
             np.testing.assert_array_equal(compiled.infer(asked)["actions"], plain["actions"])

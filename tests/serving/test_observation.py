@@ -7,10 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmseq.data.importing import square
+from mmseq.embodiment import Camera
 from mmseq.errors import ConfigError
-from mmseq.serving import Contract, ObservationRules, RequestError
+from mmseq.serving import Contract, ObservationRules, RequestError, example_observation
 from mmseq.serving.keys import check_aliases
-from mmseq.serving.observation import check_given, check_observation
+from mmseq.serving.observation import check_given, check_image, check_observation
 
 
 @pytest.fixture
@@ -42,15 +44,24 @@ def test_a_valid_observation_passes_unchanged(observation, contract):
         ("observation.images.wrist", ..., "missing_key", "is missing"),
         (
             "observation.images.front",
-            np.zeros((24, 16, 3), np.uint8),
+            np.zeros((16, 24, 4), np.uint8),
             "wrong_shape",
-            r"\(24, 16, 3\), expected uint8 \(16, 24",
+            r"\(16, 24, 4\), expected uint8 \(16, 24, 3\). Leave the alpha channel out",
         ),
-        ("observation.images.front", np.zeros((3, 16, 24), np.uint8), "wrong_shape", "channels last"),
+        ("observation.images.front", np.zeros((4, 16, 24), np.uint8), "wrong_shape", "alpha"),
+        ("observation.images.front", np.zeros((16, 24), np.uint8), "wrong_shape", "RGB, not grey"),
+        ("observation.images.front", np.zeros((16, 24, 1), np.uint8), "wrong_shape", "RGB, not grey"),
+        ("observation.images.front", np.zeros((2, 16, 24, 3), np.uint8), "wrong_shape", "one picture"),
+        ("observation.images.front", np.zeros((0, 16, 24, 3), np.uint8), "wrong_shape", "one picture"),
+        ("observation.images.front", np.zeros((16, 24, 5), np.uint8), "wrong_shape", "channels last"),
+        ("observation.images.front", np.zeros(3, np.uint8), "wrong_shape", "channels last"),
+        ("observation.images.front", np.zeros((1, 24, 3), np.uint8), "wrong_shape", "at least a 8th"),
+        ("observation.images.front", np.zeros((16, 2, 3), np.uint8), "wrong_shape", "at least a 8th"),
+        ("observation.images.front", np.zeros((0, 24, 3), np.uint8), "wrong_shape", "at least a 8th"),
         ("observation.images.front", np.zeros((16, 24, 3), np.float32), "wrong_type", "Send 0..255"),
         ("observation.images.front", "png", "wrong_type", "is str"),
         ("observation.state", np.zeros(3, np.float32), "wrong_shape", r"\(3,\), expected float32 \(4,\) for axes"),
-        ("observation.state", np.zeros((1, 4), np.float32), "wrong_shape", r"\(1, 4\)"),
+        ("observation.state", np.zeros((2, 4), np.float32), "wrong_shape", r"\(2, 4\)"),
         ("observation.state", np.array([0, np.nan, 0, 0]), "not_finite", "axis 'y' is nan"),
         ("observation.state", np.array([0, 0, -np.inf, 0]), "not_finite", "axis 'z' is -inf"),
         ("observation.state", np.array([0, 1e300, 0, 0]), "not_finite", "axis 'y'"),
@@ -121,6 +132,86 @@ def test_openpi_spellings(observation, contract):
         assert all(np.array_equal(checked[key], plain[key]) for key in plain)
 
 
+def test_pictures_are_brought_into_the_contracts_form_where_nothing_is_lost(contract, observation):
+    key, picture = "observation.images.front", observation["observation.images.front"]  # 16 x 24
+    taken = lambda value: check({**observation, key: value}, contract)[key]
+    for same in (picture.transpose(2, 0, 1), picture[None], picture.transpose(2, 0, 1)[None]):
+        np.testing.assert_array_equal(taken(same), picture)
+    large = np.repeat(np.repeat(picture, 3, 0), 3, 1)
+    np.testing.assert_array_equal(taken(large), picture)
+    np.testing.assert_array_equal(taken(large.transpose(2, 0, 1)), picture)
+    np.testing.assert_array_equal(taken(np.pad(large, ((9, 9), (0, 0), (0, 0)))), picture)  # letterboxed
+    tall = np.arange(16 * 3 * 3, dtype=np.uint8).reshape(16, 3, 3)
+    assert taken(tall).shape == (16, 24, 3)  # with three columns it is no picture of channels first
+    assert taken(np.full((2, 3, 3), 7, np.uint8)).tolist() == np.full((16, 24, 3), 7).tolist()
+    frames = np.stack([large] * 2)
+    given = check_given({key: frames.transpose(0, 3, 1, 2)}, contract, ObservationRules())[0][key]
+    np.testing.assert_array_equal(given, np.stack([picture] * 2))
+    one = check_given({key: picture[None]}, contract, ObservationRules())[0][key]
+    assert one.shape == (1, 16, 24, 3)
+    assert (
+        check({**observation, "observation.state": np.ones((1, 4))}, contract)["observation.state"].tolist() == [1] * 4
+    )
+
+
+def test_the_sizes_that_training_had_are_made_as_it_made_them(embodiment):
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    fitted = check_image(picture, Camera(name="front", height=16, width=16), key="k")
+    np.testing.assert_array_equal(fitted, square(picture, 16))
+
+
+def test_a_state_that_comes_in_parts_is_joined(observation, contract):
+    state = observation.pop("observation.state")
+    droid = {"observation/gripper_position": state[3:], "observation/joint_position": state[:3].tolist()}
+    np.testing.assert_array_equal(check({**observation, **droid}, contract)["observation.state"], state)
+    nested = {"observation": {"joint_position": state[None, :3], "gripper_position": state[3]}}
+    np.testing.assert_array_equal(check({**observation, **nested}, contract)["observation.state"], state)
+    aliases = {"arm": "observation.state", "hand": "observation.state"}
+    parts = {"hand": state[1:], "arm": state[:1]}
+    np.testing.assert_array_equal(
+        check({**observation, **parts}, contract, aliases=aliases)["observation.state"], state
+    )
+    whole = {**observation, "observation.state": state}
+    np.testing.assert_array_equal(check(whole, contract, aliases=aliases)["observation.state"], state)
+    for change, code, words in (
+        ({"arm": ...}, "missing_key", "'arm' is missing: 'observation.state' is made of arm, hand"),
+        ({"arm": "far"}, "wrong_type", "'arm' is <U3"),
+        ({"arm": [[1, 2], [3]]}, "wrong_type", "'arm' is not a list of numbers"),
+        ({"arm": np.zeros((2, 1))}, "wrong_type", r"'arm' is float64 \(2, 1\)"),
+        ({"arm": [0, 0]}, "wrong_shape", r"\(5,\), expected float32 \(4,\)"),
+    ):
+        given = {key: value for key, value in {**observation, **parts, **change}.items() if value is not ...}
+        with pytest.raises(RequestError, match=words) as caught:
+            check(given, contract, aliases=aliases)
+        assert caught.value.code == code
+
+
+def test_further_vectors_of_a_robot_are_taken_and_checked(observation, contract, embodiment):
+    force = dataclasses.replace(embodiment.action, names=("fx", "fy", "fz", "t"), units=("N",) * 4)
+    robot = dataclasses.replace(embodiment, streams={"force": force})
+    feeling = dataclasses.replace(contract, embodiments={"arm": robot})
+    example = example_observation(robot)
+    assert example["observation.force"].shape == (4,)
+    assert check(example, feeling)["observation.force"].dtype == np.float32
+    assert feeling.to_dict()["embodiments"]["arm"]["streams"]["force"]["names"] == ["fx", "fy", "fz", "t"]
+    error = refusal({**example, "observation.force": [0, 9, 0, 0]}, feeling)
+    assert (error.code, error.key) == ("out_of_range", "observation.force")
+    assert refusal({**observation, "observation.force": [0] * 4}, contract).code == "unknown_key"
+    several = check_given({"observation.force": np.zeros((3, 4))}, feeling, ObservationRules())[0]
+    assert several["observation.force"].shape == (3, 4)
+
+
+def test_a_camera_that_is_called_image_is_that_one(contract, embodiment, observation):
+    cameras = (Camera(name="wrist", height=16, width=16), Camera(name="image", height=16, width=24))
+    robot = dataclasses.replace(embodiment, cameras=cameras)
+    given = {
+        "observation/image": observation["observation.images.front"],
+        "observation/wrist_image": np.zeros((16, 16, 3), np.uint8),
+    }
+    checked = check({**given, "state": [0] * 4}, dataclasses.replace(contract, embodiments={"arm": robot}))
+    np.testing.assert_array_equal(checked["observation.images.image"], observation["observation.images.front"])
+
+
 def test_two_spellings_of_one_key_are_refused(observation, contract):
     assert refusal({**observation, "state": observation["observation.state"]}, contract).code == "unknown_key"
 
@@ -158,7 +249,7 @@ def test_given_streams_of_any_arrow(observation, contract):
     for key, value in [
         ("action", np.full((2, 4), np.nan)),
         ("observation.images.fornt", front),
-        ("observation.images.front@+16", front[:3]),
+        ("observation.images.front@+16", front[..., :2]),
         ("question", None),
         ("progress", float("inf")),
     ]:

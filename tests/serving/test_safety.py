@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmseq.embodiment import Gripper
 from mmseq.serving import Chunking, GateConfig, RequestError
 from mmseq.serving.observation import check_vectors
 from mmseq.serving.safety import SafetyGate
@@ -57,7 +58,7 @@ def test_refuse_names_axis_and_step(embodiment):
         (chunk(np.nan), "axis 'x' is nan"),
         (chunk(np.inf), "inf"),
         (np.full((8, 4), 1e300), "inf"),
-        (chunk()[:7], r"\(7, 4\), expected \(8, 4\)"),
+        (chunk()[:7], r"\(7, 4\), expected float32 \(8, 4\)"),
         (chunk()[:, :3], r"\(8, 3\)"),
         (chunk()[0], r"\(4,\)"),
         (chunk().tolist(), "list"),
@@ -132,7 +133,7 @@ def test_an_answer_that_is_too_old(embodiment):
 
 def limited(embodiment, least, most, step=None):
     axes = replace(embodiment.action, minimum=(least,) * 4, maximum=(most,) * 4)
-    return replace(embodiment, action=axes if step is None else replace(axes, max_step=(step,) * 4), gripper=None)
+    return replace(embodiment, action=axes if step is None else replace(axes, max_step=(step,) * 4), grippers=())
 
 
 @settings(max_examples=50, deadline=None)
@@ -201,3 +202,71 @@ def test_an_action_prefix_is_within_the_limits(embodiment):
     narrow = limited(embodiment, -1e-6, 1e-6)
     prefix = check_vectors(np.full((2, 4), 1e-5, np.float32), narrow.action, key="action_prefix", ndim=2)
     assert np.abs(prefix.astype(np.float64)).max() <= 1e-6
+
+
+def said(value: float, axis: int = 1) -> list[float]:
+    state = [0.0] * 4
+    state[axis] = value
+    return state
+
+
+@pytest.mark.parametrize(("beyond", "passes"), [(0.0, True), (0.9, True), (1.1, False), (2000, False)])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_what_counts_as_rounding_of_a_state_that_a_robot_reports(embodiment, beyond, passes, side):
+    """1e-4 of the range, here 4, as of an action."""
+    value = side * (2 + 4e-4 * beyond)
+    check = lambda: check_vectors(said(value), embodiment.proprio, key="observation.state", ndim=1)
+    if passes:
+        assert check()[1] == side * 2
+        return
+    with pytest.raises(RequestError, match=r"'observation\.state' axis 'y' is") as caught:
+        check()
+    assert caught.value.code == "out_of_range"
+    actions = chunk()
+    actions[0, 1] = value
+    with pytest.raises(RequestError, match="axis 'y'"):
+        SafetyGate(GateConfig(out_of_range="refuse")).check(actions, embodiment, horizon=8)
+
+
+def test_how_much_counts_as_rounding_may_be_configured(embodiment):
+    actions = chunk()
+    actions[0, 0], actions[0, 1] = 2.03, 2.05  # of a range of 4
+    gate = SafetyGate(GateConfig(tolerance=0.01))
+    assert gate.check(actions, embodiment, horizon=8)[1] == {"clamped": 1, "axes": {"y": {"limit": 1}}}
+    exact = SafetyGate(GateConfig(tolerance=0))
+    actions[0, 0] = np.nextafter(np.float32(2), np.float32(3))
+    assert exact.check(actions, embodiment, horizon=8)[1]["clamped"] == 2
+
+
+def test_both_grippers_are_held_to_what_they_mean(embodiment):
+    two = (Gripper(axis="y", open=0, closed=1), Gripper(axis="gripper", open=1, closed=-1))
+    body, actions = replace(embodiment, grippers=two), chunk()
+    actions[2, 1], actions[3, 1], actions[4, 3] = -0.05, 1.5, -1.3
+    checked, told = SafetyGate(GateConfig()).check(actions, body, horizon=8)
+    assert (checked[2, 1], checked[3, 1], checked[4, 3]) == (0, 1, -1)
+    assert told == {"clamped": 2, "axes": {"y": {"gripper": 1}, "gripper": {"gripper": 1}}}
+    left, told = SafetyGate(GateConfig(gripper="ignore")).check(actions, body, horizon=8)
+    assert (told, left[3, 1]) == ({}, 1.5)
+    gate = SafetyGate(GateConfig(gripper="refuse"))
+    with pytest.raises(RequestError, match=r"gripper 'y' is 1.5 at step 3; open is 0 and closed 1"):
+        gate.check(actions, body, horizon=8)
+    assert gate.status()["by_axis"] == {"arm": {"y": {"gripper": 1}}}
+    absolute = replace(body, action_form="absolute")
+    np.testing.assert_array_equal(gate.observed(np.float32([1, 2, 3, 4]), absolute), [1, np.nan, 3, np.nan])
+    assert gate.observed(np.float32([1, 2, 3]), absolute) is None
+
+
+def test_where_it_stands_limits_and_does_not_refuse(embodiment):
+    gate, body = SafetyGate(GateConfig(too_fast="refuse")), steady(embodiment)
+    stands = np.float32([-1, np.nan, 0, 0])
+    checked, told = gate.check(chunk(), body, horizon=8, before=stands, stood=True)
+    np.testing.assert_allclose(checked[:3, 0], [-0.5, 0, 0])
+    assert told == {"clamped": 1, "axes": {"x": {"rate": 1}}}
+    with pytest.raises(RequestError, match=r"axis 'x' moves from -1 to 0 at step 0"):
+        gate.check(chunk(), body, horizon=8, before=stands)
+    assert (gate.counts.chunks, gate.counts.chunks_refused) == (2, 1)
+    prefix = np.zeros((2, 4), np.float32)
+    actions = chunk()
+    actions[2:, 0] = 0.6
+    with pytest.raises(RequestError, match=r"moves from 0 to 0.6 at step 2"):
+        gate.check(actions, body, horizon=8, prefix=prefix)

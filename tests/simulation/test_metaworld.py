@@ -9,7 +9,8 @@ from mmseq.errors import ConfigError
 
 pytest.importorskip("metaworld")
 
-from mmseq.simulation.experts import DEMO_TASKS, TASKS, VIDEO_TASKS, quantise, replay, run_expert, task_language
+from mmseq.simulation.base import quantise
+from mmseq.simulation.experts import DEMO_TASKS, TASKS, VIDEO_TASKS, replay, run_expert, task_language
 from mmseq.simulation.metaworld import MetaWorldEnv, choose_gl
 
 
@@ -22,9 +23,9 @@ def env():
 def test_an_observation_is_an_image_and_four_numbers(env):
     env.reset(0)
     observation = env.observe()
-    assert set(observation) == {"image", "proprio"}
-    assert observation["image"].shape == (64, 64, 3)
-    assert observation["image"].dtype == np.uint8
+    assert set(observation) == {"image.front", "proprio"}
+    assert observation["image.front"].shape == (64, 64, 3)
+    assert observation["image.front"].dtype == np.uint8
     assert observation["proprio"].shape == (4,)
     assert observation["proprio"].dtype == np.float32
     assert 0 <= observation["proprio"][3] <= 1
@@ -37,7 +38,7 @@ def test_a_seed_is_an_episode_whatever_ran_before(env):
         env.reset(seed)
         frames = [env.render()]
         for _ in range(4):
-            env.step(action)
+            env.act(action)
             frames.append(env.render())
         return [*frames, env.proprio()]
 
@@ -67,7 +68,7 @@ def test_images_are_upright_and_not_mirrored(env):
     def hand(direction) -> np.ndarray:
         env.reset(0)
         for _ in range(6):
-            env.step(direction)
+            env.act(direction)
         pixels = env.render().astype(int)
         return np.argwhere((pixels[..., 2] > 180) & (pixels[..., 0] < 90)).mean(0)  # the cyan finger pad
 
@@ -121,7 +122,7 @@ def test_wrong_names_and_actions_are_refused(env):
     with pytest.raises(ConfigError, match="human"):
         MetaWorldEnv("door-open", camera="humen")
     with pytest.raises(ConfigError, match="4 finite numbers"):
-        env.step([0.0, np.nan, 0.0, 0.0])
+        env.act([0.0, np.nan, 0.0, 0.0])
     with pytest.raises(ConfigError, match="did you mean"):
         task_language("door-opem")
 

@@ -47,7 +47,7 @@ def test_episodes_hold_what_was_executed(episodes):
         for image, proprio, action in zip(episode.images, episode.proprio, episode.action):
             np.testing.assert_array_equal(env.proprio(), proprio)
             np.testing.assert_array_equal(env.render(), image)
-            env.step(action)
+            env.act(action)
         assert env.succeeded
     episode = episode.to_episode()
     assert episode.cameras == ["front"]
@@ -69,7 +69,7 @@ def test_the_contract_states_units_limits_and_gripper(episodes):
     assert contract.proprio.units[:3] == ("m",) * 3
     assert contract.action.minimum == (-1.0,) * 4
     assert contract.action.maximum == (1.0,) * 4
-    assert (contract.gripper.open, contract.gripper.closed) == (-1.0, 1.0)
+    assert [(g.open, g.closed) for g in contract.grippers] == [(-1.0, 1.0)]
     assert contract.action_form == "delta"
     for episode in episodes:
         contract.proprio.check(episode.proprio, what="proprio", where=episode.task)

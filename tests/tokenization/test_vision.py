@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError
+from mmseq.tokenization.quality import vision_quality
 from mmseq.tokenization.vision import FSQAutoencoder, VisionConfig, VisionTokenizer, fit_frames
-from mmseq.tokenization.vision_training import evaluate_vision, train_vision
+from mmseq.tokenization.vision_training import train_vision
 
 TINY = VisionConfig(width=32, hidden=64, decoder_depth=1)
 
@@ -41,7 +42,7 @@ def test_shapes_and_types(trained):
     assert codes.shape == (5, 64)
     assert trained.grid == (8, 8)
     assert trained.tokens_per_frame == 64
-    assert trained.codebook_size == 1000
+    assert trained.size == 1000
     frames = trained.decode(codes)
     assert frames.dtype == np.uint8
     assert frames.shape == (5, 64, 64, 3)
@@ -54,10 +55,10 @@ def test_features_tell_codes_apart_and_say_which_are_alike(levels):
     config = VisionConfig(levels=levels, width=8, hidden=8)
     tokenizer = VisionTokenizer(config, FSQAutoencoder(config))
     features = tokenizer.code_features()
-    assert features.shape == (tokenizer.codebook_size, len(levels) + sum(levels))
+    assert features.shape == (tokenizer.size, len(levels) + sum(levels))
     assert features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-    assert len(np.unique(features.round(4), axis=0)) == tokenizer.codebook_size
+    assert len(np.unique(features.round(4), axis=0)) == tokenizer.size
     # code 0 and code 1 differ by one step of the first level, code 0 and the last one in every level
     assert features[0] @ features[1] >= features[0] @ features[-1]
 
@@ -208,20 +209,22 @@ def test_settings_that_are_refused(wrong):
 
 def test_training_learns_and_is_measured(trained):
     held_out = {"robot": scenes(40, seed=9), "human": scenes(30, seed=10)}
-    before = evaluate_vision(VisionTokenizer(TINY, FSQAutoencoder(TINY)), held_out)
-    after = evaluate_vision(trained, held_out)
+    before = vision_quality(VisionTokenizer(TINY, FSQAutoencoder(TINY)), held_out)
+    after = vision_quality(trained, held_out)
     assert after["psnr"]["robot"] > max(24, before["psnr"]["robot"] + 7)
     assert after["psnr"].keys() == after["psnr_image"].keys() == after["psnr_foreground"].keys() == held_out.keys()
     error = np.square(trained.reconstruct(held_out["robot"]).astype(float) - held_out["robot"]).mean()
     assert after["psnr"]["robot"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
-    assert 0 < after["codes_used"] <= 1
-    assert 1 < after["codes_perplexity"] <= 1000
+    assert after["psnr_image"]["human"] == pytest.approx(after["psnr_images"]["human"].mean())
+    assert np.array_equal(after["decoded"]["robot"], trained.reconstruct(held_out["robot"]))
+    assert after["codebook"]["tokens"] == 70 * 64
+    assert 1 < after["codebook"]["perplexity"] <= after["codebook"]["used"] <= after["codebook"]["size"]
     assert after["tokens_per_frame"] == 64
     assert after["images_per_s"] > 0
 
 
 def test_a_static_source_has_no_foreground(trained):
-    measured = evaluate_vision(trained, {"still": np.repeat(scenes(1), 5, 0)})
+    measured = vision_quality(trained, {"still": np.repeat(scenes(1), 5, 0)})
     assert measured["psnr_foreground"]["still"] is None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import mmseq
 from mmseq import SequenceModel
 from mmseq.data.mixture import Mixture, load_mix
 from mmseq.training.config import TrainConfig
@@ -29,6 +30,12 @@ def single(trainer, tmp_path_factory) -> Path:
 
 def test_golden_losses(single, losses):
     assert list(losses(single).values()) == pytest.approx(GOLDEN, rel=1e-4)
+
+
+def test_the_run_and_its_model_say_which_code_made_them(single):
+    code = json.loads((single / "code.json").read_text())
+    assert code["version"] == mmseq.__version__
+    assert json.loads((single / "checkpoint/code.json").read_text()) == code
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from mmseq.packing import collate
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
+from mmseq.tokenization.values import Span, axis_groups, values_of
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import Objective
-from mmseq.training.measures import Span, axis_groups, measure, picture
 from mmseq.training.validation import PICTURES, held_out_batches, spans
 
 FP32 = ["deepspeed.dtype=fp32", "validate_every=5", "validation_samples=6"]
@@ -37,6 +37,14 @@ def span(stream: str, true, predicted, nats=0.0) -> Span:
     )
 
 
+def measure(span, bundle):
+    return values_of(span.stream).measure(span, bundle)
+
+
+def picture(span, bundle):
+    return values_of(span.stream).draw(span, bundle)
+
+
 @pytest.fixture(scope="module")
 def bundle():
     return tiny.tokenizers()
@@ -46,12 +54,12 @@ def test_actions_are_measured_in_the_units_of_their_axes(bundle):
     robot = bundle.embodiment("arm")
     axes = robot.action
     assert axis_groups(axes, robot) == {"unitless": [0, 1, 2], "gripper_unitless": [3]}
-    true = bundle.action.encode(np.array([[0.0, 0.5, -0.5, 1.0], [0.2, 0.0, 0.0, -1.0]]), axes)
+    true = bundle["action"].encode(np.array([[0.0, 0.5, -0.5, 1.0], [0.2, 0.0, 0.0, -1.0]]), axes)
     off = true.copy()
     off[0, 1] += 3
     off[1, 3] += 4
     found = measure(span("action", true.ravel(), off.ravel()), bundle)
-    bin_ = 2.0 / (bundle.action.bins - 1)
+    bin_ = 2.0 / (bundle["action"].size - 1)
     assert found["action_error.arm.unitless"] == (pytest.approx(3 * bin_), 6)
     assert found["action_error.arm.gripper_unitless"] == (pytest.approx(4 * bin_), 2)
 
@@ -60,7 +68,7 @@ def test_pictures_are_compared_as_pixels_and_drawn_true_above_predicted():
     bundle = tiny.tokenizers()
     with torch.no_grad():  # untrained, it draws every code alike
         bundle.vision._network.decoder_out.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    codes = np.random.default_rng(0).integers(0, bundle.vision.codebook_size, (2, bundle.layout.frame_tokens))
+    codes = np.random.default_rng(0).integers(0, bundle.vision.size, (2, bundle.layout.frame_tokens))
     other = codes.copy()
     other[1] = codes[0]
     found = span("video", codes.ravel(), other.ravel())
@@ -84,7 +92,7 @@ def test_words_and_scalars(bundle):
     wrong = codes.copy()
     wrong[0] += 1
     assert measure(span("text", codes, wrong), bundle)["text_exact_match"] == (0.0, 1)
-    last = bundle.progress.bins - 1
+    last = bundle["progress"].size - 1
     assert measure(span("progress", [last], [last / 2]), bundle) == {"progress_error": (pytest.approx(0.5), 1)}
     assert measure(span("success", [1], [0.4]), bundle) == {"success_accuracy": (0.0, 1)}
     assert picture(span("progress", [1], [1.0]), bundle) is None

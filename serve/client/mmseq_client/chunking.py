@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
@@ -24,8 +25,6 @@ import numpy as np
 from mmseq_client.errors import ClientError
 
 MODES = ("plain", "ensemble", "realtime")
-_DELAYS = 50  # replies whose delay is remembered
-_DELAY_QUANTILE = 0.95
 _SAME = 1e-5  # rounding on the wire
 
 
@@ -92,6 +91,53 @@ class _Chunk:
     late: bool = False  # older than allowed, for a robot that has stood still since: only row 0 is executed
 
 
+class Delays:
+    """How long replies take: a high quantile of the last ones, in whatever they are counted in."""
+
+    REMEMBERED = 50
+    QUANTILE = 0.95
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=self.REMEMBERED)
+        self._warm = False
+
+    def add(self, delay: float) -> None:
+        if not self._warm and self._last:
+            self._last.clear()  # a server's first answer is often slow and says nothing of the next ones
+            self._warm = True
+        self._last.append(delay)
+
+    @property
+    def usual(self) -> float:
+        """0 while nothing is known."""
+        return sorted(self._last)[math.ceil(self.QUANTILE * len(self._last)) - 1] if self._last else 0
+
+
+def ensemble(
+    chunks: Sequence[tuple[int, np.ndarray]], step: int, decay: float, grippers: Sequence[int] = ()
+) -> np.ndarray:
+    """float32 (n, axes): what chunks say together of the control steps from `step` on, as far as the newest reaches.
+
+    chunks: the oldest first, each the control step of its first row, and its rows (H, axes). Each weighs
+    exp(-decay * i), i = 0 the oldest that speaks of a step. grippers: axes of which the newest alone decides, for half
+    open is neither.
+    """
+    first, newest = chunks[-1]
+    newest = newest[step - first :]
+    if len(chunks) == 1:
+        return newest.astype(np.float32)
+    total, weights, said = np.zeros(newest.shape), np.zeros((len(newest), 1)), np.zeros((len(newest), 1))
+    for first, rows in chunks:
+        rows = rows[step - first :][: len(newest)]
+        weight = np.exp(-decay * said[: len(rows)])
+        total[: len(rows)] += weight * rows
+        weights[: len(rows)] += weight
+        said[: len(rows)] += 1
+    mean = (total / weights).astype(np.float32)
+    mean[:, list(grippers)] = newest[:, list(grippers)]
+    return mean
+
+
 class ChunkBuffer:
     """The chunks under way.
 
@@ -99,7 +145,7 @@ class ChunkBuffer:
     steps from an observation after which none of its actions may be executed; at most, and by default, H. A robot
     that has stood still since executes row 0 of a later chunk as well, unless max_age is given, if answers usually
     take that long: else it would never move.
-    prefix: whether the server forces a prefix, which realtime needs. gripper: an axis that is never averaged.
+    prefix: whether the server forces a prefix, which realtime needs. grippers: axes that are never averaged.
     """
 
     def __init__(
@@ -108,18 +154,17 @@ class ChunkBuffer:
         horizon: int,
         max_age: int | None = None,
         prefix: bool = True,
-        gripper: int | None = None,
+        grippers: Sequence[int] = (),
     ):
         if chunking.mode == "realtime" and not prefix:
             raise ClientError(
                 "the server's policy does not force a prefix, which realtime needs; use plain or ensemble"
             )
         self.chunking, self.horizon, self.execute = chunking, horizon, chunking.steps(horizon)
-        self.gripper = gripper
+        self.grippers = list(grippers)
         self.max_age = horizon if max_age is None else max(1, min(horizon, max_age))
         self._patience = math.inf if max_age is None else max(1, max_age)
-        self._delays: deque[int] = deque(maxlen=_DELAYS)
-        self._warm = False
+        self._delays = Delays()
         self._sequence = 0
         self.restart()
 
@@ -138,9 +183,7 @@ class ChunkBuffer:
     @property
     def delay(self) -> int:
         """d: the control steps that a reply takes, a high quantile of the last ones."""
-        if not self._delays:
-            return 0
-        return sorted(self._delays)[math.ceil(_DELAY_QUANTILE * len(self._delays)) - 1]
+        return int(self._delays.usual)
 
     def executed(self, step: int) -> int:
         """How many control steps of the episode have been executed before `step`: while nothing valid is left, none."""
@@ -190,7 +233,7 @@ class ChunkBuffer:
             return "out of order"
         self._flight = None
         took, usual, still = step - ask.step, self.delay, self._held_from is not None and not self._played
-        self._measured(took)
+        self._delays.add(took)
         late = took >= self.max_age
         if late and not (still and took <= usual and took < self._patience):
             return (
@@ -216,14 +259,8 @@ class ChunkBuffer:
         """There will be no answer to `sequence`. late: because it would have taken longer than expected."""
         if self._flight is not None and self._flight.sequence == sequence:
             if late:
-                self._measured(max(self.delay + 1, step - self._flight.step))
+                self._delays.add(max(self.delay + 1, step - self._flight.step))
             self._flight = None
-
-    def _measured(self, delay: int) -> None:
-        if not self._warm and self._delays:
-            self._delays.clear()  # a server's first answer is often slow and says nothing of the next ones
-            self._warm = True
-        self._delays.append(delay)
 
     def action(self, step: int) -> Planned | None:
         """The action of control step `step`; None when no valid one is left, and the robot has to hold."""
@@ -231,11 +268,7 @@ class ChunkBuffer:
         if not live:
             self._held_from = step if self._held_from is None else self._held_from
             return None
-        rows = np.stack([chunk.actions[step - chunk.first] for chunk in live])
-        weights = np.exp(-self.chunking.decay * np.arange(len(live)))
-        action = rows[-1] if len(live) == 1 else (weights @ rows / weights.sum()).astype(np.float32)
-        if self.gripper is not None:
-            action[self.gripper] = rows[-1][self.gripper]  # half open is neither
+        action = ensemble([(chunk.first, chunk.actions) for chunk in live], step, self.chunking.decay, self.grippers)[0]
         self._played[step] = action
         newest = live[-1]
         allowed = step - newest.step + 1 if newest.late else self.max_age

@@ -60,18 +60,36 @@ def holds_position(embodiment: dict[str, Any]) -> bool:
     return embodiment.get("action_form", "absolute") == "absolute"
 
 
+def grippers_of(embodiment: dict[str, Any]) -> list[dict[str, Any]]:
+    """`axis`, `open` and `closed` of each gripper; a contract has null, one, or a list of them."""
+    given = embodiment.get("gripper") or []
+    return [given] if isinstance(given, dict) else list(given)
+
+
+def gripper_axes(embodiment: dict[str, Any]) -> list[int]:
+    """Which axes of an action are grippers. Raises: ContractError for one that is no axis."""
+    names = list(embodiment["action"]["names"])
+    wrong = [gripper["axis"] for gripper in grippers_of(embodiment) if gripper["axis"] not in names]
+    if wrong:
+        raise ContractError(f"the gripper {wrong[0]!r} is not among the action axes {names}")
+    return [names.index(gripper["axis"]) for gripper in grippers_of(embodiment)]
+
+
 def zero_action(embodiment: dict[str, Any], last: np.ndarray | None) -> np.ndarray:
-    """What stops a robot whose actions are changes or velocities, float32: zeros, and the gripper as it was last.
+    """What stops a robot whose actions are changes or velocities, float32: zeros, and each gripper as it was last.
 
     last: (..., axes), None before the first one.
     """
-    names = list(embodiment["action"]["names"])
-    action = np.zeros(len(names) if last is None else last.shape, np.float32)
-    gripper = embodiment.get("gripper")
-    if gripper and last is not None:
-        at = names.index(gripper["axis"])
+    action = np.zeros(len(embodiment["action"]["names"]) if last is None else last.shape, np.float32)
+    if last is not None:
+        at = gripper_axes(embodiment)
         action[..., at] = last[..., at]
     return action
+
+
+def rest_action(embodiment: dict[str, Any], last: np.ndarray) -> np.ndarray:
+    """What keeps a robot where it is after `last` (..., axes): that position, or no motion; grippers stay."""
+    return last if holds_position(embodiment) else zero_action(embodiment, last)
 
 
 def example_observation(embodiment: dict[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -81,7 +99,8 @@ def example_observation(embodiment: dict[str, Any], seed: int = 0) -> dict[str, 
     for camera in embodiment.get("cameras") or []:
         shape = (camera["height"], camera["width"], 3)
         observation["observation.images." + camera["name"]] = random.randint(0, 256, shape).astype(np.uint8)
-    proprio = embodiment.get("proprio")
-    if proprio:
-        observation["observation.state"] = random.uniform(proprio["low"], proprio["high"]).astype(np.float32)
+    vectors = dict(embodiment.get("streams") or {}, state=embodiment.get("proprio"))
+    for name, axes in vectors.items():
+        if axes:
+            observation["observation." + name] = random.uniform(axes["low"], axes["high"]).astype(np.float32)
     return observation

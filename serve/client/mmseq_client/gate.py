@@ -1,23 +1,22 @@
-"""The last check before an action reaches the motors: finite, shape, limits, rate of change, gripper, age."""
+"""The last check before an action reaches the motors: everything that `rules` says, and its age."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
 from mmseq_client.errors import ContractError, UnsafeActionError
+from mmseq_client.rules import Breach, Rules
 
-_SLACK = 1e-4  # of an axis' range, or largest step: rounding, not counted
-_ROUNDING = 2.4e-7  # of a number as float32, both ends of a step
-_GRIPPER_SLACK = 0.1  # of the way between open and closed: what training data overshoot, as the server has it
+_REASONS = {"limit": "out_of_range", "gripper": "out_of_range", "rate": "max_step"}  # in `counts`, else the rule's name
 
 
 class ActionGate:
     """Checks chunks when they arrive and each action before it leaves, against the robot's contract.
 
-    out_of_range: `clamp` limits an axis to minimum..maximum (the gripper to open..closed) and its change from one
+    out_of_range: `clamp` limits an axis to minimum..maximum (a gripper to open..closed) and its change from one
     control step to the next to `max_step`, where the contract has it or it is given (a number, or one by axis: only to
     allow less); `refuse` withholds the chunk instead.
     counts: what it has limited and withheld. Raises: ContractError for a contract without actions.
@@ -26,36 +25,8 @@ class ActionGate:
     def __init__(self, embodiment: dict[str, Any], out_of_range: str = "clamp", max_step: Any = None):
         if out_of_range not in ("clamp", "refuse"):
             raise ContractError(f"out_of_range is {out_of_range!r}; use clamp or refuse")
-        axes = embodiment.get("action")
-        if not axes:
-            raise ContractError("embodiment {!r} has no action axes".format(embodiment.get("name")))
-        self.names: list[str] = list(axes["names"])
+        self.rules = Rules(embodiment, max_step=max_step)
         self.refuses = out_of_range == "refuse"
-        low, high = np.array(axes["minimum"], np.float64), np.array(axes["maximum"], np.float64)
-        self.max_step = np.float32(axes["max_step"]) if axes.get("max_step") else None
-        if max_step is not None:
-            try:
-                less = np.asarray(max_step, np.float32)
-            except (TypeError, ValueError, OverflowError):
-                less = np.zeros(())
-            if less.shape not in ((), (len(self.names),)) or not (np.isfinite(less) & (less > 0)).all():
-                raise ContractError(
-                    f"max_step is {max_step!r}; give a positive number, or one for each of {self.names}"
-                )
-            less = np.broadcast_to(less, (len(self.names),))
-            self.max_step = less if self.max_step is None else np.minimum(less, self.max_step)
-        gripper = embodiment.get("gripper")
-        self.gripper = self.names.index(gripper["axis"]) if gripper else None
-        if gripper:
-            least, most = sorted((gripper["open"], gripper["closed"]))
-            low[self.gripper] = max(low[self.gripper], least)
-            high[self.gripper] = min(high[self.gripper], most)
-        if not (np.isfinite(np.float32([low, high])).all() and (low <= high).all()):
-            raise ContractError(f"the limits of {self.names} are {low.tolist()} to {high.tolist()}")
-        self.low, self.high = _inward(low, high)
-        self.slack = _SLACK * np.maximum(self.high - self.low, 1e-6)
-        if gripper:
-            self.slack[self.gripper] = _GRIPPER_SLACK * (most - least)
         self.counts: Counter[str] = Counter()
 
     def check_chunk(self, actions: Any, horizon: int, clamp: bool = False) -> np.ndarray:
@@ -63,27 +34,11 @@ class ActionGate:
 
         Raises: UnsafeActionError that names the axis, the step and the value.
         """
-        wanted = (horizon, len(self.names))
-        if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "iuf" or actions.shape != wanted:
-            got = getattr(actions, "shape", type(actions).__name__)
-            self._withhold("shape", f"actions are {got}, expected float32 {wanted} for axes {self.names}")
-        with np.errstate(over="ignore"):
-            actions = actions.astype(np.float32)
-        bad = ~np.isfinite(actions)
-        if bad.any():
-            step, axis = np.argwhere(bad)[0]
-            self._withhold("not_finite", f"axis {self.names[axis]!r} is {actions[step, axis]} at step {step}")
-        outside = (actions < self.low - self.slack) | (actions > self.high + self.slack)
-        if outside.any():
-            step, axis = np.argwhere(outside)[0]
-            if self.refuses and not clamp:
-                limits = f"{self.low[axis]:.5g}..{self.high[axis]:.5g}"
-                self._withhold(
-                    "out_of_range",
-                    f"axis {self.names[axis]!r} is {actions[step, axis]:.5g} at step {step}, outside {limits}",
-                )
-            self.counts["clamped_range"] += int(outside.sum())
-        return np.clip(actions, self.low, self.high)
+        checked = self._checked(lambda: self.rules.well_formed(actions, horizon))
+        refuse = ("limit", "gripper") if self.refuses and not clamp else ()
+        found = self._checked(lambda: self.rules.limit(checked, refuse=refuse))
+        self._count("clamped_range", found)
+        return checked
 
     def limit_steps(self, actions: np.ndarray, previous: np.ndarray | None, clamp: bool = False) -> None:
         """Keep each axis' change per control step within `max_step`, from `previous` (axes,) on; in place.
@@ -93,34 +48,8 @@ class ActionGate:
         Raises: UnsafeActionError when it is configured to refuse, and for a robot that stands so far outside of its
         limits that one step cannot take it back.
         """
-        if self.max_step is None:
-            return
-        for row, action in enumerate(actions):
-            if previous is not None:
-                known = np.isfinite(previous)
-                rounding = _ROUNDING * np.maximum(np.abs(action), np.abs(previous))
-                outside = np.abs(action - previous) > self.max_step * (1 + _SLACK) + rounding
-                if outside.any():
-                    axis = int(np.argmax(outside))
-                    if self.refuses and not clamp:
-                        change = abs(float(action[axis] - previous[axis]))
-                        self._withhold(
-                            "max_step",
-                            f"axis {self.names[axis]!r} changes by {change:.5g} at step {row}, "
-                            f"more than {self.max_step[axis]:.5g}",
-                        )
-                    self.counts["clamped_step"] += int(outside.sum())
-                np.clip(action, previous - self.max_step, previous + self.max_step, out=action, where=known)
-                beyond = (action < self.low) | (action > self.high)
-                if beyond.any():
-                    axis = int(np.argmax(beyond))
-                    self._withhold(
-                        "max_step",
-                        f"axis {self.names[axis]!r} stands at {previous[axis]:.5g}, outside of its limits "
-                        f"{self.low[axis]:.5g}..{self.high[axis]:.5g} by more than its max_step "
-                        f"{self.max_step[axis]:.5g}: move it back by hand",
-                    )
-            previous = action
+        refuse = self.refuses and not clamp
+        self._count("clamped_step", self._checked(lambda: self.rules.limit_steps(actions, previous, refuse=refuse)))
 
     def check_action(
         self, action: np.ndarray, previous: np.ndarray | None, *, age_steps: int, max_age: int, clamp: bool = False
@@ -135,15 +64,16 @@ class ActionGate:
         self.limit_steps(checked, previous, clamp)
         return checked[0]
 
+    def _count(self, name: str, found: dict[str, np.ndarray]) -> None:
+        if found:
+            self.counts[name] += int(np.logical_or.reduce(list(found.values())).sum())
+
+    def _checked(self, check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except Breach as breach:
+            self._withhold(_REASONS.get(breach.rule, breach.rule), str(breach))
+
     def _withhold(self, reason: str, what: str) -> None:
         self.counts[reason] += 1
         raise UnsafeActionError(f"the gate withheld it ({reason}): {what}")
-
-
-def _inward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 limits as float32, so that what is between these is between those."""
-    least, most = low.astype(np.float32), high.astype(np.float32)
-    least = np.where(least.astype(np.float64) < low, np.nextafter(least, np.float32(np.inf)), least)
-    most = np.where(most.astype(np.float64) > high, np.nextafter(most, np.float32(-np.inf)), most)
-    nearest = low.astype(np.float32)  # one value that float32 has not
-    return np.where(least > most, nearest, least), np.where(least > most, nearest, most)

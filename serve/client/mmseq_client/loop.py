@@ -19,7 +19,7 @@ import numpy as np
 
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
-from mmseq_client.contract import holds_position, zero_action
+from mmseq_client.contract import holds_position, rest_action
 from mmseq_client.errors import (
     ClientError,
     ContractError,
@@ -87,7 +87,7 @@ class ControlLoop:
         self.rate_hz = float(embodiment["rate_hz"])
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
-        self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.gripper)
+        self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.rules.grippers)
         given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
         self._reads_text = "text" in given.replace(",", " ").split()
         self._holds_position = holds_position(embodiment)
@@ -99,7 +99,7 @@ class ControlLoop:
         self._ask: Ask | None = None  # that the job is for; None: it connects
         self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
         self._last: np.ndarray | None = None  # commanded
-        self._stance = Stance(embodiment, self.gate)
+        self._stance = Stance(self.gate)
         self._stands: np.ndarray | None = None  # where it was while it rested
         self._rests = True  # stopped by an operator, or not begun: somebody may move it by hand
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
@@ -157,10 +157,8 @@ class ControlLoop:
         self._reset, self._rests, self._holding = True, True, False
 
     def _rest(self, last: np.ndarray) -> np.ndarray:
-        """What keeps a robot where it is after `last` (axes,): that position, or no velocity; the gripper stays.
-        `max_step` does not delay it."""
-        rest = last if self._holds_position else zero_action(self._embodiment, last)
-        return self.gate.check_chunk(rest[None], 1, clamp=True)[0]
+        """`rest_action`; `max_step` does not delay it."""
+        return self.gate.check_chunk(rest_action(self._embodiment, last)[None], 1, clamp=True)[0]
 
     @property
     def _before(self) -> np.ndarray | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mmseq_client.contract import holds_position
 from mmseq_client.gate import ActionGate
 
 log = logging.getLogger("mmseq_client")
@@ -26,29 +25,23 @@ class Stance:
     is not where it was sent.
     """
 
-    def __init__(self, embodiment: dict[str, Any], gate: ActionGate):
-        self._axes = len(gate.names)
-        self._step = np.zeros(self._axes, np.float32) if gate.max_step is None else gate.max_step
-        self._sensed = _sensed(embodiment) if holds_position(embodiment) else {}
-        self._sensed.pop(gate.gripper, None)
-        self._width = len((embodiment.get("proprio") or {}).get("names", ()))
-        self._lag = np.zeros(self._axes, np.float32)  # beside its command, when it moved
-        self._says = bool(self._sensed) and gate.max_step is not None
+    def __init__(self, gate: ActionGate):
+        self._rules, axes = gate.rules, len(gate.rules.names)
+        self._step = np.zeros(axes, np.float32) if gate.rules.max_step is None else gate.rules.max_step
+        self._lag = np.zeros(axes, np.float32)  # beside its command, when it moved
+        self._says = gate.rules.has_place and gate.rules.max_step is not None
 
     def observed(self, observation: dict[str, Any]) -> np.ndarray:
         """Its state as an action, float32 (axes,), NaN for what is not known."""
-        at = np.full(self._axes, np.nan, np.float32)
+        width = self._rules.state_width
         try:
             state = np.asarray(observation.get("observation.state"), np.float32)
         except (TypeError, ValueError):
-            state = at[:0]  # the server says what is wrong with it
-        if state.shape == (self._width,):
-            for axis, sensed in self._sensed.items():
-                at[axis] = state[sensed]
-        elif self._says:
+            state = np.zeros(0, np.float32)  # the server says what is wrong with it
+        if state.shape != (width,) and self._says:
             self._says = False
-            log.warning("no 'observation.state' of %d axes, so max_step does not limit the first action", self._width)
-        return at
+            log.warning("no 'observation.state' of %d axes, so max_step does not limit the first action", width)
+        return self._rules.stands(state)
 
     def moves(self, observation: dict[str, Any], last: np.ndarray) -> None:
         """It is seen while it executes; last: what it was commanded then, (axes,)."""
@@ -62,13 +55,3 @@ class Stance:
             return at
         moved = np.abs(at - last) > self._lag + self._step  # NaN is not
         return np.where(moved, at, last)
-
-
-def _sensed(embodiment: dict[str, Any]) -> dict[int | None, int]:
-    """The axes of an action that the state has as well, by name and unit: axis -> index in the state."""
-    proprio = embodiment.get("proprio")
-    if not proprio:
-        return {}
-    place = {key: i for i, key in enumerate(zip(proprio["names"], proprio["units"]))}
-    axes = enumerate(zip(embodiment["action"]["names"], embodiment["action"]["units"]))
-    return {axis: place[key] for axis, key in axes if key in place}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
-from mmseq_client import ActionGate, ContractError, RefusedError, Stance, holds_position, zero_action
+from mmseq_client import ActionGate, ContractError, RefusedError, Stance, rest_action
 from torch import Tensor
 
 from lerobot_policy_mmseq.backends import Local, Served
@@ -151,14 +151,14 @@ class MmseqPolicy(PreTrainedPolicy):
 
     def _stance(self, row: int) -> Stance:
         while len(self._stances) <= row:
-            self._stances.append(Stance(self.contract, self.gate))
+            self._stances.append(Stance(self.gate))
         return self._stances[row]
 
     def _hold(self, error: RefusedError) -> np.ndarray:
         """(B, axes): the last action again, or zeros where actions are changes; the gripper keeps its value."""
         if self._last is None:  # nothing was commanded, so nothing is known that keeps it where it is
             raise error
-        rest = self._last if holds_position(self.contract) else zero_action(self.contract, self._last)
+        rest = rest_action(self.contract, self._last)
         return self.gate.check_chunk(rest, len(rest), clamp=True)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:

@@ -1,0 +1,93 @@
+"""Plug-ins: parts that a person adds without editing mmseq, found by their entry points.
+
+    [project.entry-points."mmseq.readers"]
+    myformat = "my_package.reader:MyReader"
+
+Groups are those of `GROUPS`; `docs/extending.md` has an example of each. What is built in is found the same way, and a
+plug-in's name must be another. `register` does for one process what an entry point does for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from mmseq.errors import ConfigError, DependencyError, did_you_mean
+
+GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
+    "tokenizers": {
+        "text": "mmseq.tokenization.text:TextTokenizer",
+        "fsq": "mmseq.tokenization.vision:VisionTokenizer",
+        "bins": "mmseq.tokenization.continuous:BinTokenizer",
+        "scalar": "mmseq.tokenization.continuous:ScalarTokenizer",
+    },
+    "readers": {},
+    "encoders": {},
+    "loggers": {},
+    "policies": {},
+    "simulators": {},
+    "augmentations": {},
+}
+_registered: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+
+
+def register(group: str, name: str, part: Any) -> None:
+    """Add a part for this process. Raises: ConfigError when the name is taken by another part."""
+    if name in _targets(group) or _registered[group].get(name, part) is not part:
+        raise ConfigError(f"{group}: {name!r} is there already", fix="give the plug-in another name")
+    _registered[group][name] = part
+
+
+def names(group: str) -> list[str]:
+    """The names of everything in a group, built in or installed."""
+    return sorted({*_targets(group), *_registered[group]})
+
+
+def find(group: str, name: str) -> Any:
+    """The part of a name, imported.
+
+    Raises: ConfigError naming what there is, DependencyError when it cannot be imported.
+    """
+    if name in _registered[group]:
+        return _registered[group][name]
+    if name not in _targets(group):
+        raise ConfigError(
+            f"there is no {name!r} among the {group}: {did_you_mean(name, names(group))}",
+            fix="install the package that brings it",
+        )
+    return _load(group, name)
+
+
+def every(group: str) -> dict[str, Any]:
+    """All parts of a group by name, imported."""
+    return {name: find(group, name) for name in names(group)}
+
+
+@cache
+def _targets(group: str) -> dict[str, str]:
+    found = dict(GROUPS[group])
+    for point in entry_points(group=f"mmseq.{group}"):
+        if found.setdefault(point.name, point.value) != point.value:
+            raise ConfigError(
+                f"{point.value} wants to be {point.name!r} among the {group}, which {found[point.name]} is already",
+                fix="uninstall one of the two packages",
+            )
+    return found
+
+
+@cache
+def _load(group: str, name: str) -> Any:
+    point = EntryPoint(name, _targets(group)[name], f"mmseq.{group}")
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise DependencyError(f"the plug-in {name!r} of {group} ({point.value}) cannot be imported: {error}") from error
+
+
+def refresh() -> None:
+    """Look for entry points again, as after an installation in this process."""
+    importlib.invalidate_caches()
+    _targets.cache_clear()
+    _load.cache_clear()
