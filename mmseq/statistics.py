@@ -92,4 +92,4 @@ def remarks(episodes: Sequence[tuple[str, np.ndarray]], names: Sequence[str], wh
 
 
 def _more(at: np.ndarray) -> str:
-    return f" (and in {len(at) - 1} steps more)" if len(at) > 1 else ""
+    return f" (and {len(at) - 1} more)" if len(at) > 1 else ""

@@ -102,7 +102,7 @@ def test_what_sets_no_limit_and_what_sets_one_from_afar_is_said():
     first, second = wave(600), wave(600)
     second[[50, 300]] = 1e4
     (note,) = remarks([("episode a", first[:, None]), ("episode b", second[:, None])], ["lift"], "action")
-    assert note.startswith("action lift is 10000 at step 50 of episode b (and in 1 steps more), all else lies in -2..2")
+    assert note.startswith("action lift is 10000 at step 50 of episode b (and 1 more), all else lies in -2..2")
     assert "fault" in note
     second[[50, 300]] = 0, 4.5
     (note,) = remarks([("episode a", first[:, None]), ("episode b", second[:, None])], ["lift"], "proprio")
@@ -111,7 +111,7 @@ def test_what_sets_no_limit_and_what_sets_one_from_afar_is_said():
     )
     gripper = put(np.zeros((600, 1)), 1.0, 7, 8)
     (note,) = remarks([("episode a", gripper)], ["gripper"], "action")
-    assert "gripper is 1 at step 7 of episode a (and in 1 steps more), all else lies in 0..0" in note
+    assert "gripper is 1 at step 7 of episode a (and 1 more), all else lies in 0..0" in note
     assert list(remarks([("a", first[:, None]), ("b", wave(50)[:, None])], ["lift"], "action")) == []
 
 

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mmseq.embodiment import ACTION_FORMS, Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, did_you_mean
 from mmseq.streams import OWN_VECTORS
 
+_WITHIN = 0.9  # the least share of values that limits enclose, if they are of the same unit
 KEYS = ("name", "action_form", "gripper")  # and the robot's vector streams, each with AXES_KEYS
 AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
@@ -56,15 +59,22 @@ def read_answers(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def complete(inferred: Embodiment, answers: dict[str, Any], *, where: str) -> Embodiment:
+def complete(
+    inferred: Embodiment, answers: dict[str, Any], *, where: str, values: Mapping[str, np.ndarray] | None = None
+) -> Embodiment:
     """The contract that a dataset and its owner make together.
 
+    values: the dataset's own, float (steps, axes) of each stream; the range of an axis with stated limits is that of
+    those within. Without them limits must enclose the range.
     Raises: EmbodimentError naming an answer that does not fit, or every question that is still open.
     """
     vectors = inferred.vectors
     for part in (key for key, given in answers.items() if key not in (*KEYS, *vectors) and given):
         raise EmbodimentError(f"{where}: the dataset has no {part}", fix=f"leave {part} out, or fill it with --map")
-    robot = inferred.with_vectors({part: _axes(axes, part, answers, where) for part, axes in vectors.items()})
+    seen = values or {}
+    robot = inferred.with_vectors(
+        {part: _axes(axes, part, answers, where, seen.get(part)) for part, axes in vectors.items()}
+    )
     if "name" in answers:
         if not isinstance(answers["name"], str):
             raise EmbodimentError(f"{where}: name is {answers['name']!r:.80}", fix="write a text")
@@ -165,7 +175,7 @@ def _quoted(name: str) -> str:
     return yaml.safe_dump(name, width=1000).splitlines()[0]
 
 
-def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str) -> Axes:
+def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str, values: np.ndarray | None) -> Axes:
     given = answers.get(part) or {}
     units, limits = given.get("units"), given.get("limits") or {}
     for what, named in (("units", units), ("limits", limits), ("max_step", given.get("max_step"))):
@@ -191,8 +201,10 @@ def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str) -> Axes:
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
-        inside = min(high, axes.high[at]) - max(low, axes.low[at])
-        if not low <= high or inside < 0.5 * (axes.high[at] - axes.low[at]):
+        seen = np.array([axes.low[at], axes.high[at]]) if values is None else values[:, at]
+        rounding = 1e-4 * (high - low)
+        within = seen[(seen >= low - rounding) & (seen <= high + rounding)]
+        if len(within) < _WITHIN * len(seen):
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is [{low:.9g}, {high:.9g}], the data reach from {axes.low[at]:.9g} to "
                 f"{axes.high[at]:.9g}",
@@ -200,7 +212,7 @@ def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str) -> Axes:
             )
         minimum[at], maximum[at] = low, high
         # what lies beyond is refused episode by episode, so no bins are spent on it
-        lowest[at], highest[at] = max(low, axes.low[at]), min(high, axes.high[at])
+        lowest[at], highest[at] = (float(np.float32(v)) for v in (within.min(), within.max()))
     stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
     ranges = {"low": lowest, "high": highest, "minimum": minimum, "maximum": maximum}
     axes = replace(axes, units=stated, **{name: tuple(values) for name, values in ranges.items()})

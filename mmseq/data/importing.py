@@ -30,7 +30,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from mmseq.data import hdf5
+from mmseq.data.hdf5_files import HDF5_SUFFIXES
 from mmseq.data.mapping import Streams
 from mmseq.data.pictures import SwappedColours
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
@@ -77,7 +77,7 @@ def detect_format(src: str | Path) -> str:
         suffix = src.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
             return "video"
-        if suffix in hdf5.SUFFIXES:
+        if suffix in HDF5_SUFFIXES:
             return "hdf5"
         raise DataError(f"{src} is neither a video nor HDF5", fix=_TO_LEROBOT)
     if (src / "meta" / "info.json").is_file() or (src / "meta_data" / "info.json").is_file():
@@ -90,7 +90,7 @@ def detect_format(src: str | Path) -> str:
         raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}
     for path in src.rglob("*"):
-        found["hdf5"] += path.suffix.lower() in hdf5.SUFFIXES
+        found["hdf5"] += path.suffix.lower() in HDF5_SUFFIXES
         found["video"] += path.suffix.lower() in VIDEO_SUFFIXES
         found["rlds"] += ".tfrecord" in path.name
     if found["rlds"]:
@@ -329,7 +329,7 @@ def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, whe
         if expected is not None and frame.shape[:2] != expected:
             raise DataError(
                 f"{where}: frames have (height, width) {frame.shape[:2]}, the embodiment says {expected}",
-                fix="correct the sizes in the embodiment or in meta/info.json",
+                fix="import with --size, which makes all of them equal, or correct the sizes in the embodiment",
             )
         yield frame
 

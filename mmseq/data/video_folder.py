@@ -89,7 +89,8 @@ class VideoFolderReader:
         else:
             if not self.path.is_dir():
                 raise DataError(f"{path} does not exist", fix="give a folder of videos, or one video")
-            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            suited = lambda p: p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".") and p.is_file()
+            self.files = sorted(filter(suited, self.path.rglob("*")))
             if not self.files:
                 raise DataError(f"{path} holds no videos", fix=f"put files ending in {', '.join(VIDEO_SUFFIXES)} there")
             captions = self._read_captions()

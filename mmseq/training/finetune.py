@@ -19,10 +19,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
@@ -41,7 +44,7 @@ from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
-from mmseq.errors import ConfigError, DataError, EmbodimentError
+from mmseq.errors import ConfigError, DataError, EmbodimentError, MMSeqError
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import Task
@@ -217,7 +220,7 @@ def _contract(
         answers = read_answers(config.embodiment) if config.embodiment else {}
         where = config.embodiment or config.dataset
         try:
-            robot = complete(robot, answers, where=where)
+            robot = complete(robot, answers, where=where, values=_values(source, robot))
         except EmbodimentError as error:
             form = out / "embodiment.yaml"
             if config.embodiment is None and not form.exists():
@@ -230,6 +233,18 @@ def _contract(
                 f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
             )
     return robot, open_as(embodiment=robot)
+
+
+def _values(source: EpisodeSource, robot: Embodiment) -> dict[str, np.ndarray]:
+    """The values of each vector stream in the episodes that can be read."""
+    found: dict[str, list[np.ndarray]] = {}
+    for index in range(len(source)):
+        with suppress(MMSeqError):
+            episode = source[index]
+            for stream in robot.vectors:
+                if stream in episode:
+                    found.setdefault(stream, []).append(episode[stream])
+    return {stream: np.concatenate(values) for stream, values in found.items()}
 
 
 def _import(

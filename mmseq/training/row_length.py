@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from mmseq.data.mixture import MixConfig, Stream, task_name
+from mmseq.data.mixture import MixConfig, Moments, task_name
 from mmseq.data.tokens import EpisodePlan
 from mmseq.errors import ConfigError
 from mmseq.tasks import Task
@@ -33,8 +33,8 @@ def fit_rows(
     for index, config in enumerate(mix.tasks):
         for source in config.sources or mix.sources:
             plan = plans[source]
-            stream = Stream(0, index, Task.parse(config.task), source, plan, range(len(plan.ids)), builder)
-            length = stream.longest().length if len(stream) else 0
+            moments = Moments(0, index, Task.parse(config.task), source, plan, range(len(plan.ids)), builder)
+            length = moments.longest().length if len(moments) else 0
             if length > longest:
                 longest, of = length, f"{task_name(config)} of {source}"
     if longest <= recipe.data.row_tokens:
