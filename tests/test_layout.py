@@ -183,7 +183,10 @@ def stream_literals(tree: ast.AST) -> list[int]:
     """Lines of tuples, lists, sets and dictionaries that spell out several streams by their names."""
     lines = []
     for node in ast.walk(tree):
-        parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+        parts = getattr(node, "elts", [])
+        if isinstance(node, ast.Dict):  # a table; what fills streams with values is none, nor are names of arrows
+            table = all(isinstance(v, ast.Constant) and "->" not in str(v.value) for v in node.values)
+            parts = node.keys if table else []
         named = {p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)} & set(STREAMS)
         lines += [node.lineno] if len(named) > 1 else []
     return lines
@@ -204,4 +207,5 @@ def test_the_reader_of_literals_sees_what_it_must():
     source = (
         "a = ('action', 'proprio')\nb = ['text', x]\nc = {'image': 1, 'video': 2}\nd = {'plan', 'other', 'answer'}\n"
     )
+    source += "e = {'image': frames, 'action': f(x)}\nf = {'plan': 'text -> plan', 'success': '-> success'}\n"
     assert stream_literals(ast.parse(source)) == [1, 3, 4]

@@ -11,9 +11,10 @@ from typing import Any
 from mmseq.data.hdf5_layout import ACTIONS, Entry, Facts, columns_of, facts_of, natural
 from mmseq.data.mapping import Streams
 from mmseq.errors import DataError, MMSeqError, require
+from mmseq.streams import OUTCOME, STREAMS, TEXT
 
 HDF5_SUFFIXES = (".hdf5", ".h5", ".hdf")
-SPOKEN = ("text", "plan", "success")  # streams that are no array with a value per step
+SPOKEN = [row.name for row in STREAMS.values() if row.kind in (TEXT, OUTCOME)]  # no array with a value per step
 REPLACE = "fetch or record the file again, or take it out"
 
 

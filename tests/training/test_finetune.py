@@ -274,6 +274,8 @@ def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_p
     assert json.loads((tmp_path / "out/begun.json").read_text())["map"] == {"action": ["actions"]}
     with pytest.raises(ConfigError, match="begun with another"):
         begin(map=mapped | {"force": ("observation.state",)}, skip_bad=1)
+
+
 def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tmp_path):
     cameras = ("high", "low", "left", "right")
     dataset, answers = write_robot(tmp_path / "robot", axes=4, cameras=cameras, rate_hz=20, proprio=True)
