@@ -86,9 +86,7 @@ class LeRobotReader:
         self.streams = fill(self._find(), map or {}, self.columns, str(self.path))
         self.left_out = left_out(self.columns, self.streams)
         self.notes += describe(self.columns, self.left_out)
-        if not any(
-            stream.startswith(IMAGE_PREFIX) or stream not in ("text", "plan", "success") for stream in self.streams
-        ):
+        if not self._cameras and not self._vector_streams:
             raise DataError(
                 f"{self.path} has neither cameras nor {STATE} nor {ACTION}; {'; '.join(self.notes) or 'it is bare'}",
                 fix="say with --map which columns are what",

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -328,3 +329,77 @@ def test_names_of_axes_in_all_their_forms(dataset, names, expected):
     info["features"]["action"]["names"] = names
     edit_info(dataset, features=info["features"])
     assert LeRobotReader(dataset).embodiment().action.names == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "form"),
+    [
+        (["delta_x", "delta_y", "gripper"], "delta"),
+        (["vel_x", "arm.vel", "gripper.pos"], "velocity"),
+        (["joint_velocity", "y_vel", "z_vel_"], "velocity"),
+        (["delta_x", "y", "gripper"], "absolute"),
+        (["gripper", "left_gripper", "Gripper.pos"], "absolute"),
+        (["a", "b", "c"], "absolute"),
+    ],
+)
+def test_the_form_of_actions_is_what_all_of_their_names_say(dataset, names, form):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = names
+    edit_info(dataset, features=info["features"])
+    assert LeRobotReader(dataset).embodiment().action_form == form
+
+
+def test_rates_that_a_reader_refuses(written):
+    for rate in (0, -1.0, 10.1):
+        with pytest.raises(DataError, match=f"rate_hz={rate:g}, but the dataset has 10"):
+            LeRobotReader(written[0], rate_hz=rate)
+    assert len(LeRobotReader(written[0], rate_hz=10)[0]) == 12
+
+
+def test_a_set_without_anything_to_learn_from_says_what_it_has(dataset):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    for name in ("observation.images.top", "observation.images.wrist", "observation.state", "action"):
+        info["features"].pop(name)
+    edit_info(dataset, features=info["features"])
+    edit_data(dataset, lambda t: t.drop_columns(["observation.images.wrist", "observation.state", "action"]))
+    with pytest.raises(DataError, match=r"has neither cameras nor.*observation\.images\.top \(videos that.*with --map"):
+        LeRobotReader(dataset)
+
+
+def test_velocities_are_averaged_and_rates_that_do_not_divide_are_kept_to(dataset, written):
+    fields = LeRobotReader(dataset).embodiment().to_dict() | {"action_form": "velocity"}
+    fields["gripper"] = {"axis": "delta_y", "open": 0.5, "closed": 0.0}  # which no name would tell
+    Embodiment.from_dict(fields).save(dataset / "meta" / "embodiment.json")
+    action, state = written[1][2]["action"], written[1][2]["state"]  # 15 frames at 10 Hz, in steps of 2.5 frames
+    episode = LeRobotReader(dataset, rate_hz=4)[2]
+    starts, ends = [0, 2, 5, 7, 10, 12], [2, 5, 7, 10, 12, 15]
+    np.testing.assert_array_equal(episode["proprio"], state[starts])
+    means = [action[a:b, 0].astype(np.float64).mean() for a, b in zip(starts, ends)]
+    np.testing.assert_allclose(episode["action"][:, 0], means, rtol=1e-6)
+    np.testing.assert_array_equal(episode["action"][:, 1:], action[np.array(ends) - 1, 1:])
+    assert (episode.rate_hz, episode.metadata["source_steps"], len(episode)) == (4, 15, 6)
+
+
+def test_sizes_are_what_most_pictures_have_where_none_is_as_said(dataset):
+    from PIL import Image
+
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["observation.images.wrist"] |= {"shape": [3, 40, 50], "names": ["channels", "height", "width"]}
+    edit_info(dataset, features=info["features"])
+    sizes = np.repeat([(64, 64), (40, 50), (64, 64)], (12, 7, 15), axis=0)
+
+    def redraw(table):
+        stored = []
+        for height, width in sizes:
+            buffer = io.BytesIO()
+            Image.new("RGB", (int(width), int(height))).save(buffer, "png")
+            stored.append({"bytes": buffer.getvalue(), "path": None})
+        return replace_column(table, "observation.images.wrist", pa.array(stored))
+
+    edit_data(dataset, redraw)
+    assert LeRobotReader(dataset).embodiment().cameras[1] == Camera(name="wrist", height=40, width=50)  # one agrees
+    sizes[12:19] = (30, 30)
+    edit_data(dataset, redraw)
+    reader = LeRobotReader(dataset)
+    assert reader.embodiment().cameras[1] == Camera(name="wrist", height=64, width=64)
+    assert reader.notes == ["observation.images.wrist is 64 x 64, meta/info.json says 40 x 50"]
