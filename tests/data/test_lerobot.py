@@ -403,3 +403,55 @@ def test_sizes_are_what_most_pictures_have_where_none_is_as_said(dataset):
     reader = LeRobotReader(dataset)
     assert reader.embodiment().cameras[1] == Camera(name="wrist", height=64, width=64)
     assert reader.notes == ["observation.images.wrist is 64 x 64, meta/info.json says 40 x 50"]
+
+
+@pytest.mark.parametrize(("video_hz", "expected"), [(20, 20), (10, 10)])
+def test_steady_timestamps_of_another_rate_decide_where_the_videos_agree(dataset, written, video_hz, expected):
+    from mmseq.data.video import read_frames
+    from mmseq.mp4 import encode_video
+
+    video = next(dataset.rglob("*.mp4"))
+    video.write_bytes(encode_video(read_frames(video), video_hz)[0])
+    stamps = np.concatenate([np.arange(len(e["action"])) for e in written[1]]).astype(np.float32) / 20
+    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    reader = LeRobotReader(dataset)
+    assert reader.fps == reader[0].rate_hz == expected
+    assert any("says 10 steps per second, the timestamps 20" in note for note in reader.notes)
+    stamps[14] += 0.02  # no longer steady in one of them
+    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    assert LeRobotReader(dataset).fps == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, True), (False, False), (None, None), (float("nan"), None), ("failure", False)]
+)
+def test_an_outcome_that_nobody_knows_is_none(dataset, value, expected):
+    known = lambda t: replace_column(t, "next.success", pa.array([False] * 12 + [value] * 7 + [True] * 15))
+    if not isinstance(value, bool | None):
+        text = lambda v: None if v != v else str(v)
+        known = lambda t: replace_column(t, "next.success", pa.array(["no"] * 12 + [text(value)] * 7 + ["yes"] * 15))
+    edit_data(dataset, known)
+    assert [e.success for e in LeRobotReader(dataset)] == [False, expected, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("机器人", "robot_机器人"), (["a", "b"], "a_b"), (None, "unknown"), ("//", "robot"), ("x" * 200, "x" * 100)],
+)
+def test_a_robot_type_becomes_a_name(dataset, said, name):
+    edit_info(dataset, robot_type=said)
+    assert LeRobotReader(dataset)[0].embodiment == LeRobotReader(dataset).embodiment().name == name
+
+
+def test_a_given_contract_is_held_to_the_vectors_that_are_mapped(dataset):
+    mapped = {"force": ("observation.state",)}
+    robot = LeRobotReader(dataset, map=mapped).embodiment()
+    assert robot.streams["force"].names == ("x", "y", "gripper")
+    assert LeRobotReader(dataset, embodiment=robot, map=mapped).embodiment() == robot
+    with pytest.raises(EmbodimentError, match=r"has 3 axes for force, .* has 0"):
+        LeRobotReader(dataset, embodiment=robot).embodiment()
+    slow = LeRobotReader(dataset, rate_hz=5).embodiment()
+    robot.save(dataset / "meta" / "embodiment.json")
+    held = LeRobotReader(dataset, rate_hz=5, map=mapped).embodiment()
+    assert (held.rate_hz, held.proprio) == (5, robot.proprio)
+    assert held.action.maximum == slow.action.maximum  # of sums over two steps
