@@ -46,7 +46,7 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EmbodimentError, MMSeqError
 from mmseq.statistics import remarks
-from mmseq.streams import OWN_VECTORS, STREAMS, VECTOR, VISION, row_of
+from mmseq.streams import OWN_VECTORS, STREAMS
 
 STATE, ACTION = "observation.state", "action"
 _FOUND = {name: str(STREAMS[name].column) for name in OWN_VECTORS}
@@ -87,7 +87,7 @@ class LeRobotReader:
         self.streams = fill(self._find(), map or {}, self.columns, str(self.path))
         self.left_out = left_out(self.columns, self.streams)
         self.notes += describe(self.columns, self.left_out)
-        if not any(row_of(stream).kind in (VISION, VECTOR) for stream in self.streams):
+        if not self._cameras and not self._vector_streams:
             raise DataError(
                 f"{self.path} has neither cameras nor {STATE} nor {ACTION}; {'; '.join(self.notes) or 'it is bare'}",
                 fix="say with --map which columns are what",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmseq.data.lerobot_files import is_text
+from mmseq.data.lerobot_files import is_number, is_text
 from mmseq.data.lerobot_images import stored_depth
 from mmseq.data.lerobot_layout import BOOKKEEPING, EVENTS, PERSISTENT, Layout
 from mmseq.data.lerobot_video import is_depth
@@ -78,19 +78,14 @@ def _kind(layout: Layout, name: str, feature: dict[str, Any], type_: pa.DataType
     if is_text(type_):
         return "text"
     if pa.types.is_nested(type_):
-        inner = getattr(type_, "value_type", None)
-        return "vector" if inner is not None and _number(inner) and feature.get("shape") != [0] else "other"
+        return "vector" if is_number(type_) and feature.get("shape") != [0] else "other"
     if pa.types.is_integer(type_) and name.startswith("annotation."):
         return "text"  # the number of a text among the tasks, as GR00T writes it
-    return "vector" if pa.types.is_floating(type_) else "flag" if _number(type_) else "other"
+    return "vector" if pa.types.is_floating(type_) else "flag" if is_number(type_) else "other"
 
 
 def _holds_pictures(type_: pa.DataType) -> bool:
     return pa.types.is_struct(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
-
-
-def _number(type_: pa.DataType) -> bool:
-    return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
 
 
 def _deep(layout: Layout, name: str, stored: bool) -> bool:

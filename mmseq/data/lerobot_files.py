@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,25 @@ def is_text(type_: pa.DataType) -> bool:
     return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
 
 
+def is_number(type_: pa.DataType) -> bool:
+    """Whether a column holds one number or truth value per row, also as lists of one."""
+    inner = getattr(type_, "value_type", type_)
+    return pa.types.is_integer(inner) or pa.types.is_floating(inner) or pa.types.is_boolean(inner)
+
+
+def commonest(types: Counter[pa.DataType]) -> pa.DataType:
+    """What most files say of a column; whole numbers give way to others, and none at all to anything."""
+    said = {t: n for t, n in types.items() if not pa.types.is_null(t)} or dict(types)
+    said = {t: n for t, n in said.items() if pa.types.is_floating(t)} if all(map(_is_scalar, said)) else said
+    return max(said or types, key=lambda t: (types[t], str(t)))
+
+
+def _is_scalar(type_: pa.DataType) -> bool:
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
+
 def joined(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece."""
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +29,8 @@ import pyarrow.parquet as pq
 from mmseq.data.lerobot_files import (
     NOT_FINALIZED,
     REFETCH,
+    commonest,
+    is_number,
     joined,
     lines,
     listed,
@@ -192,10 +195,12 @@ class Layout:
         """Which rows of which files carry which episode's index, in the order of the files."""
         rows: dict[int, list[tuple[Path, int, int]]] = {}
         uneven: list[int] = []
+        types: dict[str, Counter[pa.DataType]] = {}
         for path in self._data_files():
             try:
                 file = pq.ParquetFile(path)
-                self.types |= {f.name: f.type for f in file.schema_arrow if f.name not in self.types}
+                for found in file.schema_arrow:
+                    types.setdefault(found.name, Counter())[found.type] += 1
                 names = [n for n in ("episode_index", "timestamp") if n in file.schema_arrow.names]
                 table = file.read(names) if names else None
             except (OSError, pa.ArrowException) as error:
@@ -204,13 +209,15 @@ class Layout:
             numbers = self._indices(path, table, file.metadata.num_rows)
             if numbers is None or not len(numbers):
                 continue
-            times = scalars(joined(table["timestamp"])) if table is not None and "timestamp" in names else None
+            timed = table is not None and "timestamp" in names and is_number(table.schema.field("timestamp").type)
+            times = scalars(joined(table["timestamp"])) if timed else None  # type: ignore[index]
             cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
             for start, end in pairwise(cuts):
                 index = int(numbers[start])
                 if times is not None and not self._even(times[start:end], continued=index in rows):
                     uneven.append(index)
                 rows.setdefault(index, []).append((path, start, end))
+        self.types = {name: commonest(found) for name, found in types.items()}
         if uneven:
             self.notes.append(
                 f"timestamps of episodes {listed(dict.fromkeys(uneven))} are not frame / fps: row k is frame k, "
@@ -232,9 +239,12 @@ class Layout:
 
     def _indices(self, path: Path, table: pa.Table | None, rows: int) -> np.ndarray | None:
         if table is not None and "episode_index" in table.column_names:
-            numbers = scalars(joined(table["episode_index"])).astype(np.float64)
-            if np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all():
-                return numbers.astype(np.int64)
+            values = scalars(joined(table["episode_index"]))
+            if values.dtype.kind in "iu":
+                return values.astype(np.int64)
+            numbers = [whole(value) for value in values]
+            if None not in numbers:
+                return np.array(numbers, np.int64)
             self.broken[path] = DataError(f"{path}: episode_index is no whole number in some rows", fix=REFETCH)
             return None
         named = re.fullmatch(r"episode_(\d+)", path.stem)

@@ -57,7 +57,12 @@ class Rows:
             if name not in table.column_names:
                 raise EpisodeError(f"{self.called(record)}: {path} lacks the column {name!r}", fix=REFETCH)
             chunks += table[name].slice(start, end - start).chunks
-        return pa.concat_arrays(chunks)
+        try:
+            return pa.concat_arrays([c if c.type == chunks[0].type else c.cast(chunks[0].type) for c in chunks])
+        except pa.ArrowException as error:
+            raise EpisodeError(
+                f"{self.called(record)}: its files disagree on {name!r}: {error}", fix=REFETCH
+            ) from error
 
     def matrix(self, record: Record, name: str) -> np.ndarray:
         """A column of numbers, float32 (rows, axes). Raises: EpisodeError for rows of unequal widths."""

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -328,3 +329,129 @@ def test_names_of_axes_in_all_their_forms(dataset, names, expected):
     info["features"]["action"]["names"] = names
     edit_info(dataset, features=info["features"])
     assert LeRobotReader(dataset).embodiment().action.names == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "form"),
+    [
+        (["delta_x", "delta_y", "gripper"], "delta"),
+        (["vel_x", "arm.vel", "gripper.pos"], "velocity"),
+        (["joint_velocity", "y_vel", "z_vel_"], "velocity"),
+        (["delta_x", "y", "gripper"], "absolute"),
+        (["gripper", "left_gripper", "Gripper.pos"], "absolute"),
+        (["a", "b", "c"], "absolute"),
+    ],
+)
+def test_the_form_of_actions_is_what_all_of_their_names_say(dataset, names, form):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = names
+    edit_info(dataset, features=info["features"])
+    assert LeRobotReader(dataset).embodiment().action_form == form
+
+
+def test_rates_that_a_reader_refuses(written):
+    for rate in (0, -1.0, 10.1):
+        with pytest.raises(DataError, match=f"rate_hz={rate:g}, but the dataset has 10"):
+            LeRobotReader(written[0], rate_hz=rate)
+    assert len(LeRobotReader(written[0], rate_hz=10)[0]) == 12
+
+
+def test_a_set_without_anything_to_learn_from_says_what_it_has(dataset):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    for name in ("observation.images.top", "observation.images.wrist", "observation.state", "action"):
+        info["features"].pop(name)
+    edit_info(dataset, features=info["features"])
+    edit_data(dataset, lambda t: t.drop_columns(["observation.images.wrist", "observation.state", "action"]))
+    with pytest.raises(DataError, match=r"has neither cameras nor.*observation\.images\.top \(videos that.*with --map"):
+        LeRobotReader(dataset)
+
+
+def test_velocities_are_averaged_and_rates_that_do_not_divide_are_kept_to(dataset, written):
+    fields = LeRobotReader(dataset).embodiment().to_dict() | {"action_form": "velocity"}
+    fields["gripper"] = {"axis": "delta_y", "open": 0.5, "closed": 0.0}  # which no name would tell
+    Embodiment.from_dict(fields).save(dataset / "meta" / "embodiment.json")
+    action, state = written[1][2]["action"], written[1][2]["state"]  # 15 frames at 10 Hz, in steps of 2.5 frames
+    episode = LeRobotReader(dataset, rate_hz=4)[2]
+    starts, ends = [0, 2, 5, 7, 10, 12], [2, 5, 7, 10, 12, 15]
+    np.testing.assert_array_equal(episode["proprio"], state[starts])
+    means = [action[a:b, 0].astype(np.float64).mean() for a, b in zip(starts, ends)]
+    np.testing.assert_allclose(episode["action"][:, 0], means, rtol=1e-6)
+    np.testing.assert_array_equal(episode["action"][:, 1:], action[np.array(ends) - 1, 1:])
+    assert (episode.rate_hz, episode.metadata["source_steps"], len(episode)) == (4, 15, 6)
+
+
+def test_sizes_are_what_most_pictures_have_where_none_is_as_said(dataset):
+    from PIL import Image
+
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["observation.images.wrist"] |= {"shape": [3, 40, 50], "names": ["channels", "height", "width"]}
+    edit_info(dataset, features=info["features"])
+    sizes = np.repeat([(64, 64), (40, 50), (64, 64)], (12, 7, 15), axis=0)
+
+    def redraw(table):
+        stored = []
+        for height, width in sizes:
+            buffer = io.BytesIO()
+            Image.new("RGB", (int(width), int(height))).save(buffer, "png")
+            stored.append({"bytes": buffer.getvalue(), "path": None})
+        return replace_column(table, "observation.images.wrist", pa.array(stored))
+
+    edit_data(dataset, redraw)
+    assert LeRobotReader(dataset).embodiment().cameras[1] == Camera(name="wrist", height=40, width=50)  # one agrees
+    sizes[12:19] = (30, 30)
+    edit_data(dataset, redraw)
+    reader = LeRobotReader(dataset)
+    assert reader.embodiment().cameras[1] == Camera(name="wrist", height=64, width=64)
+    assert reader.notes == ["observation.images.wrist is 64 x 64, meta/info.json says 40 x 50"]
+
+
+@pytest.mark.parametrize(("video_hz", "expected"), [(20, 20), (10, 10)])
+def test_steady_timestamps_of_another_rate_decide_where_the_videos_agree(dataset, written, video_hz, expected):
+    from mmseq.data.video import read_frames
+    from mmseq.mp4 import encode_video
+
+    video = next(dataset.rglob("*.mp4"))
+    video.write_bytes(encode_video(read_frames(video), video_hz)[0])
+    stamps = np.concatenate([np.arange(len(e["action"])) for e in written[1]]).astype(np.float32) / 20
+    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    reader = LeRobotReader(dataset)
+    assert reader.fps == reader[0].rate_hz == expected
+    assert any("says 10 steps per second, the timestamps 20" in note for note in reader.notes)
+    stamps[14] += 0.02  # no longer steady in one of them
+    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    assert LeRobotReader(dataset).fps == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, True), (False, False), (None, None), (float("nan"), None), ("failure", False)]
+)
+def test_an_outcome_that_nobody_knows_is_none(dataset, value, expected):
+    known = lambda t: replace_column(t, "next.success", pa.array([False] * 12 + [value] * 7 + [True] * 15))
+    if not isinstance(value, bool | None):
+        text = lambda v: None if v != v else str(v)
+        known = lambda t: replace_column(t, "next.success", pa.array(["no"] * 12 + [text(value)] * 7 + ["yes"] * 15))
+    edit_data(dataset, known)
+    assert [e.success for e in LeRobotReader(dataset)] == [False, expected, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("机器人", "robot_机器人"), (["a", "b"], "a_b"), (None, "unknown"), ("//", "robot"), ("x" * 200, "x" * 100)],
+)
+def test_a_robot_type_becomes_a_name(dataset, said, name):
+    edit_info(dataset, robot_type=said)
+    assert LeRobotReader(dataset)[0].embodiment == LeRobotReader(dataset).embodiment().name == name
+
+
+def test_a_given_contract_is_held_to_the_vectors_that_are_mapped(dataset):
+    mapped = {"force": ("observation.state",)}
+    robot = LeRobotReader(dataset, map=mapped).embodiment()
+    assert robot.streams["force"].names == ("x", "y", "gripper")
+    assert LeRobotReader(dataset, embodiment=robot, map=mapped).embodiment() == robot
+    with pytest.raises(EmbodimentError, match=r"has 3 axes for force, .* has 0"):
+        LeRobotReader(dataset, embodiment=robot).embodiment()
+    slow = LeRobotReader(dataset, rate_hz=5).embodiment()
+    robot.save(dataset / "meta" / "embodiment.json")
+    held = LeRobotReader(dataset, rate_hz=5, map=mapped).embodiment()
+    assert (held.rate_hz, held.proprio) == (5, robot.proprio)
+    assert held.action.maximum == slow.action.maximum  # of sums over two steps

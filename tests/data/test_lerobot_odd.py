@@ -1,6 +1,7 @@
 """LeRobot datasets that are odd: what the data hold is read, what is not used is named, what is bad costs itself."""
 
 import json
+import pickle
 import shutil
 from fractions import Fraction
 
@@ -11,7 +12,7 @@ import pytest
 
 from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episodes
 from mmseq.data.lerobot import LeRobotReader
-from mmseq.data.lerobot_video import place
+from mmseq.data.lerobot_video import is_depth, place
 from mmseq.data.mapping import read_map
 from mmseq.episode import TextSpan
 from mmseq.errors import DataError, EpisodeError, MMSeqError
@@ -379,6 +380,52 @@ def test_what_one_file_lacks_it_lacks_alone(tmp_path):
     with pytest.raises(EpisodeError, match=r"episode 0: .*episode_000000.parquet lacks the column 'action'"):
         LeRobotReader(path)[0]
     assert len(LeRobotReader(path)[1]) == 3
+
+
+def test_neither_the_first_file_nor_its_types_decide_for_all(tmp_path):
+    """A column that is empty in one file, whole numbers in another, lists of another form in a third."""
+    made = content(rows_a_file=4)
+    made.vectors["force"] = (None, [np.full((n, 1), 2.0, np.float32) for n in LENGTHS])
+    path = made.write(tmp_path / "set", "v3")
+    fixed = pa.list_(pa.float64(), 3)
+    edit(path, lambda t, n: put(t, "action", pa.array(t["action"].to_pylist(), fixed)) if n == 1 else t)
+    edit(path, lambda t, n: put(t, "force", pa.array([2] * len(t))) if n == 0 else t)
+    edit(path, lambda t, n: put(t, "note", pa.nulls(len(t)) if n == 0 else pa.array(["a"] * len(t))))
+    edit(path, lambda t, n: put(t, "timestamp", pa.array(["soon"] * len(t))))
+    edit(path, lambda t, n: put(t, "episode_index", t["episode_index"].cast(pa.string())) if n == 2 else t)
+    reader = LeRobotReader(path, map=read_map("force=force"))
+    for k, episode in enumerate(reader):
+        np.testing.assert_array_equal(episode["action"], made.vectors["action"][1][k])
+        assert (episode["force"] == 2).all()
+    assert reader.left_out == {"note": "text=note"}
+    edit(path, lambda t, n: put(t, "action", pa.array(["x"] * len(t))) if n == 0 else t)
+    with pytest.raises(EpisodeError, match=r"episode 0: (its files disagree on|action holds no numbers)"):
+        LeRobotReader(path)[0]
+    assert len(LeRobotReader(path)[2]) == 6
+
+
+def test_a_reader_goes_to_a_worker_with_nothing_open(tmp_path, version):
+    made = content()
+    reader = LeRobotReader(made.write(tmp_path / "set", version))
+    assert numbers(reader[1]) == made.episodes[1].tolist()
+    copy = pickle.loads(pickle.dumps(reader))
+    assert numbers(copy[1]) == numbers(reader[1])
+
+
+def test_a_video_of_one_deep_channel_is_depth(tmp_path):
+    import av
+
+    for form, deep in (("gray16le", True), ("yuv420p", False), ("gray", False)):
+        with av.open(str(tmp_path / f"{form}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 16, 16, form
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16), 900, np.uint16), format="gray16le").reformat(
+                format=form
+            )
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        assert is_depth(tmp_path / f"{form}.mkv") is deep
+    assert not is_depth(tmp_path / "absent.mkv")
 
 
 # ---------------------------------------------------------------------- forms of a value
