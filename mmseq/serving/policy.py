@@ -14,7 +14,7 @@ from mmseq_client import rest_action
 
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.errors import MMSeqError, ServeError
+from mmseq.errors import MMSeqError, ServeError, TaskError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
 from mmseq.streams import SCALAR, TEXT, stream_row
@@ -248,8 +248,11 @@ class ReplayPolicy:
         """The recorded streams on the right of the arrow, e.g. `image -> action[8], image@+8`."""
         step, last = self._start(observation), len(self.episode) - 1
         prediction: dict[str, Any] = {}
-        task = Task.parse(self.contract()["tasks"].get(arrow, arrow))
-        task.require_fixed()
+        try:
+            task = Task.parse(self.contract()["tasks"].get(arrow, arrow))
+            task.require_fixed()
+        except TaskError as error:
+            raise RequestError("refused", f"cannot replay {arrow[:80]!r}: {error}", key="arrow") from error
         for placed in (p for p in task.place(self.embodiment.rate_hz) if p.predicted):
             segment, row = placed.segment, placed.row
             if placed.steps > MAX_REPLAYED:

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from mmseq.errors import ServeError
-from mmseq.serving import ReplayPolicy, RequestError, codec, media
+from mmseq.serving import ReplayPolicy, RequestError, codec
+from mmseq.serving.net import media
 from mmseq.serving.holds import MOST, NO_REASON, Holds, reason_of
 from mmseq.testing.wire import ask, dial, http
 

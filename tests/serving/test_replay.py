@@ -80,7 +80,7 @@ def test_a_client_without_steps_goes_on_too(start, policy, episode, observation)
 def test_predict_gives_the_recorded_streams(policy, episode):
     found = policy.predict("image -> action[4], image.front@+8, text, video[2]", {"options": {"step": 1}})
     np.testing.assert_array_equal(found["action"], episode["action"][1:5])
-    np.testing.assert_array_equal(found["image.wrist"], episode["image.wrist"][1:3])
+    np.testing.assert_array_equal(found["image.wrist"], episode["image.wrist"][2:4])
     assert found["text"] == "pick up the cup"
     assert policy.predict("policy", {})["action"].shape == (8, 4)
     assert policy.predict("-> image.front@end", {})["image.front"].shape == (16, 24, 3)

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from mmseq.config import load_config
+from mmseq.inputs import ModelInput
 from mmseq.model.attention import documents_of
 from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
@@ -24,7 +26,7 @@ SHAPES = [
 
 def kept(layers: int, **shape) -> int:
     """Bytes that autograd keeps of one document for the way back, without weights."""
-    model = Transformer(ModelConfig(layers=layers, vocabulary=64, merge=2, **shape)).train()
+    model = Transformer(ModelConfig(layers=layers, vocabulary=64, merge=2, slots=8, **shape)).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen, alive = {}, []
 
@@ -33,9 +35,8 @@ def kept(layers: int, **shape) -> int:
         alive.append(x)  # an address is not used again while it lives
         return x
 
-    ids = torch.arange(TOKENS) % 64
-    none = ids[:0]
-    inputs = (ids, ids * 0, ids, none, none.reshape(0, 4), none, none, None, documents_of([TOKENS], "cpu"), "document")
+    line = ModelInput.of_ids(np.arange(TOKENS) % 64, np.zeros((TOKENS, 2), np.int64), merge=2).tensors()
+    inputs = (line, None, documents_of([TOKENS], "cpu"), "document")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(*inputs)
     return sum(size for address, size in seen.items() if address not in weights)

@@ -8,6 +8,7 @@ from mmseq.config import load_config, to_yaml
 from mmseq.errors import CheckpointError, ConfigError, FingerprintError
 from mmseq.model.config import ModelConfig, RopeScaling
 from mmseq.testing import tiny
+from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.text import TextTokenizer
 from mmseq.training.config import TrainConfig
 from mmseq.training.start import build_model, model_shape
@@ -24,7 +25,8 @@ def checkpoint(tmp_path):
 
 def build(checkpoint, robots, **model):
     bundle = tiny.tokenizers(robots)
-    bundle.text = SequenceModel.from_pretrained(checkpoint).tokenizers.text
+    text = SequenceModel.from_pretrained(checkpoint).tokenizers.text
+    bundle = Tokenizers({**bundle, "text": text}, embodiments=robots)
     return build_model(TrainConfig(init_from=str(checkpoint), model=ModelConfig(**model)), bundle)
 
 
