@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
 from mmseq.statistics import extent
-from mmseq.streams import NAME, STREAMS, VECTOR, misspelt
+from mmseq.streams import NAME, OWN_VECTORS, STREAMS, VECTOR, misspelt
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
@@ -218,8 +218,14 @@ class Embodiment:
     @property
     def vectors(self) -> dict[str, Axes]:
         """The axes of every vector stream that this robot has: `proprio`, `action`, and its further ones."""
-        own = {"proprio": self.proprio, "action": self.action}
+        own = {name: getattr(self, name) for name in OWN_VECTORS}
         return {name: axes for name, axes in own.items() if axes is not None} | dict(self.streams)
+
+    def with_vectors(self, vectors: Mapping[str, Axes]) -> Embodiment:
+        """The contract with other axes of some vector streams, which it may lack so far."""
+        own = {name: axes for name, axes in vectors.items() if name in OWN_VECTORS}
+        further = {name: axes for name, axes in vectors.items() if name not in OWN_VECTORS}
+        return replace(self, **own, streams={**self.streams, **further})
 
     @property
     def fingerprint(self) -> str:
@@ -243,7 +249,7 @@ class Embodiment:
         try:
             data = dict(data)
             data["cameras"] = tuple(Camera(**camera) for camera in data.get("cameras") or ())
-            for part in ("proprio", "action"):
+            for part in OWN_VECTORS:
                 if data.get(part) is not None:
                     data[part] = Axes(**data[part])
             given = data.pop("gripper", None) or ()

@@ -107,7 +107,7 @@ class Episode:
 
     @classmethod
     def from_lerobot(cls, path: str | Path, index: int = 0) -> Episode:
-        """Episode `index` of the LeRobot v3 dataset at `path`."""
+        """Episode `index` of the LeRobot dataset at `path`."""
         from mmseq.data.lerobot import LeRobotReader
 
         return LeRobotReader(path)[index]

@@ -23,12 +23,20 @@ GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
         "bins": "mmseq.tokenization.continuous:BinTokenizer",
         "scalar": "mmseq.tokenization.continuous:ScalarTokenizer",
     },
-    "readers": {},
+    "readers": {
+        "lerobot": "mmseq.data.lerobot:LeRobotReader",
+        "hdf5": "mmseq.data.hdf5:Hdf5Reader",
+        "video": "mmseq.data.video_folder:VideoFolderReader",
+    },
     "encoders": {},
-    "loggers": {},
-    "policies": {},
-    "simulators": {},
-    "augmentations": {},
+    "loggers": {
+        "tensorboard": "mmseq.training.logging:TensorBoard",
+        "wandb": "mmseq.training.logging:Wandb",
+        "trackio": "mmseq.training.logging:Trackio",
+    },
+    "policies": {"model": "mmseq.serving.model_policy:ModelPolicy"},
+    "simulators": {"metaworld": "mmseq.simulation.metaworld:MetaWorldEnv"},
+    "augmentations": {"shift": "mmseq.tokenization.augmentation:shift"},
 }
 _registered: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
 

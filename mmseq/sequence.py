@@ -58,6 +58,10 @@ class TokenSource(Protocol):
         """
         ...
 
+    def demonstration(self) -> TokenSource:
+        """What shows how the task is done."""
+        ...
+
     def features(self, camera: str, start: int, stop: int) -> np.ndarray:
         """Features float32 (steps, positions, F) of a camera's frames; asked for only where `Layout.soft` is set."""
         ...
@@ -117,7 +121,7 @@ class Layout:
 
     grid: tuple[int, int]
     merge: int = 2
-    vectors: tuple[str, ...] = ("action", "proprio")
+    vectors: tuple[str, ...] = ()
     soft: int = 0
     flat: bool = False
 
@@ -142,7 +146,7 @@ class Layout:
         """Of each use of slots its first row in the table, then rows and columns of its places."""
         rows, columns = self.grid
         if self.flat:
-            names = ("vision", "merged", "action", "proprio", "next vision", "next action", "next proprio")
+            names = ["vision", "merged", *self.vectors[:2], *(f"next {name}" for name in ("vision", *self.vectors[:2]))]
             return {name: (1 + i * self.FLAT, 1, self.FLAT) for i, name in enumerate(names)}
         merged = (1, self.soft) if self.soft else (rows // self.merge, columns // self.merge)
         sizes = {"vision": (rows, columns), "merged": merged, "next vision": (rows, columns)}
@@ -236,6 +240,7 @@ class SequenceBuilder:
         end of the episode; its last action fills the rest, of which nothing is learned (as LeRobot's `action_is_pad`).
         Raises: TaskError when the episode cannot fill it.
         """
+        task = task.nearest(tokens.rate_hz) if placed is None else task
         draft = Draft(self, tokens, now)
         axes = 1
         for segment in placed if placed is not None else task.place(tokens.rate_hz):
@@ -305,8 +310,8 @@ class SequenceBuilder:
         if segment.start is None or segment.stop is None:  # without a time
             if camera is None:
                 return tokens.codes(stream, now, now + 1, variant)
-            steps = self.frame_steps(segment, tokens, now)
-            return np.concatenate([tokens.codes(stream, step, step + 1) for step in steps])
+            shown, steps = self.shown(segment, tokens, now)
+            return np.concatenate([shown.codes(stream, step, step + 1) for step in steps])
         start, stop = now + segment.start, now + segment.stop
         if start < 0 or stop > len(tokens):
             raise TaskError(
@@ -316,13 +321,14 @@ class SequenceBuilder:
         return tokens.codes(stream, start, stop)
 
     @staticmethod
-    def frame_steps(segment: PlacedSegment, tokens: TokenSource, now: int) -> list[int]:
-        """The steps of the frames of a vision segment; of a demonstration, evenly over its episode."""
+    def shown(segment: PlacedSegment, tokens: TokenSource, now: int) -> tuple[TokenSource, list[int]]:
+        """Where the frames of a vision segment come from, and their steps; of a demonstration, evenly over it."""
         if segment.segment.offset == END:
-            return [len(tokens) - 1]
+            return tokens, [len(tokens) - 1]
         if segment.start is None or segment.stop is None:
-            return [int(s) for s in np.linspace(0, len(tokens) - 1, segment.steps).round()]
-        return list(range(now + segment.start, now + segment.stop))
+            source = tokens.demonstration()
+            return source, [int(step) for step in np.linspace(0, len(source) - 1, segment.steps).round()]
+        return tokens, list(range(now + segment.start, now + segment.stop))
 
     def _padded(self, segment: PlacedSegment, tokens: TokenSource, now: int) -> tuple[np.ndarray, int]:
         """Codes (steps, axes) of a chunk whose last steps may lie after the episode, and how many codes these have."""
@@ -452,8 +458,8 @@ class Draft:
         patch = _constant(self.builder.vocabulary.structure("<patch>"), positions)
         start = self._add(patch, layout.slots("merged", columns, 0, positions))
         if layout.soft:
-            at = self.builder.frame_steps(segment, self.tokens, self.now)
-            features = np.concatenate([self.tokens.features(camera, i, i + 1) for i in at])
+            source, steps = self.builder.shown(segment, self.tokens, self.now)
+            features = np.concatenate([source.features(camera, step, step + 1) for step in steps])
             self.soft.append((start, features.reshape(positions, -1)))
         else:
             self.patches.append((start, merge_codes(ids, layout).reshape(positions, -1)))

@@ -81,7 +81,7 @@ def remarks(episodes: Sequence[tuple[str, np.ndarray]], names: Sequence[str], wh
         if len(found.wild):
             yield (
                 f"{what} {name} is {first(found.wild, axis)}{_more(found.wild)}, all else lies in {found.low:.5g}.."
-                f"{found.high:.5g}: taken for a fault, bins and limits follow the rest. Where it is real, state limits"
+                f"{found.high:.5g}: taken for a fault, bins and limits follow the rest"
             )
         if len(found.rare):
             rest = np.delete(values[:, axis], np.concatenate([found.rare, found.wild]))
@@ -92,4 +92,4 @@ def remarks(episodes: Sequence[tuple[str, np.ndarray]], names: Sequence[str], wh
 
 
 def _more(at: np.ndarray) -> str:
-    return f" (and in {len(at) - 1} steps more)" if len(at) > 1 else ""
+    return f" (and {len(at) - 1} more)" if len(at) > 1 else ""

@@ -115,6 +115,13 @@ for _row in (  # in the order of their header tokens, which checkpoints rely on
     add_stream(_row)
 
 
+# The vectors that every contract has a field for; further ones are declared.
+OWN_VECTORS = tuple(row.name for row in STREAMS.values() if row.kind is VECTOR and row.header == "first")
+# The ranges of every vocabulary in their order, and how many ids those have that belong to no tokenizer.
+RANGE_ORDER = ("text", "structure", "embodiment", "vision", "action", "proprio", "latent", "progress", "success")
+RESERVED_IDS = {"structure": 256, "embodiment": 64, "latent": 256, "success": 2}
+
+
 def stream_row(name: str) -> StreamRow:
     """The row of a stream; of a name that no row has, that of a vector stream which a contract declares."""
     found = STREAMS.get(name)
@@ -134,6 +141,11 @@ def misspelt(name: str) -> str | None:
     if name in STREAMS:
         return None
     return next(iter(difflib.get_close_matches(name, STREAMS, n=1, cutoff=_MISSPELT)), None)
+
+
+def kind_of_range(name: str) -> Kind:
+    """The kind of the streams whose codes lie in a range."""
+    return next((row.kind for row in STREAMS.values() if row.range == name), VECTOR)
 
 
 def of_kind(kind: Kind) -> tuple[str, ...]:

@@ -190,6 +190,15 @@ class Task:
         return last if isinstance(last, Segment) and last.predicted and last.stream == "action" else None
 
     @property
+    def group(self) -> Group | None:
+        """What repeats in the task; None when nothing does."""
+        return next((part for part in self.parts if isinstance(part, Group)), None)
+
+    def with_count(self, count: int) -> Task:
+        """The task with `count` repetitions of its group."""
+        return Task(tuple(replace(p, count=count) if isinstance(p, Group) else p for p in self.parts))
+
+    @property
     def alias(self) -> str | None:
         """The built-in name of an arrow with this shape, lengths and offsets aside."""
         return next((name for name, arrow in ALIASES.items() if _shape(Task.parse(arrow)) == _shape(self)), None)
@@ -247,6 +256,12 @@ class Task:
             )
         )
 
+    def without(self, streams: Collection[str]) -> Task:
+        """The task without given streams, where something else is left of its given side; groups stay as they are."""
+        kept = [p for p in self.parts if isinstance(p, Group) or p.predicted or p.stream not in streams]
+        left = any(isinstance(p, Group) or not p.predicted for p in kept)
+        return Task(tuple(kept)) if left and not any(isinstance(p, Group) for p in self.parts) else self
+
     def names(self, stream: str, *, given: bool | None = None) -> bool:
         """Whether a stream stands in the task; given: on that side of the arrow only."""
         return any(s.stream == stream and (given is None or s.predicted != given) for s in self.segments)
@@ -255,7 +270,7 @@ class Task:
         """Where each segment lies relative to now, in steps of a clock of `rate_hz`. Of a range, the nearest offset."""
         if self.ranged:
             return self.nearest(rate_hz).place(rate_hz)
-        stride = self._group_stride(rate_hz)
+        stride = self.stride(rate_hz)
         placed = []
         for segment in self.segments:
             length = segment.length.steps(rate_hz) if segment.length else 1
@@ -270,7 +285,8 @@ class Task:
             placed.append(PlacedSegment(segment, start, start + length, length))
         return tuple(placed)
 
-    def _group_stride(self, rate_hz: float) -> int:
+    def stride(self, rate_hz: float) -> int:
+        """Steps from one repetition of the group to the next."""
         lengths = [
             s.length.steps(rate_hz)
             for part in self.parts
@@ -294,14 +310,18 @@ class Task:
         last = length - max([1, *stops])
         return range(max(0, first), last + 1)
 
-    def offsets_within(self, now: int, length: int, rate_hz: float) -> list[range]:
-        """Of each range of offsets, in steps, those that stay inside an episode of `length` steps when it is `now`."""
+    def offsets_within(self, now: int, length: int, rate_hz: float, *, pad: bool = False) -> list[range]:
+        """Of each range of offsets, in steps, those that stay inside an episode of `length` steps when it is `now`.
+
+        pad: as for `moments`.
+        """
         found = []
         for segment, placed in zip(self.segments, self.place(rate_hz)):
             if isinstance(segment.offset, DurationRange):
                 options = segment.offset.steps(rate_hz)
                 near = placed.segment.offset.steps(rate_hz)  # type: ignore[union-attr]
                 start, stop = now + placed.start - near, now + placed.stop - near  # type: ignore[operator]
+                stop = start + 1 if pad and segment is self.final_chunk else stop
                 found.append(range(max(options.start, -start), min(options.stop, length - stop + 1)))
         return found
 

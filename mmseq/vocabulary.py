@@ -15,15 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmseq.errors import ConfigError, FingerprintError, TaskError, did_you_mean
-from mmseq.streams import STREAMS
+from mmseq.streams import RANGE_ORDER, RESERVED_IDS, STREAMS
 
 # Times are written as one token each, in seconds on a logarithmic scale: 10 ms to 100 s.
 TIME_TOKENS = 128
 TIME_MIN_S, TIME_MAX_S = 0.01, 100.0
 CAMERA_TOKENS = 16
-STRUCTURE_SIZE = 256
-EMBODIMENT_SLOTS = 64
-LATENT_SLOTS = 256
+STRUCTURE_SIZE, EMBODIMENT_SLOTS = RESERVED_IDS["structure"], RESERVED_IDS["embodiment"]
 
 STRUCTURE = (
     "<pad>",
@@ -38,9 +36,6 @@ STRUCTURE = (
     "<mask>",  # stands in a predicted chunk for a token that is not known yet
     "<past>",  # before a time: so long ago
 )
-# What every vocabulary has, in this order; further ranges follow.
-_OWN = {"structure": STRUCTURE_SIZE, "embodiment": EMBODIMENT_SLOTS, "latent": LATENT_SLOTS, "success": 2}
-_ORDER = ("text", "structure", "embodiment", "vision", "action", "proprio", "latent", "progress", "success")
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,12 @@ class Vocabulary:
         for name, size in self.sizes.items():
             if size < 1:
                 raise ConfigError(f"vocabulary: the range {name!r} has {size} ids")
-            if name in _OWN:
+            if name in RESERVED_IDS:
                 raise ConfigError(f"vocabulary: {name!r} is a range that every vocabulary has")
         self.ranges: dict[str, Range] = {}
         start = 0
-        for name in (*_ORDER, *(n for n in self.sizes if n not in _ORDER)):
-            size = self.sizes.get(name, _OWN.get(name))
+        for name in (*RANGE_ORDER, *(n for n in self.sizes if n not in RANGE_ORDER)):
+            size = self.sizes.get(name, RESERVED_IDS.get(name))
             if size is not None:
                 self.ranges[name] = Range(name, start, size)
                 start += size

@@ -40,8 +40,8 @@ def test_a_mismatch_names_the_field(change, named):
 def test_statistics_come_from_the_values():
     values = np.linspace(-1, 1, 101)[:, None] * [1.0, 2.0]
     found = Axes.from_values(values, ["a", "b"], ["m", "rad"], margin=0.1)
-    np.testing.assert_allclose(found.low, [-0.98, -1.96], rtol=1e-5)
-    np.testing.assert_allclose(found.high, [0.98, 1.96], rtol=1e-5)
+    np.testing.assert_allclose(found.low, [-1.0, -2.0], rtol=1e-5)
+    np.testing.assert_allclose(found.high, [1.0, 2.0], rtol=1e-5)
     np.testing.assert_allclose(found.minimum, [-1.2, -2.4], rtol=1e-5)
     found.check(values, what="action", where="here")
     with pytest.raises(EpisodeError, match="shape"):

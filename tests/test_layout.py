@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mmseq.streams import STREAMS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mmseq"
 PLAIN_FOLDERS = ("tokenizers", "train", "serve", "data_mixes", "tests")
@@ -175,3 +177,31 @@ def test_the_reader_of_imports_sees_what_it_must():
 def test_every_folder_has_its_place_in_the_direction_of_imports():
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders - {"testing"} - set(ALLOWED) == set(), "a new folder needs a line in ALLOWED"
+
+
+def stream_literals(tree: ast.AST) -> list[int]:
+    """Lines of tuples, lists, sets and dictionaries that spell out several streams by their names."""
+    lines = []
+    for node in ast.walk(tree):
+        parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+        named = {p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)} & set(STREAMS)
+        lines += [node.lineno] if len(named) > 1 else []
+    return lines
+
+
+def test_streams_are_listed_in_their_table_and_nowhere_else():
+    """What exists is decided in `streams.py`: a list elsewhere would have to be found again for each new stream."""
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "streams.py"
+        for line in stream_literals(ast.parse(path.read_text()))
+    }
+    assert found == set()
+
+
+def test_the_reader_of_literals_sees_what_it_must():
+    source = (
+        "a = ('action', 'proprio')\nb = ['text', x]\nc = {'image': 1, 'video': 2}\nd = {'plan', 'other', 'answer'}\n"
+    )
+    assert stream_literals(ast.parse(source)) == [1, 3, 4]

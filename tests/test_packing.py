@@ -96,7 +96,7 @@ def test_a_row_holds_its_sequences_whole_and_in_order(world, drawn):
         part = slice(start, start + len(sequence))
         assert batch.input.ids[part].tolist() == sequence.ids.tolist()
         assert batch.input.slots[part].tolist() == sequence.input.slots.tolist()
-        assert batch.positions[part].tolist() == list(range(len(sequence)))
+        assert batch.input.positions[part].tolist() == list(range(len(sequence)))
         found["target"] += [(start + int(at), number) for at in sequence.target_at]
         own = sequence.input
         found["patch"] += [(start + int(at), *map(int, ids)) for at, ids in zip(own.patch_at, own.patch_ids)]

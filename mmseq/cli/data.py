@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_foreign, filled, given
 from mmseq.errors import ConfigError
+from mmseq.plugins import names
 
 
 def add(commands: Group) -> None:
@@ -21,7 +22,7 @@ def add(commands: Group) -> None:
 def _import_options(c: Parser) -> None:
     c.add_argument("src", metavar="SRC")
     c.add_argument("out", metavar="OUT")
-    c.add_argument("--format", choices=("lerobot", "video", "hdf5"), help="default: what is found at SRC")
+    c.add_argument("--format", choices=names("readers"), help="default: what is found at SRC")
     c.add_argument("--rate-hz", type=float, help="steps per second; default: the source's")
     c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
     c.add_argument("--name", help="of the dataset; default: the name of SRC")
@@ -77,6 +78,7 @@ def _data_import(args: argparse.Namespace) -> None:
             rate_hz=args.rate_hz,
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
             map=read_map(args.map),
+            swap_colours=args.swap_colours,
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,

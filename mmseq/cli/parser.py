@@ -116,6 +116,13 @@ def add_foreign(command: Parser) -> None:
         "--map", metavar="STREAM=COLUMN,...", help="what other columns are, as action=actions,image.front=rgb; or YAML"
     )
     command.add_argument(
+        "--swap-colours",
+        type=_words,
+        default=[],
+        metavar="CAMERA,...",
+        help="cameras whose red and blue were exchanged when they were stored",
+    )
+    command.add_argument(
         "--skip-bad",
         type=int,
         metavar="N",

@@ -10,22 +10,28 @@ the gripper opens it. Both move a robot, so neither is guessed: they are asked f
     action: {units: deg, limits: {shoulder_pan.pos: [-90, 90]}}   # one unit for all; limits are optional
 
 `max_step` of an axis, also optional, is its largest change from one control step to the next; the server and the
-client hold to it: `action: {units: deg, max_step: {shoulder_pan.pos: 4.0}}`, or one number for all.
+client hold to it: `action: {units: deg, max_step: {shoulder_pan.pos: 4.0}}`, or one number for all. Further vector
+streams of the robot (`force`, `tactile`, ...) are described as `proprio` is.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mmseq.embodiment import ACTION_FORMS, Axes, Embodiment, Gripper
 from mmseq.errors import EmbodimentError, did_you_mean
+from mmseq.streams import OWN_VECTORS
 
-KEYS = ("name", "action_form", "gripper", "proprio", "action")
+_WITHIN = 0.9  # the least share of values that limits enclose, if they are of the same unit
+KEYS = ("name", "action_form", "gripper")  # and the robot's vector streams, each with AXES_KEYS
 AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
@@ -40,11 +46,11 @@ def read_answers(path: str | Path) -> dict[str, Any]:
         raise EmbodimentError(f"cannot read the embodiment {path}: {error}") from error
     if not isinstance(data, dict):
         raise EmbodimentError(f"{path} must hold keys and values, it holds {data!r:.80}")
-    for key in data:
-        if key not in KEYS:
-            raise EmbodimentError(f"{path}: unknown key {key!r}: {did_you_mean(str(key), KEYS)}")
-    for part in ("proprio", "action"):
-        given = data.get(part) or {}
+    for part in (key for key in data if key not in KEYS):
+        given = data[part] or {}
+        known = [*KEYS, *OWN_VECTORS]
+        if part not in known and (difflib.get_close_matches(str(part), known) or not isinstance(given, dict)):
+            raise EmbodimentError(f"{path}: unknown key {part!r}: {did_you_mean(str(part), known)}")
         if not isinstance(given, dict):
             raise EmbodimentError(f"{path}: {part} must hold {' and '.join(AXES_KEYS)}, it holds {given!r:.80}")
         for key in given:
@@ -53,12 +59,22 @@ def read_answers(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def complete(inferred: Embodiment, answers: dict[str, Any], *, where: str) -> Embodiment:
+def complete(
+    inferred: Embodiment, answers: dict[str, Any], *, where: str, values: Mapping[str, np.ndarray] | None = None
+) -> Embodiment:
     """The contract that a dataset and its owner make together.
 
+    values: the dataset's own, float (steps, axes) of each stream; the range of an axis with stated limits is that of
+    those within. Without them limits must enclose the range.
     Raises: EmbodimentError naming an answer that does not fit, or every question that is still open.
     """
-    robot = replace(inferred, **{part: _axes(inferred, part, answers, where) for part in ("proprio", "action")})
+    vectors = inferred.vectors
+    for part in (key for key, given in answers.items() if key not in (*KEYS, *vectors) and given):
+        raise EmbodimentError(f"{where}: the dataset has no {part}", fix=f"leave {part} out, or fill it with --map")
+    seen = values or {}
+    robot = inferred.with_vectors(
+        {part: _axes(axes, part, answers, where, seen.get(part)) for part, axes in vectors.items()}
+    )
     if "name" in answers:
         if not isinstance(answers["name"], str):
             raise EmbodimentError(f"{where}: name is {answers['name']!r:.80}", fix="write a text")
@@ -83,10 +99,7 @@ def open_questions(robot: Embodiment, answers: dict[str, Any]) -> list[str]:
     found = []
     if robot.name == "unknown":
         found.append("the name of the robot (name)")
-    for part in ("proprio", "action"):
-        axes: Axes | None = getattr(robot, part)
-        if axes is None:
-            continue
+    for part, axes in robot.vectors.items():
         units = (answers.get(part) or {}).get("units")
         if units is None:
             found.append(f"the units of {part} ({part}.units)")
@@ -132,13 +145,10 @@ def questionnaire(robot: Embodiment) -> str:
             dash = "  - " if len(named) > 1 else "  "
             lines += [f"{dash}axis: {_quoted(name)}"]
             lines += [f"{' ' * len(dash)}{value}: ???" for value in ("open", "closed")]
-    for part in ("proprio", "action"):
-        axes: Axes | None = getattr(robot, part)
-        if axes is None:
-            continue
+    for part, axes in robot.vectors.items():
         lines += [f"{part}:", f"  units:  # {', '.join(UNITS)}; one word in place of the list is for all"]
         lines += [
-            f"    {_quoted(name)}: ???  # mostly {low:g} to {high:g} (1 % to 99 % of the data)"
+            f"    {_quoted(name)}: ???  # {low:g} to {high:g} in the data"
             for name, low, high in zip(axes.names, axes.low, axes.high)
         ]
         lines += [
@@ -157,7 +167,7 @@ def questionnaire(robot: Embodiment) -> str:
 
 def unknown_units(robot: Embodiment) -> list[str]:
     """Units that are spelled as none of `UNITS`, with what was probably meant."""
-    stated = {u for axes in (robot.proprio, robot.action) if axes is not None for u in axes.units}
+    stated = {unit for axes in robot.vectors.values() for unit in axes.units}
     return [f"{unit!r} ({did_you_mean(unit, UNITS)})" for unit in sorted(stated - set(UNITS))]
 
 
@@ -165,13 +175,8 @@ def _quoted(name: str) -> str:
     return yaml.safe_dump(name, width=1000).splitlines()[0]
 
 
-def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) -> Axes | None:
-    axes: Axes | None = getattr(inferred, part)
+def _axes(axes: Axes, part: str, answers: dict[str, Any], where: str, values: np.ndarray | None) -> Axes:
     given = answers.get(part) or {}
-    if axes is None:
-        if given:
-            raise EmbodimentError(f"{where}: the dataset has no {part}", fix=f"leave {part} out")
-        return None
     units, limits = given.get("units"), given.get("limits") or {}
     for what, named in (("units", units), ("limits", limits), ("max_step", given.get("max_step"))):
         if isinstance(named, dict):
@@ -185,7 +190,7 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
     for name, unit in (units or {}).items():
         if not isinstance(unit, str) or not unit.strip() or unit == "???":
             raise EmbodimentError(f"{where}: {part}.units.{name} is {unit!r}", fix="write a unit such as rad, deg or m")
-    minimum, maximum = list(axes.minimum), list(axes.maximum)
+    lowest, highest, minimum, maximum = (list(v) for v in (axes.low, axes.high, axes.minimum, axes.maximum))
     if not isinstance(limits, dict):
         raise EmbodimentError(f"{where}: {part}.limits must name axes, it holds {limits!r:.80}")
     for name, pair in limits.items():
@@ -196,16 +201,21 @@ def _axes(inferred: Embodiment, part: str, answers: dict[str, Any], where: str) 
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is {pair!r}", fix="write [minimum, maximum]"
             ) from error
-        rounding = 1e-4 * (axes.high[at] - axes.low[at])
-        if not low - rounding <= axes.low[at] <= axes.high[at] <= high + rounding:
+        seen = np.array([axes.low[at], axes.high[at]]) if values is None else values[:, at]
+        rounding = 1e-4 * (high - low)
+        within = seen[(seen >= low - rounding) & (seen <= high + rounding)]
+        if len(within) < _WITHIN * len(seen):
             raise EmbodimentError(
                 f"{where}: {part}.limits.{name} is [{low:.9g}, {high:.9g}], the data reach from {axes.low[at]:.9g} to "
-                f"{axes.high[at]:.9g} (1 % and 99 %)",
+                f"{axes.high[at]:.9g}",
                 fix="check the unit of the limits",
             )
         minimum[at], maximum[at] = low, high
+        # what lies beyond is refused episode by episode, so no bins are spent on it
+        lowest[at], highest[at] = (float(np.float32(v)) for v in (within.min(), within.max()))
     stated = tuple((units or {}).get(name, unit) for name, unit in zip(axes.names, axes.units))
-    axes = replace(axes, units=stated, minimum=tuple(minimum), maximum=tuple(maximum))
+    ranges = {"low": lowest, "high": highest, "minimum": minimum, "maximum": maximum}
+    axes = replace(axes, units=stated, **{name: tuple(values) for name, values in ranges.items()})
     return replace(axes, max_step=_max_step(axes, part, given.get("max_step"), where))
 
 

@@ -26,9 +26,7 @@ upside down).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -36,40 +34,15 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.data.hdf5_layout import ACTIONS, ENDS, Entry, Facts, columns_of, facts_of, find_streams, natural, phrasings
+from mmseq.data.hdf5_files import REPLACE, SPOKEN, Demo, demos_of, find_files, open_file, some
+from mmseq.data.hdf5_layout import ENDS, Facts, find_streams, phrasings, texts_of, truth
 from mmseq.data.mapping import Streams, describe, fill, left_out
 from mmseq.data.pictures import to_rgb
 from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
 from mmseq.errors import DataError, MMSeqError, did_you_mean, raise_all, require
 from mmseq.statistics import remarks
-
-SUFFIXES = (".hdf5", ".h5")
-_SPOKEN = ("text", "plan", "success")  # streams that are no array with a value per step
-_YES, _NO = ("success", "succeeded", "true", "yes", "1"), ("failure", "fail", "failed", "false", "no", "0")
-_REPLACE = "fetch or record the file again, or take it out"
-
-
-@dataclass(frozen=True)
-class Demo:
-    """One demonstration: where it lies ("/" is the whole file), what it holds, and what its file says."""
-
-    file: Path
-    group: str
-    entries: Mapping[str, Entry]
-    facts: Facts
-    problem: MMSeqError | None = None  # why its file cannot be read
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.group}" if self.group != "/" else str(self.file)
-
-    def arrays(self, streams: Streams) -> Streams:
-        """Those of the set's streams that this demonstration holds whole, and not empty."""
-        whole = lambda names: all(name in self.entries and self.entries[name].steps for name in names)
-        return {s: names for s, names in streams.items() if s not in _SPOKEN and whole(names)}
-
-    def width(self, names: tuple[str, ...]) -> int:
-        return sum(self.entries[name].width for name in names)
+from mmseq.streams import OWN_VECTORS
 
 
 class Hdf5Reader:
@@ -89,11 +62,11 @@ class Hdf5Reader:
         embodiment: Embodiment | None = None,
         map: Streams | None = None,
     ):
-        self._h5py = require("h5py", "hdf5")
+        require("h5py", "hdf5")
         self.path = Path(path)
         self._given, self._embodiment = embodiment, None
         self.notes: list[str] = []  # for people: what is left out or assumed
-        found = [demo for file in self._files() for demo in self._demos_of(file)]
+        found = [demo for file in find_files(self.path) for demo in demos_of(file, map or {})]
         if all(demo.problem for demo in found):
             raise_all([demo.problem for demo in found if demo.problem][:1])
         self._demos = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
@@ -102,10 +75,10 @@ class Hdf5Reader:
         unused = left_out(columns, self.streams)
         self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
         self.notes += describe(columns, self.left_out)
-        if not any(s.startswith(IMAGE_PREFIX) or s in ("proprio", "action") for s in self.streams):
+        if not any(s.startswith(IMAGE_PREFIX) or s in OWN_VECTORS for s in self.streams):
             raise DataError(
                 f"{path} holds neither cameras nor states nor actions under names that are known, but "
-                f"{_some(self.left_out)}",
+                f"{some(self.left_out)}",
                 fix="say what they are, such as --map action=NAME,proprio=NAME,image.front=NAME",
             )
         self._demos = self._without(self._demos, "none of these streams", lambda d: bool(d.arrays(self.streams)))
@@ -114,56 +87,16 @@ class Hdf5Reader:
         self._form = self._one("action forms", lambda facts: facts.action_form)
         self.rate_hz = self._rate(rate_hz)
 
-    # ------------------------------------------------------------------ files
-
-    def _files(self) -> list[Path]:
-        files = [self.path] if self.path.is_file() else []
-        files = files or [p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-        if not files:
-            raise DataError(f"{self.path} holds no HDF5 files", fix=f"give files ending in {', '.join(SUFFIXES)}")
-        return sorted(files, key=lambda p: natural(p.as_posix()))
-
-    @contextmanager
-    def _open(self, file: Path, where: object = "") -> Iterator[Any]:
-        """The file, with whatever h5py finds wrong in it as a DataError."""
-        try:
-            root = self._h5py.File(file, "r")
-        except OSError as error:
-            raise DataError(f"{file} is truncated or no HDF5 file: {error}", fix=_REPLACE) from error
-        try:
-            with root:
-                yield root
-        except (OSError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise DataError(f"{where or file} cannot be read: {error}", fix=_REPLACE) from error
-
-    def _demos_of(self, file: Path) -> list[Demo]:
-        try:
-            return self._read_demos(file)
-        except MMSeqError as error:
-            return [Demo(file, "/", {}, Facts(), error)]
-
-    def _read_demos(self, file: Path) -> list[Demo]:
-        with self._open(file) as root:
-            data = root.get("data")
-            groups = [n for n in sorted(data, key=natural) if hasattr(data[n], "keys")] if hasattr(data, "keys") else []
-            if groups:
-                facts = facts_of(data, root)
-                return [Demo(file, f"data/{n}", columns_of(data[n]), facts) for n in groups]
-            if any(name in root for name in ("observations", "obs", *ACTIONS)):
-                facts = facts_of(root)  # whose texts are those of the one episode
-                return [Demo(file, "/", columns_of(root), replace(facts, robot=facts.robot or "aloha", texts=()))]
-            raise DataError(
-                f"{file} is laid out neither as robomimic nor as ALOHA: it holds {_some(sorted(root)) or 'nothing'}",
-                fix="convert it to LeRobot v3 (LeRobotDataset.create, add_frame, save_episode, finalize)",
-            )
+    # ------------------------------------------------------------------ the set
 
     def _without(self, demos: list[Demo], why: str, wanted: Callable[[Demo], bool]) -> list[Demo]:
         """The demonstrations that are wanted; the others are named. Raises: DataError when none is."""
         kept = [demo for demo in demos if demo.problem or wanted(demo)]
+        dropped = [self._name(demo) for demo in demos if not demo.problem and not wanted(demo)]
         if all(demo.problem for demo in kept):
             raise DataError(f"all {len(demos)} demonstrations of {self.path} hold {why}", fix="leave it out")
-        if len(kept) < len(demos):
-            self.notes.append(f"left out, {why}: {_some(self._name(d) for d in demos if d not in kept)}")
+        if dropped:
+            self.notes.append(f"left out, {why}: {some(dropped)}")
         return kept
 
     @property
@@ -171,12 +104,12 @@ class Hdf5Reader:
         return [demo for demo in self._demos if not demo.problem]
 
     def _say_what_is_missing(self) -> None:
-        if not set(self.streams) - {"action", *_SPOKEN}:
+        if not set(self.streams) - {"action", *SPOKEN}:
             self.notes.append("no observations; robomimic's dataset_states_to_obs.py adds them to its files")
         for stream in self.streams:
             lacking = [self._name(d) for d in self._sound if stream not in d.arrays(self.streams)]
-            if lacking and stream not in _SPOKEN:
-                self.notes.append(f"no {stream} in {len(lacking)} of {len(self._demos)} episodes: {_some(lacking)}")
+            if lacking and stream not in SPOKEN:
+                self.notes.append(f"no {stream} in {len(lacking)} of {len(self._demos)} episodes: {some(lacking)}")
         remark = next((d.facts.remark for d in self._demos if d.facts.remark), "nothing here says")
         if "action" in self.streams and not self._given and not any(d.facts.action_form for d in self._demos):
             self.notes.append(f"action_form absolute is assumed; {remark} whether actions are absolute or changes")
@@ -223,7 +156,7 @@ class Hdf5Reader:
         if demo.problem:
             raise demo.problem
         steps, arrays = self._steps(demo), {}
-        with self._open(demo.file, demo) as root:
+        with open_file(demo.file, demo) as root:
             group = root[demo.group]
             for stream, names in demo.arrays(self.streams).items():
                 if stream.startswith(IMAGE_PREFIX):
@@ -232,7 +165,8 @@ class Hdf5Reader:
                 else:
                     parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
                     arrays[stream] = self._checked(demo, stream, np.concatenate(parts, axis=1))
-            (texts, spans), (plans, stages) = (self._texts(demo, group, s, steps) for s in ("text", "plan"))
+            texts, spans = self._texts(demo, group, "text", steps)
+            plans, stages = self._texts(demo, group, "plan", steps)
             success = self._success(demo, group)
         return Episode.from_arrays(
             self._name(demo),
@@ -256,7 +190,7 @@ class Hdf5Reader:
         seen = {steps for name, steps in lengths.items() if name not in streams.get("action", ())}
         if len(acted | seen) == 1 or (len(acted) == 1 and seen == {max(acted) + 1}):  # one more is seen after the last
             return max(acted or seen)
-        raise DataError(f"{demo}: lengths differ: {lengths}", fix=_REPLACE)
+        raise DataError(f"{demo}: lengths differ: {lengths}", fix=REPLACE)
 
     def _texts(self, demo: Demo, group: Any, stream: str, steps: int) -> tuple[list[str], list[TextSpan]]:
         """What holds for the whole episode, and what a text per step says where it changes."""
@@ -270,7 +204,7 @@ class Hdf5Reader:
             per_step = entry.steps is not None and steps <= entry.steps <= steps + 1
             each = [tuple(phrasings(v)) for v in value[:steps]] if per_step else []
             if not 1 < len(set(each)) < steps:  # the same at every step; or all different, a list that is as long
-                texts += phrasings(value)
+                texts += texts_of(name, value)
                 continue
             starts = [0, *(t for t in range(1, steps) if each[t] != each[t - 1]), steps]
             spans += [TextSpan(stream, a, b, each[a]) for a, b in pairwise(starts) if each[a]]
@@ -279,7 +213,7 @@ class Hdf5Reader:
     def _success(self, demo: Demo, group: Any) -> bool | None:
         for name in self.streams.get("success", ()):
             if name in demo.entries:
-                return _truth(group.attrs[name] if demo.entries[name].attribute else group[name][()])
+                return truth(group.attrs[name] if demo.entries[name].attribute else group[name][()])
         return self._ends.get(f"{demo}")
 
     @cached_property
@@ -290,7 +224,7 @@ class Hdf5Reader:
             found: dict[str, bool] = {}
             for demo in self._demos:
                 if name in demo.entries:
-                    with self._open(demo.file, demo) as root:
+                    with open_file(demo.file, demo) as root:
                         marks = np.asarray(root[demo.group][name], dtype=np.float64)
                     if np.isin(marks, (0, 1)).all():
                         found[f"{demo}"] = bool(marks.any())
@@ -309,7 +243,7 @@ class Hdf5Reader:
         if names is None:
             raise DataError(f"{demo} has no camera {camera!r}: {did_you_mean(camera, self.cameras)}")
         steps = self._steps(demo)
-        with self._open(demo.file, demo) as root:
+        with open_file(demo.file, demo) as root:
             stored = root[demo.group][names[0]]
             yield from to_rgb(lambda: (stored[step] for step in range(steps)), f"{demo}: {camera}")
 
@@ -339,7 +273,7 @@ class Hdf5Reader:
         if not good:
             raise_all(problems[:1])
         axes: dict[str, Axes] = {}
-        for stream in (s for s in self.streams if s not in _SPOKEN and not s.startswith(IMAGE_PREFIX)):
+        for stream in (s for s in self.streams if s not in SPOKEN and not s.startswith(IMAGE_PREFIX)):
             values = [(f"episode {e.id}", e[stream]) for e in good if stream in e]
             if values:
                 found = Axes.from_values(np.concatenate([v for _, v in values]), self._axis_names(stream))
@@ -364,7 +298,7 @@ class Hdf5Reader:
             )
         if not np.isfinite(values).all():
             step, axis = np.argwhere(~np.isfinite(values))[0]
-            raise DataError(f"{demo}: {stream} axis {axis} is {values[step, axis]} at step {step}", fix=_REPLACE)
+            raise DataError(f"{demo}: {stream} axis {axis} is {values[step, axis]} at step {step}", fix=REPLACE)
         return values
 
     @cached_property
@@ -397,17 +331,3 @@ class Hdf5Reader:
                 problem = problem or error
         assert problem is not None
         raise problem
-
-
-def _truth(value: Any) -> bool | None:
-    """Whether a flag, one per step, or a word means success; None for what means neither."""
-    if isinstance(value, (str, bytes)) or np.asarray(value).dtype.kind in "SUO":
-        words = {word.lower() for word in phrasings(value)}
-        return True if words & set(_YES) else False if words & set(_NO) else None
-    marks = np.asarray(value, dtype=np.float64)
-    return bool((marks > 0).any()) if marks.size and (marks >= 0).all() else None
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -45,6 +45,8 @@ _PICTURE = re.compile(r"image|rgb|colou?r|(^|/|_)cam")
 _NO_PICTURE = re.compile(r"depth|mask|seg|flow|normal|points?|xyz")
 _SKIPPED = ("next_obs",)  # `obs`, one step later
 _NOT_ARMS = re.compile(r"base|torso|head|leg|grip")
+_OF_THE_FILE = (*_RATES, *_FORMS, "env_args", "robot", "robot_type")  # attributes that `facts_of` reads
+_YES, _NO = ("success", "succeeded", "true", "yes", "1"), ("failure", "fail", "failed", "false", "no", "0")
 _LONG_TEXT = 2000  # an attribute that is longer is a model or a log, not a text about the episode
 
 
@@ -68,6 +70,8 @@ def columns_of(group: Any) -> dict[str, Entry]:
     found = dict(_datasets(group))
     for name, value in group.attrs.items():
         last = name.lower()
+        if last in _OF_THE_FILE:
+            continue
         if last in SUCCESS:
             found.setdefault(name, Entry(Column("flag", "an attribute"), attribute=True))
         elif (_TEXT.fullmatch(last) or _is_short_text(value)) and _text_kind(value):
@@ -113,7 +117,7 @@ def _column(path: str, dataset: Any) -> Column:
         return Column("other", detail)
     if kind in "SOV" or (len(shape) == 2 and dataset.dtype.itemsize == 1 and kind in "ui"):
         if is_encoded(first) or (kind == "O" and "images/" in path and isinstance(first, np.ndarray)):
-            return Column("depth" if "depth" in path else "image", "encoded")
+            return Column("depth" if "depth" in path else "picture", "encoded")
         if kind in "SO" and (first is None or isinstance(first, (bytes, str, np.ndarray))):
             return Column("text", "texts" if shape else "a text")
         if kind in "SOV":
@@ -126,7 +130,7 @@ def _column(path: str, dataset: Any) -> Column:
     if (grey or (has_picture_shape(inner) and sorted(inner)[1] >= 8)) and not _NO_PICTURE.search(path):
         colour = not grey and 3 in (inner[0], inner[2]) and dataset.dtype == np.uint8
         if colour or _PICTURE.search(path):
-            return Column("image", detail)
+            return Column("picture", detail)
     if len(inner) == 1 or (len(inner) == 2 and inner[0] == 1):
         return Column("vector", f"{inner[-1]} numbers")
     return Column("flag", "one number") if len(shape) == 1 else Column("other", detail)
@@ -141,7 +145,7 @@ def find_streams(demos: Sequence[Mapping[str, Entry]]) -> Streams:
     observed = {last(n): n for n in counts if kinds[n] in ("vector", "flag") and re.match(r"obs(ervations?)?/", n)}
     having = {part: counts[name] for part, name in observed.items()}
     streams: Streams = {}
-    for camera, name in _cameras([n for n in sorted(counts, key=natural) if kinds[n] == "image"]).items():
+    for camera, name in _cameras([n for n in sorted(counts, key=natural) if kinds[n] == "picture"]).items():
         streams[f"image.{camera}"] = (name,)
     parts = [p for p in PROPRIO if p in observed]
     parts = [p for p in parts if 2 * having[p] > max(having[q] for q in parts)]
@@ -162,6 +166,11 @@ def _cameras(names: Sequence[str]) -> dict[str, str]:
         short = re.sub(r"_(image|rgb)$", "", whole)
         found[short if short and short not in found else whole if whole not in found else f"{whole}_2"] = name
     return dict(sorted(found.items(), key=lambda pair: names.index(pair[1])))
+
+
+def texts_of(name: str, value: Any) -> list[str]:
+    """The texts in a dataset or an attribute; of those that hold JSON, only what that says."""
+    return phrasings(_json(value) if name.lower().endswith(("ep_meta", "problem_info")) else value)
 
 
 def phrasings(value: Any) -> list[str]:
@@ -186,6 +195,15 @@ def phrasings(value: Any) -> list[str]:
     if len(value) > 1 and all(isinstance(item, str) and len(item) <= 1 for item in value):
         return ["".join(value)]  # a text that was taken apart into letters
     return list(dict.fromkeys(texts))
+
+
+def truth(value: Any) -> bool | None:
+    """Whether a flag, one per step, or a word means success; None for what means neither."""
+    if isinstance(value, (str, bytes)) or np.asarray(value).dtype.kind in "SUO":
+        words = {word.lower() for word in phrasings(value)}
+        return True if words & set(_YES) else False if words & set(_NO) else None
+    marks = np.asarray(value, dtype=np.float64)
+    return bool((marks > 0).any()) if marks.size and (marks >= 0).all() else None
 
 
 @dataclass(frozen=True)
@@ -215,7 +233,7 @@ def facts_of(*groups: Any) -> Facts:
     form, remark = _action_form(options, stated)
     rates = (_number(source.get(key)) for source in (stated, options) for key in _RATES)
     texts = [
-        t for key in stated if key == "problem_info" or _TEXT.fullmatch(key.lower()) for t in phrasings(stated[key])
+        t for key in stated if key == "problem_info" or _TEXT.fullmatch(key.lower()) for t in texts_of(key, stated[key])
     ]
     texts += [t for key in ("env_lang", "lang") for t in phrasings(arguments.get(key) or options.get(key))]
     return Facts(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -30,18 +30,18 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from mmseq.data import hdf5
-from mmseq.data.lerobot import LeRobotReader
+from mmseq.data.hdf5_files import HDF5_SUFFIXES
 from mmseq.data.mapping import Streams
+from mmseq.data.pictures import SwappedColours
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
-from mmseq.data.video_folder import VIDEO_SUFFIXES, VideoFolderReader
+from mmseq.data.video_folder import VIDEO_SUFFIXES
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.mp4 import encode_video
+from mmseq.plugins import every, find, names
 
-FORMATS = ("lerobot", "video", "hdf5")
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
@@ -54,6 +54,9 @@ class EpisodeSource(Protocol):
     What is wrong with an episode is raised where that is opened, and `embodiment()` is of those that can be read. A
     reader may also have `notes` (what is odd, and what it leaves out), `left_out` (the columns that nothing uses, with
     the entry of a map that would), and `check(index)`, which finds fault with pictures without decoding them.
+
+    A reader is made with (path, rate_hz=..., embodiment=..., map=...); that of a plug-in says with a static method
+    `detects(path)` which paths it reads.
     """
 
     def __len__(self) -> int: ...
@@ -63,15 +66,18 @@ class EpisodeSource(Protocol):
 
 
 def detect_format(src: str | Path) -> str:
-    """One of FORMATS. Raises: DataError that says what was found instead, and the way out."""
+    """The name of a reader. Raises: DataError that says what was found instead, and the way out."""
     src = Path(src)
+    for name, reader in every("readers").items() if src.exists() else ():
+        if hasattr(reader, "detects") and reader.detects(src):
+            return name
     if not src.exists():
         raise DataError(f"{src} does not exist", fix="give a LeRobot dataset, HDF5 files or a folder of videos")
     if src.is_file():
         suffix = src.suffix.lower()
         if suffix in VIDEO_SUFFIXES:
             return "video"
-        if suffix in hdf5.SUFFIXES:
+        if suffix in HDF5_SUFFIXES:
             return "hdf5"
         raise DataError(f"{src} is neither a video nor HDF5", fix=_TO_LEROBOT)
     if (src / "meta" / "info.json").is_file() or (src / "meta_data" / "info.json").is_file():
@@ -84,7 +90,7 @@ def detect_format(src: str | Path) -> str:
         raise DataError(f"{src} is a folder of datasets", fix=f"name one of them: {', '.join(inner[:8])}")
     found = {"lerobot": 0, "hdf5": 0, "video": 0, "rlds": 0}
     for path in src.rglob("*"):
-        found["hdf5"] += path.suffix.lower() in hdf5.SUFFIXES
+        found["hdf5"] += path.suffix.lower() in HDF5_SUFFIXES
         found["video"] += path.suffix.lower() in VIDEO_SUFFIXES
         found["rlds"] += ".tfrecord" in path.name
     if found["rlds"]:
@@ -105,28 +111,23 @@ def open_episodes(
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
 ) -> EpisodeSource:
-    """A reader of the dataset at `src`; format: one of FORMATS, default: what is found there. map: see mapping.py.
+    """A reader of the dataset at `src`; format: its name among the readers, default: what is found there. map: see
+    mapping.py.
 
+    swap_colours: cameras whose red and blue are exchanged, as `cv2.imencode` leaves them of an RGB picture.
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
+    if swap_colours:
+        stored = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
+        return SwappedColours(stored, swap_colours)
     format = format or detect_format(src)
-    if format == "lerobot":
-        return LeRobotReader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
-    if format == "hdf5":
-        return hdf5.Hdf5Reader(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
-    if format == "video":
-        if map:
-            raise DataError(f"{src} is video, whose one stream no map changes", fix="leave the map out")
-        if embodiment is not None:
-            raise DataError(
-                f"{src} is video without actions, so embodiment {embodiment.name!r} does not apply",
-                fix="leave the embodiment out",
-            )
-        return VideoFolderReader(src, rate_hz=rate_hz)
     if format == "rlds":
         raise DataError("RLDS is not supported yet", fix=_TO_LEROBOT)
-    raise DataError(f"format {format!r} is unknown: {did_you_mean(format, FORMATS)}")
+    if format not in names("readers"):
+        raise DataError(f"format {format!r} is unknown: {did_you_mean(format, names('readers'))}")
+    return find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
 
 
 def square(frame: np.ndarray, size: int) -> np.ndarray:
@@ -151,6 +152,7 @@ def import_episodes(
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -160,9 +162,9 @@ def import_episodes(
 ) -> dict[str, Any]:
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
-    rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the
-    contract to hold the data to, with the cameras of the source. map: columns that fill streams. size: crop every frame
-    to its largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
+    rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the contract to hold the
+    data to, with the cameras of the source. map, swap_colours: see `open_episodes`. size: crop every frame to its
+    largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
     default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
     is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
     Raises: DataError for a broken source, an existing `out`, or more bad episodes than `skip_bad`, all named: an
@@ -172,8 +174,12 @@ def import_episodes(
         raise DataError(f"size is {size} pixels", fix="give at least 8")
     if rate_hz is not None and not 0.01 <= rate_hz <= 10_000:
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
+    if skip_bad < 0:
+        raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
     say = say or (lambda _: None)
-    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
+    source = open_episodes(
+        src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map, swap_colours=swap_colours
+    )
     manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
         robot = source.embodiment()
@@ -194,6 +200,7 @@ def import_episodes(
         writer.manifest |= {
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
             "map": {stream: list(columns) for stream, columns in (map or {}).items()},
+            "swap_colours": list(swap_colours),
             "left_out": sorted(getattr(source, "left_out", ())),
             "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},
@@ -322,7 +329,7 @@ def _checked(frames: Iterator[np.ndarray], expected: tuple[int, int] | None, whe
         if expected is not None and frame.shape[:2] != expected:
             raise DataError(
                 f"{where}: frames have (height, width) {frame.shape[:2]}, the embodiment says {expected}",
-                fix="correct the sizes in the embodiment or in meta/info.json",
+                fix="import with --size, which makes all of them equal, or correct the sizes in the embodiment",
             )
         yield frame
 

@@ -46,9 +46,10 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EmbodimentError, MMSeqError
 from mmseq.statistics import remarks
+from mmseq.streams import OWN_VECTORS, STREAMS
 
 STATE, ACTION = "observation.state", "action"
-_FOUND = {"proprio": STATE, "action": ACTION}
+_FOUND = {name: str(STREAMS[name].column) for name in OWN_VECTORS}
 
 
 def _guess_action_form(names: Sequence[str]) -> str:
@@ -82,10 +83,10 @@ class LeRobotReader:
         self.path = Path(path)
         self.layout = Layout(self.path)
         self.info, self.features, self.fps = self.layout.info, self.layout.features, self.layout.fps
-        self.columns = columns_of(self.layout)
+        self.columns, self.notes = columns_of(self.layout), self.layout.notes
         self.streams = fill(self._find(), map or {}, self.columns, str(self.path))
         self.left_out = left_out(self.columns, self.streams)
-        self.notes = [*self.layout.notes, *describe(self.columns, self.left_out)]
+        self.notes += describe(self.columns, self.left_out)
         if not any(
             stream.startswith(IMAGE_PREFIX) or stream not in ("text", "plan", "success") for stream in self.streams
         ):
@@ -117,8 +118,10 @@ class LeRobotReader:
         """What the usual names fill."""
         found: Streams = {}
         for name, column in self.columns.items():
-            camera = camera_name(name)
+            camera = camera_name(name) if name in self.features or name in self.layout.types else None
             if column.kind == "image" and camera and f"{IMAGE_PREFIX}{camera}" not in found:
+                if not name.endswith(camera) and camera != "main":
+                    self.notes.append(f"camera {name!r} is called {camera!r}")
                 found[f"{IMAGE_PREFIX}{camera}"] = (name,)
         vectors = {
             s: (n,) for s, n in _FOUND.items() if n in self.columns and self.columns[n].kind in ("vector", "flag")
@@ -274,8 +277,10 @@ class LeRobotReader:
 
     def _robot_name(self) -> str:
         """The dataset's robot type in characters that a name may have."""
-        said = self.info.get("robot_type")
-        kept = re.sub(r"[^\w .-]", "_", str(said or "unknown")).lstrip("_ .-")
+        said = self.info.get("robot_type") or "unknown"
+        kept = re.sub(r"[^\w .-]", "_", "_".join(map(str, said)) if isinstance(said, list) else str(said)).lstrip(
+            "_ .-"
+        )
         name = (kept if re.match(r"[A-Za-z0-9]", kept) else f"robot_{kept}")[:100]
         return name.rstrip("_") or "unknown"
 
@@ -321,7 +326,7 @@ class LeRobotReader:
     def _success(self, record: Record) -> bool | None:
         """Whether an episode reached its goal; None when neither its rows nor meta/episodes know."""
         names = self.streams.get("success", ())
-        said = [v for n in names for v in scalars(self._rows.column(record, n)).tolist()]
+        said = [v for n in names if self._rows.has(record, n) for v in scalars(self._rows.column(record, n)).tolist()]
         known = [v for v in map(truth, said) if v is not None]
         if not known:
             stated = record.meta.get(success_of(record.meta) or "")

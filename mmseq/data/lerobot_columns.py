@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmseq.data.lerobot_files import is_text
 from mmseq.data.lerobot_images import stored_depth
 from mmseq.data.lerobot_layout import BOOKKEEPING, EVENTS, PERSISTENT, Layout
 from mmseq.data.lerobot_video import is_depth
@@ -44,38 +45,48 @@ def truth(value: Any) -> bool | None:
 
 
 def columns_of(layout: Layout) -> dict[str, Column]:
-    """Every column that is no bookkeeping: those of meta/info.json first, then those that only the data have."""
+    """Every column that is no bookkeeping: those of meta/info.json first, then those that only the data have.
+
+    Videos that meta/info.json does not list are there too: whoever took them out of it may have left their files.
+    """
     found = {}
-    for name in dict.fromkeys((*layout.features, *layout.types)):
+    for name in dict.fromkeys((*layout.features, *layout.types, *sorted(layout.filmed))):
         if name in (*BOOKKEEPING, PERSISTENT):
             continue
         feature, type_ = layout.features.get(name, {}), layout.types.get(name)
         dtype, shape = str(feature.get("dtype") or type_), feature.get("shape")
         detail = f"{dtype} {tuple(shape)}" if isinstance(shape, list) else dtype
         kind = _kind(layout, name, feature, type_)
-        if type_ is None and kind == "other":
+        if name not in layout.features and type_ is None:
+            detail = "videos that meta/info.json does not list"
+        elif type_ is None and kind == "other":
             detail += ", in no file of the data"
         found[name] = Column(kind, detail)
     return found
 
 
 def _kind(layout: Layout, name: str, feature: dict[str, Any], type_: pa.DataType | None) -> str:
-    picture = type_ is None and feature.get("dtype") == "video"
-    stored = type_ is not None and (pa.types.is_struct(type_) or pa.types.is_binary(type_))
-    if picture or (stored and name != EVENTS):
-        flags = [(feature.get(part) or {}).get(flag) for part, flag in _DEPTH_FLAGS]
-        return "depth" if any(flags) or _deep(layout, name, stored) else "image"
-    if type_ is None or name == EVENTS:
+    if name == EVENTS:
         return "other"
-    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+    said = feature.get("dtype")
+    stored = type_ is not None and (_holds_pictures(type_) or (said == "image" and is_text(type_)))
+    if stored or (type_ is None and (said == "video" or name in layout.filmed)):
+        flags = [truth((feature.get(part) or {}).get(flag)) for part, flag in _DEPTH_FLAGS]
+        return "depth" if any(flags) or _deep(layout, name, stored) else "image"
+    if type_ is None:
+        return "other"
+    if is_text(type_):
         return "text"
     if pa.types.is_nested(type_):
         inner = getattr(type_, "value_type", None)
-        shape = feature.get("shape")
-        return "vector" if inner is not None and _number(inner) and shape != [0] else "other"
+        return "vector" if inner is not None and _number(inner) and feature.get("shape") != [0] else "other"
     if pa.types.is_integer(type_) and name.startswith("annotation."):
         return "text"  # the number of a text among the tasks, as GR00T writes it
     return "vector" if pa.types.is_floating(type_) else "flag" if _number(type_) else "other"
+
+
+def _holds_pictures(type_: pa.DataType) -> bool:
+    return pa.types.is_struct(type_) or pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
 
 
 def _number(type_: pa.DataType) -> bool:

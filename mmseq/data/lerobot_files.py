@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,20 @@ def unreadable(path: Path, error: Exception | str) -> DataError:
     """Why a parquet file cannot be read, with the way out that fits the cause."""
     if problem := absent(path):
         return problem
-    data = path.read_bytes()
-    if not data or (data.startswith(b"PAR1") and not data.endswith(b"PAR1")):
+    with path.open("rb") as file:
+        begin = file.read(4)
+        file.seek(max(0, path.stat().st_size - 4))
+        end = file.read()
+    if not begin or (begin == b"PAR1" and end != b"PAR1"):
         return DataError(f"{path} is truncated or corrupt, it has no footer", fix=NOT_FINALIZED)
     return DataError(f"{path} is truncated or corrupt: {str(error).strip().partition(chr(10))[0]}", fix=REFETCH)
 
 
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Raises: DataError that says why it cannot be read."""
+def read_parquet(path: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """The columns of a file, those of `columns` that it has. Raises: DataError that says why it cannot be read."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)  # type: ignore[arg-type]
+        file = pq.ParquetFile(path)
+        return file.read(None if columns is None else [n for n in file.schema_arrow.names if n in columns])
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
 
@@ -69,6 +73,12 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 def scalars(array: pa.Array) -> np.ndarray:
     """One value per row, also of a column that holds lists of one; what is null becomes NaN or None."""
     return (array.flatten() if pa.types.is_nested(array.type) else array).to_numpy(zero_copy_only=False)
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """Whether a column holds texts, in any of the forms that arrow has for them."""
+    inner = type_.value_type if pa.types.is_dictionary(type_) else type_
+    return pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
 
 
 def joined(column: pa.ChunkedArray) -> pa.Array:

@@ -43,7 +43,7 @@ def stored_images(root: Path, record: Record, feature: str, steps: np.ndarray) -
 
 def _stored(value: Any, root: Path) -> bytes:
     """The bytes of a picture: of the row, or of the file that it names."""
-    value = {"bytes": value} if isinstance(value, bytes) else value
+    value = {"bytes": value} if isinstance(value, bytes) else {"path": value} if isinstance(value, str) else value
     return value.get("bytes") or (root / value["path"]).read_bytes()
 
 

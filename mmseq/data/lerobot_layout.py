@@ -16,6 +16,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ class Layout:
         """Which rows of which files carry which episode's index, in the order of the files."""
         rows: dict[int, list[tuple[Path, int, int]]] = {}
         uneven: list[int] = []
-        for path in sorted((self.path / "data").glob("*/*.parquet")):
+        for path in self._data_files():
             try:
                 file = pq.ParquetFile(path)
                 self.types |= {f.name: f.type for f in file.schema_arrow if f.name not in self.types}
@@ -216,6 +217,18 @@ class Layout:
                 "whatever its timestamp says"
             )
         return rows
+
+    def _data_files(self) -> list[Path]:
+        """Those that LeRobot reads, in its order; what editors hide beside them is none."""
+        folder = self.path / "data"
+        found = sorted(folder.glob("*/*.parquet")) or sorted(folder.rglob("*.parquet"))
+        return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+    @cached_property
+    def filmed(self) -> set[str]:
+        """The features of which there is a folder of videos."""
+        inner = "chunk-*/*" if self.version == "v2" else "*"
+        return {folder.name for folder in (self.path / "videos").glob(inner) if folder.is_dir()}
 
     def _indices(self, path: Path, table: pa.Table | None, rows: int) -> np.ndarray | None:
         if table is not None and "episode_index" in table.column_names:

@@ -12,8 +12,9 @@ import pyarrow as pa
 from mmseq.data.kept import Kept
 from mmseq.data.lerobot_files import REFETCH, read_parquet, whole
 from mmseq.data.lerobot_layout import PERSISTENT, Layout, Record
-from mmseq.data.mapping import VECTORS, Streams, kind_of
+from mmseq.data.mapping import Streams, kind_of
 from mmseq.errors import EpisodeError, MMSeqError
+from mmseq.streams import OWN_VECTORS
 
 _TEXTS = ("task_index", "subtask_index", "timestamp", PERSISTENT)
 _OPEN_TABLES = 4  # data files of which the columns in use are kept
@@ -24,7 +25,7 @@ class Rows:
 
     def __init__(self, layout: Layout, streams: Streams):
         self.layout, self.streams = layout, streams
-        self._used = {n for s, names in streams.items() if kind_of(s) != "image" for n in names}
+        self._used = {n for s, names in streams.items() if kind_of(s) != "picture" for n in names}
         self._used |= {n for n in _TEXTS if n in layout.types}
         self._widths: dict[str, int] = {}
         self._tables: Kept[Path, pa.Table] = Kept(_OPEN_TABLES)
@@ -39,12 +40,20 @@ class Rows:
     def called(self, record: Record) -> str:
         return f"{self.layout.path}, episode {record.index}"
 
+    def _table(self, path: Path) -> pa.Table:
+        """The columns in use of a file, as far as it has them."""
+        table = self._tables.take(path)
+        return self._tables.put(path, read_parquet(path, self._used) if table is None else table)
+
+    def has(self, record: Record, name: str) -> bool:
+        """Whether every file of an episode has a column."""
+        return all(name in self._table(path).column_names for path, _, _ in record.parts)
+
     def column(self, record: Record, name: str) -> pa.Array:
         """A column's rows of an episode. Raises: EpisodeError when one of its files has no such column."""
         chunks: list[pa.Array] = []
         for path, start, end in record.parts:
-            table = self._tables.take(path)
-            table = self._tables.put(path, read_parquet(path, sorted(self._used)) if table is None else table)
+            table = self._table(path)
             if name not in table.column_names:
                 raise EpisodeError(f"{self.called(record)}: {path} lacks the column {name!r}", fix=REFETCH)
             chunks += table[name].slice(start, end - start).chunks
@@ -84,7 +93,7 @@ class Rows:
         """The names of a vector's axes, over all columns that are joined."""
         names: list[str] = []
         for column in self.streams[stream]:
-            own = len(self.streams[stream]) > 1 or stream not in VECTORS
+            own = len(self.streams[stream]) > 1 or stream not in OWN_VECTORS
             width, said = self.width(column), self.layout.features.get(column, {}).get("names")
             last = column.rpartition(".")[2]
             names += [last] if own and width == 1 and not said else axis_names(said, width, last if own else "axis")

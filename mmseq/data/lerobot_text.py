@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from mmseq.data.lerobot_files import REFETCH, scalars, whole
+from mmseq.data.lerobot_files import REFETCH, is_text, scalars, whole
 from mmseq.data.lerobot_layout import PERSISTENT, Record
 from mmseq.data.lerobot_rows import Rows
 from mmseq.episode import TextSpan
@@ -45,7 +44,7 @@ class Texts:
 
     def _tasks(self, record: Record, at: np.ndarray) -> Phrasings:
         name = self.rows.streams.get("text", ("task_index",))[0]
-        if name in self.layout.types and (name != "task_index" or self.layout.tasks):
+        if self.rows.has(record, name) and (name != "task_index" or self.layout.tasks):
             return [(task,) if task else () for task in self._looked_up(record, name, self.layout.tasks, at)]
         stated = record.meta.get("tasks")
         stated = [stated] if isinstance(stated, str) else [] if stated is None else list(stated)
@@ -55,12 +54,13 @@ class Texts:
         """[] where nobody wrote any."""
         name = self.rows.streams.get("plan", ("subtask_index",))[0]
         found: list[str] = []
-        if name in self.layout.types:
-            found = self._looked_up(record, name, self.layout.subtasks, at)
-        elif PERSISTENT in self.layout.types:
+        if self.rows.has(record, name):
+            texts = self.layout.subtasks if name == "subtask_index" else self.layout.tasks
+            found = self._looked_up(record, name, texts, at)
+        elif self.rows.has(record, PERSISTENT):
             rows = self.rows.column(record, PERSISTENT).to_pylist()
             times = np.arange(len(rows)) / self.fps
-            if "timestamp" in self.layout.types:  # of which annotations speak, whatever it is
+            if self.rows.has(record, "timestamp"):  # of which annotations speak, whatever it is
                 times = scalars(self.rows.column(record, "timestamp"))
             found = [active(rows[i], float(times[i]), "subtask") for i in at]
         return [(text,) if text else () for text in found] if any(found) else []
@@ -68,7 +68,7 @@ class Texts:
     def _looked_up(self, record: Record, name: str, texts: dict[int, str], at: np.ndarray) -> list[str]:
         """The texts of a column that holds texts, or their numbers."""
         values = self.rows.column(record, name)
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        if is_text(values.type):
             said = values.to_pylist()
             return [said[i] or "" for i in at]
         numbers = [whole(v) for v in scalars(values)[at]]

@@ -1,7 +1,8 @@
 """Which frames of a video belong to the rows of an episode, and an open video that goes on where it stopped.
 
-Row k is the frame nearest to k / fps after the episode begins; where one has no frame that is near, the clocks differ,
-and row k is the k-th frame of the episode's part. No timestamp of a row has a say in it.
+Row k is frame k of the episode's part, where that has as many frames as there are rows. Else it is the frame nearest to
+k / fps after the beginning; and where a row has no frame that is near, the clocks differ, so it is frame k again. No
+timestamp of a row has a say in it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def place(times_s: np.ndarray, begin_s: float, end_s: float | None, rows: int, f
     left = np.maximum(right - 1, 0)
     nearest = np.where(np.abs(times_s[left] - wanted) <= np.abs(times_s[right] - wanted), left, right)
     held = len(times_s) if end_s is None else int(np.searchsorted(times_s, end_s - NEAR / fps))
-    if np.abs(times_s[nearest] - wanted).max() <= NEAR / fps and (shared or nearest[-1] < held):
-        return nearest
     first = int(nearest[0])
+    near = np.abs(times_s[nearest] - wanted).max() <= NEAR / fps and (shared or nearest[-1] < held)
+    if near and held - first != rows:
+        return nearest
     if held - first < rows:
         raise DataError(
             f"{held - first} frames for {rows} steps",

@@ -23,13 +23,13 @@ import yaml
 
 from mmseq.episode import IMAGE_PREFIX
 from mmseq.errors import ConfigError, DataError, did_you_mean
-from mmseq.tasks import STREAMS
+from mmseq.streams import OUTCOME, STREAMS, TEXT, VECTOR, VISION, row_of
 
 type Streams = dict[str, tuple[str, ...]]  # a stream, and the columns that fill it, joined in this order
 
-KINDS = ("image", "vector", "text", "flag", "depth", "other")
-_OF_TARGET = {"text": "text", "plan": "text", "success": "flag"}  # all others: image.<camera>, or a vector
-VECTORS = ("proprio", "action")
+KINDS = ("picture", "vector", "text", "flag", "depth", "other")
+_OF_KIND = {VISION.name: "picture", VECTOR.name: "vector", TEXT.name: "text", OUTCOME.name: "flag"}
+_TARGETS = [row.name for row in STREAMS.values() if row.column and row.header == "first" and row.kind is not VISION]
 _CAMERA = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _VECTOR = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _FORM = "write STREAM=COLUMN, such as action=actions or proprio=joints+gripper, or name a YAML file"
@@ -83,11 +83,11 @@ def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
     camera = stream.removeprefix(IMAGE_PREFIX)
     if stream == "image" or (stream.startswith(IMAGE_PREFIX) and not _CAMERA.fullmatch(camera)):
         raise ConfigError(f"the map has {stream!r}", fix="name the camera: image.NAME, of letters, digits, '_' and '-'")
-    known = stream.startswith(IMAGE_PREFIX) or stream in (*_OF_TARGET, *VECTORS)
+    known = stream.startswith(IMAGE_PREFIX) or stream in _TARGETS
     if not known and (stream in STREAMS or not _VECTOR.fullmatch(stream)):
         raise ConfigError(
             f"the map fills {stream!r}, which no column can",
-            fix=f"fill image.NAME, {', '.join((*VECTORS, *_OF_TARGET))} or a vector stream of your own, as force",
+            fix=f"fill image.NAME, {', '.join(_TARGETS)} or a vector stream of your own, as force",
         )
     if len(names) > 1 and kind_of(stream) != "vector":
         raise ConfigError(f"the map joins {'+'.join(names)} to {stream}", fix="only vectors can be joined")
@@ -96,7 +96,7 @@ def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
 
 def kind_of(stream: str) -> str:
     """The kind of column that a stream takes."""
-    return "image" if stream.startswith(IMAGE_PREFIX) else _OF_TARGET.get(stream, "vector")
+    return _OF_KIND.get(row_of(stream).kind.name, "other")
 
 
 def fill(found: Streams, given: Streams, columns: Mapping[str, Column], where: str) -> Streams:
@@ -111,13 +111,13 @@ def fill(found: Streams, given: Streams, columns: Mapping[str, Column], where: s
             if name not in columns:
                 raise DataError(f"{where}: the map names the column {name!r}: {did_you_mean(name, columns)}")
             if columns[name].kind != kind and not (kind == "vector" and columns[name].kind == "flag"):
-                article = {"image": "pictures", "vector": "numbers", "text": "a text", "flag": "a truth value"}[kind]
+                article = {"picture": "pictures", "vector": "numbers", "text": "a text", "flag": "a truth value"}[kind]
                 raise DataError(
                     f"{where}: the map fills {stream} from {name!r}, which is {columns[name].detail or 'of no use'}",
                     fix=f"name a column that holds {article}",
                 )
-    renamed = {name for stream, names in given.items() if kind_of(stream) == "image" for name in names}
-    kept = {s: names for s, names in found.items() if not (kind_of(s) == "image" and renamed & set(names))}
+    renamed = {name for stream, names in given.items() if kind_of(stream) == "picture" for name in names}
+    kept = {s: names for s, names in found.items() if not (kind_of(s) == "picture" and renamed & set(names))}
     return {stream: names for stream, names in (kept | given).items() if names}
 
 
@@ -143,7 +143,7 @@ def describe(columns: Mapping[str, Column], unused: Mapping[str, str]) -> list[s
 def _advice(name: str, column: Column, streams: Streams) -> str:
     """The entry that a person would most likely want."""
     last = re.sub(r"[^A-Za-z0-9_-]+", "_", name.rpartition(".")[2].rpartition("/")[2]).strip("_-") or "x"
-    if column.kind == "image":
+    if column.kind == "picture":
         taken = f"image.{last}" in streams
         return f"image.{re.sub(r'[^A-Za-z0-9_-]+', '_', name) if taken else last}={name}"
     if column.kind == "vector":

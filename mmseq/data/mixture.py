@@ -42,6 +42,7 @@ class SourceConfig:
     holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
     # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
     map: dict[str, Any] = field(default_factory=dict)
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)
@@ -303,7 +304,8 @@ class Moments:
         kind = plan.kind(piece, variant)
         offsets: tuple[int, ...] = ()
         if self.task.ranged:
-            options = self.task.offsets_within(now, int(plan.lengths[episode]), plan.kinds[kind].rate_hz)
+            rate_hz, length = plan.kinds[kind].rate_hz, int(plan.lengths[episode])
+            options = self.task.offsets_within(now, length, rate_hz, pad=True)
             offsets = tuple(o[draw(i) % len(o)] if draw is not None else min(o, key=abs) for i, o in enumerate(options))
         length = self._length(kind)
         return Sample(self.index, self.task_index, self.source, episode, now, variant, length, offsets, visible)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ def open_source(
     rate_hz: float | None = None,
     embodiments: Mapping[str, Embodiment] | None = None,
     map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
 ) -> EpisodeSource:
     """Episode shards, a LeRobot dataset, HDF5 files or videos.
 
     embodiments: contracts to hold the data to, by name. A dataset is read by the contract of its
     robot's name; shards must have been written with the same one. map: columns of a dataset that fill streams.
+    swap_colours: cameras whose red and blue are exchanged.
     Raises: DataError, EmbodimentError, or FingerprintError that names the fields that differ.
     """
     embodiments = embodiments or {}
     if holds_shards(path):
-        if map:
-            raise DataError(f"{path} holds shards, whose streams no map changes", fix="give --map when importing")
+        if map or swap_colours:
+            what = "map" if map else "swap_colours"
+            raise DataError(f"{path} holds shards, which {what} does not change", fix="give it when importing")
         reader = EpisodeShardReader(path)
         for name, robot in reader.embodiments.items():
             if name in embodiments:
@@ -43,10 +47,11 @@ def open_source(
                 fix="import it again with --rate-hz, or leave rate_hz out",
             )
         return reader
-    source = open_episodes(path, rate_hz=rate_hz, map=map)
+    open_as = partial(open_episodes, path, rate_hz=rate_hz, map=map, swap_colours=swap_colours)
+    source = open_as()
     robot = source.embodiment()
     if robot is not None and robot.name in embodiments and robot.fingerprint != embodiments[robot.name].fingerprint:
-        source = open_episodes(path, rate_hz=rate_hz, embodiment=embodiments[robot.name], map=map)
+        source = open_as(embodiment=embodiments[robot.name])
     return source
 
 
@@ -58,15 +63,21 @@ def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
     return [robot] if robot is not None else []
 
 
-def source_identity(path: str | Path, rate_hz: float | None = None, map: Streams | None = None) -> dict[str, Any]:
-    """What changes when the data does: the manifest of shards, else the map, and the files with sizes and times."""
+def source_identity(
+    path: str | Path,
+    rate_hz: float | None = None,
+    map: Streams | None = None,
+    swap_colours: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What changes when the data does: the manifest of shards, else how it is read, and the files, sizes and times."""
     path = Path(path)
     if holds_shards(path):
         data = (path / "manifest.json").read_bytes()
     else:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         seen = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        data = json.dumps([seen, map] if map else seen).encode()
+        how = [given for given in (map, list(swap_colours)) if given]
+        data = json.dumps([seen, *how] if how else seen).encode()
     return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}
 
 

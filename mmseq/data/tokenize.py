@@ -62,15 +62,15 @@ def _tokenize_source(
     on_progress: Progress | None,
 ) -> str:
     path = root / config.path
-    columns = read_map(config.map)
-    identity = source_identity(path, config.rate_hz, columns)
+    how: dict[str, Any] = {"map": read_map(config.map), "swap_colours": config.swap_colours}
+    identity = source_identity(path, config.rate_hz, **how)
     if directory.is_dir() and any(directory.iterdir()):
         why = _outdated(directory, identity, tokenizers)
         if why is None:
             return "kept"
         if not overwrite:
             raise DataError(f"{directory} {why}", fix="pass --overwrite to replace it, or choose another folder")
-    reader = open_source(path, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments, map=columns)
+    reader = open_source(path, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments, **how)
     write_token_shards(
         _episodes(reader),
         directory,

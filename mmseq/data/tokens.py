@@ -17,10 +17,11 @@ import numpy as np
 from mmseq.data.shards import ShardReader, ShardWriter
 from mmseq.episode import Episode
 from mmseq.errors import DataError, TaskError
-from mmseq.streams import TEXT, VECTOR, row_of
+from mmseq.streams import IMAGE_PREFIX, TEXT, VISION, row_of
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.values import scalar_codes
 
+FEATURES = "features."  # of the members that hold what an encoder gives of a camera, float16
 CACHE_BYTES = 512 << 20  # of the opened episodes of a mixture, in each process
 
 
@@ -63,22 +64,30 @@ def token_fingerprints(tokenizers: Tokenizers) -> dict[str, dict[str, str]]:
 
 def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any], dict[str, Any]]:
     source = EpisodeTokens(episode, tokenizers)
+    note, texts = _note_and_texts(source)
+    members: dict[str, Any] = {"json": {"id": episode.id, **texts}}
+    for stream in (s for s in source.streams if s in episode):
+        row = row_of(stream)
+        codes = source.codes(stream, 0, len(episode))
+        members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers[row.range].size))
+        if row.kind is VISION and tokenizers.encoder is not None:
+            camera = stream.removeprefix(IMAGE_PREFIX)
+            members[f"{FEATURES}{camera}.npy"] = source.features(camera, 0, len(episode)).astype(np.float16)
+    return members, note
+
+
+def planned_note(episode: Episode, tokenizers: Tokenizers) -> dict[str, Any]:
+    """What the index will say of an episode, found without its pictures."""
+    return _note_and_texts(EpisodeTokens(episode, tokenizers))[0]
+
+
+def _note_and_texts(source: EpisodeTokens) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the index says of an episode, and the codes of its texts; where these change, of each piece."""
+    episode = source.episode
     pieces = [
         {"start": start, "stop": stop, "texts": {s: _phrasings(source, s, start, len(t)) for s, t in texts.items()}}
         for start, stop, texts in episode.pieces()
     ]
-    members: dict[str, Any] = {}
-    axes: dict[str, int] = {}
-    for stream in source.streams:
-        row = row_of(stream)
-        if stream not in episode:
-            continue
-        codes = source.codes(stream, 0, len(episode))
-        members[f"{stream}.npy"] = codes.astype(_code_type(tokenizers[row.range].size))
-        if row.kind is VECTOR:
-            axes[stream] = int(codes.shape[1])
-    texts = pieces[0]["texts"]
-    members = {"json": {"id": episode.id, "texts": texts, **({"pieces": pieces} if len(pieces) > 1 else {})}} | members
     count = lambda found: {stream: [len(codes) for codes in variants] for stream, variants in found.items()}
     note = {
         "id": episode.id,
@@ -86,13 +95,14 @@ def _tokenize(episode: Episode, tokenizers: Tokenizers) -> tuple[dict[str, Any],
         "rate_hz": episode.rate_hz,
         "embodiment": source.embodiment,
         "streams": list(source.streams),
-        "axes": axes,
-        "text_tokens": count(texts),
+        "axes": {stream: len(axes) for stream in source.streams if (axes := source.axes(stream)) is not None},
+        "text_tokens": count(pieces[0]["texts"]),
         "success": episode.success,
     }
-    if len(pieces) > 1:
-        note["pieces"] = [{**piece, "texts": count(piece["texts"])} for piece in pieces]
-    return members, note
+    if len(pieces) == 1:
+        return note, {"texts": pieces[0]["texts"]}
+    note["pieces"] = [{**piece, "texts": count(piece["texts"])} for piece in pieces]
+    return note, {"texts": pieces[0]["texts"], "pieces": pieces}
 
 
 def _phrasings(source: EpisodeTokens, stream: str, step: int, count: int) -> list[list[int]]:
@@ -140,8 +150,11 @@ class TokenizedEpisode:
             raise TaskError(f"episode {self.id!r} has no {stream!r} at step {start}")
         return np.asarray(variants[variant % len(variants)], dtype=np.int64)
 
+    def demonstration(self) -> TokenizedEpisode:
+        return self
+
     def features(self, camera: str, start: int, stop: int) -> np.ndarray:
-        raise TaskError(f"token shards hold no features of camera {camera!r}")
+        return self._members[f"{FEATURES}{camera}.npy"][start:stop].astype(np.float32)
 
 
 class Kind(NamedTuple):

@@ -9,13 +9,14 @@ A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "capt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmseq.data.video import VideoInfo, iter_frames, probe, read_frames
+from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import DataError, did_you_mean
 
@@ -64,7 +65,21 @@ class VideoFolderReader:
     Raises: DataError for an empty folder, a broken line of captions.jsonl, or one that names no file.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        rate_hz: float | None = None,
+        embodiment: Embodiment | None = None,
+        map: Mapping[str, Any] | None = None,
+    ):
+        """embodiment, map: as other readers have them; refused, since there is nothing that they could say."""
+        if map:
+            raise DataError(f"{path} is video, whose one stream no map changes", fix="leave the map out")
+        if embodiment is not None:
+            raise DataError(
+                f"{path} is video without actions, so embodiment {embodiment.name!r} does not apply",
+                fix="leave the embodiment out",
+            )
         self.path = Path(path)
         self.rate_hz = rate_hz
         if self.path.is_file():
@@ -74,7 +89,8 @@ class VideoFolderReader:
         else:
             if not self.path.is_dir():
                 raise DataError(f"{path} does not exist", fix="give a folder of videos, or one video")
-            self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            suited = lambda p: p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".") and p.is_file()
+            self.files = sorted(filter(suited, self.path.rglob("*")))
             if not self.files:
                 raise DataError(f"{path} holds no videos", fix=f"put files ending in {', '.join(VIDEO_SUFFIXES)} there")
             captions = self._read_captions()

@@ -170,6 +170,7 @@ class OtherActions:
         self._case, self._other = case, other
         self.rate_hz, self.embodiment = case.tokens.rate_hz, case.tokens.embodiment
         self.features: Callable = case.tokens.features
+        self.demonstration: Callable = case.tokens.demonstration
 
     def __len__(self) -> int:
         return len(self._case.tokens)

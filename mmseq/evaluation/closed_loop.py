@@ -30,7 +30,7 @@ from mmseq.evaluation.controllers import make_controller
 from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
-from mmseq.simulation.base import find_simulator
+from mmseq.plugins import find
 from mmseq.simulation.experts import DEMO_SPREAD
 
 CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_tokens")
@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     """
     from mmseq.serving.model_policy import ModelPolicy
 
-    simulator = find_simulator(config.simulator)
+    simulator = find("simulators", config.simulator)
     known = simulator.tasks()
     for task in config.tasks:
         if task not in known:
@@ -249,7 +249,8 @@ def success_results(rollouts: Sequence[Rollout], seed: int) -> list[Result]:
 
     add("policy.success", "policy", ("blanked_images", "random"))
     add("policy.success_over_random", "policy", ("random",))
-    add("expert_tokens.success", "expert_tokens", ("random",))
+    for controller in ("expert_tokens", "hold", "replay"):
+        add(f"{controller}.success", controller, ("random",))
     for task in tasks:
         add(f"policy.success.{task}", "policy", ("blanked_images", "random"), task)
         add(f"expert_tokens.success.{task}", "expert_tokens", ("random",), task)

@@ -48,7 +48,7 @@ from mmseq.evaluation.cases import (
     span,
     why_not,
 )
-from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, texts_of
+from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
 from mmseq.evaluation.tokenizer_results import mean_frame, tokenizer_results
 from mmseq.model.sequence_model import SequenceModel
@@ -289,7 +289,7 @@ class _Run:
             **kept,
             "given": row["last"][0],
             "episode": case.episode.id,
-            "text": (texts_of(case.episode, "text") or [""])[0],
+            "text": (case.episode.texts_of("text") or [""])[0],
             "step": case.now,
             "rate_hz": case.tokens.rate_hz,
         }
@@ -389,8 +389,8 @@ class _Run:
                 "image": self._fit(case.episode[f"{IMAGE_PREFIX}{case.episode.cameras[0]}"][case.now][None])[0]
                 if case.episode.cameras
                 else None,
-                "asked": (texts_of(case.episode, "question" if stream == "answer" else "text") or [""])[0],
-                "truth": (texts_of(case.episode, stream) or [""])[0],
+                "asked": (case.episode.texts_of("question" if stream == "answer" else "text") or [""])[0],
+                "truth": (case.episode.texts_of(stream) or [""])[0],
                 "predicted": text,
                 "right": ok,
             }
@@ -402,7 +402,7 @@ class _Run:
         text, stream = self.tokenizers.text, task.predicted[0].stream
         counts = np.ones(text.size)  # add one: no token is impossible
         for episode in self.train:
-            for line in texts_of(episode, stream):
+            for line in episode.texts_of(stream):
                 counts += np.bincount(text.encode(line), minlength=text.size)
         unigram = -np.log2(counts / counts.sum())
         builder, bits, by_unigram, tokens = self.tokenizers.builder(), [], [], []
@@ -436,7 +436,7 @@ class _Run:
             curves.append(
                 {
                     "episode": first.episode.id,
-                    "text": (texts_of(first.episode, "text") or [""])[0],
+                    "text": (first.episode.texts_of("text") or [""])[0],
                     "seconds": steps / first.tokens.rate_hz,
                     "true": true,
                     "predicted": predicted,

@@ -17,7 +17,7 @@ from mmseq.episode import Episode
 
 
 def action_error(true: np.ndarray, predicted: np.ndarray, axes: Axes) -> np.ndarray:
-    """Mean absolute error per sample as a share of each axis' range (1 % to 99 % quantile).
+    """Mean absolute error per sample as a share of each axis' range (low to high).
 
     (N, steps, axes) twice -> (N,). An axis that never moves in the training data counts by its own unit.
     """
@@ -54,10 +54,10 @@ class Phrasings:
         self._parent: dict[str, str] = {}
         self._anchor: dict[str, set[str]] = {}
         for episode in episodes:
-            texts = [normalise(t) for t in texts_of(episode, "text")]
+            texts = [normalise(t) for t in episode.texts_of("text")]
             self._join(texts)
             if stream != "text":
-                own = [normalise(t) for t in texts_of(episode, stream)]
+                own = [normalise(t) for t in episode.texts_of(stream)]
                 for text in texts[:1]:
                     self._anchor.setdefault(text, set()).update(own)
         # a plan belongs to the task, whichever of its phrasings the plan was written under
@@ -77,13 +77,13 @@ class Phrasings:
 
     def task(self, episode: Episode) -> str:
         """A name for the task of an episode: one of its phrasings, the same for all that share it."""
-        texts = texts_of(episode, "text")
+        texts = episode.texts_of("text")
         return self._root(normalise(texts[0])) if texts else ""
 
     def accepts(self, episode: Episode, text: str) -> bool:
         """Whether `text` is a known way to write this episode's text."""
         text = normalise(text)
-        if text in {normalise(t) for t in texts_of(episode, self.stream)}:
+        if text in {normalise(t) for t in episode.texts_of(self.stream)}:
             return True
         if self.stream == "text":
             return text in self._parent and self._root(text) == self.task(episode)
@@ -94,14 +94,7 @@ class Phrasings:
         """The text with which one is right most often: a phrasing of the most frequent task; None without texts."""
         counts = Counter()
         for episode in episodes:
-            texts = texts_of(episode, self.stream)
+            texts = episode.texts_of(self.stream)
             if texts:
                 counts[self.task(episode) if self.stream == "text" else normalise(texts[0])] += 1
         return max(counts, key=lambda text: (counts[text], text)) if counts else None
-
-
-def texts_of(episode: Episode, stream: str) -> list[str]:
-    """The texts that fill a text stream of an episode."""
-    if stream in ("text", "plan"):
-        return list(episode.texts if stream == "text" else episode.plans)
-    return [str(episode.metadata[stream])] if stream in episode.metadata else []

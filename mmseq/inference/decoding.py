@@ -43,7 +43,8 @@ MAX_TOKENS = 32_768  # of one request: a typing error must not occupy a server f
 class Request:
     """One sequence to complete. prefix: codes that the predicted action must begin with (n, axes).
 
-    seed: for sampling.
+    seed: for sampling. done: in a group, codes (n, axes) that its actions must begin with, by repetition: those that
+    were executed already.
     """
 
     tokens: TokenSource
@@ -51,6 +52,7 @@ class Request:
     variant: int = 0
     prefix: np.ndarray | None = None
     seed: int = 0
+    done: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -199,10 +201,12 @@ class Decoder:
 
     @staticmethod
     def _prefix(segment: PlacedSegment, request: Request, shape: tuple[int, ...]) -> np.ndarray:
-        if request.prefix is None or segment.stream != "action" or segment.segment.repeat:
+        repeat = segment.segment.repeat
+        prefix = request.done.get(repeat, request.prefix if repeat == 0 else None)
+        if prefix is None or segment.stream != "action":
             return np.zeros(0, dtype=np.int64)
-        prefix = np.asarray(request.prefix)
-        if prefix.ndim != 2 or prefix.shape[1] != shape[1] or len(prefix) >= shape[0]:
+        prefix, most = np.asarray(prefix), shape[0] - (repeat not in request.done)
+        if prefix.ndim != 2 or prefix.shape[1] != shape[1] or len(prefix) > most:
             raise TaskError(f"an action prefix of shape {prefix.shape} does not fit a chunk of shape {shape}")
         return prefix.reshape(-1)
 

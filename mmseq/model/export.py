@@ -90,7 +90,7 @@ def hf_weights(model: SequenceModel, rows: int) -> dict[str, Tensor]:
     if not model.config.tie_embeddings:
         head = state["head.weight"][:rows]
     layout = model.tokenizers.layout  # type: ignore[union-attr]
-    nowhere = torch.from_numpy(layout.slots("none", 1, 0, 1)[0])
+    nowhere = torch.tensor(layout.slots("none", 1, 0, 1)[0])
     none = state["slots.weight"][nowhere].sum(0) if model.config.slot_embeddings else torch.zeros(1)
     if none.any():
         embed = embed + none

@@ -16,12 +16,15 @@ from mmseq.errors import ConfigError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
 from mmseq.serving.policy import Contract, image_keys, vector_keys
+from mmseq.streams import STREAMS
 
 IMAGES = "observation.images."
+DEMO = "demo.images."  # frames of a demonstration, kept for the episode
 STATE = "observation.state"
 PARTS = ("observation.joint_position", "observation.gripper_position")  # of the state, as openpi's DROID client has it
 OTHER_KEYS = ("prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options")
-PREDICT_KEYS = ("question", "plan", "action", "rate_hz", "step")  # that a `predict` may have as well
+# that a `predict` may have as well: what the table gives a key of its own
+PREDICT_KEYS = ("rate_hz", "step", *(row.wire for row in STREAMS.values() if row.wire and row.wire == row.name))
 
 
 def canonical_keys(
@@ -52,7 +55,8 @@ def canonical_keys(
 
     for key, value in observation.items():
         put(key, value)
-    for ours, theirs in ({STATE: list(PARTS)} | parts).items():
+    own: dict[str, list[str]] = {STATE: list(PARTS)}
+    for ours, theirs in (own | parts).items():
         if ours not in flat and any(key in flat for key in theirs):
             flat[ours] = _join(flat, theirs, ours)
     return flat

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mmseq.errors import ConfigError, DataError, did_you_mean
+from mmseq.plugins import find
 from mmseq.serving.policy import Policy, ReplayPolicy
 from mmseq.serving.server import Listening, Server, ServerConfig, is_loopback, serve
 
@@ -26,6 +27,7 @@ class ServeSettings(Listening):
     checkpoint: str | None = None  # a checkpoint's folder; or replay
     replay: str | None = None  # send the recorded actions of an episode: a dry run
     replay_horizon: int = 16  # control steps of each chunk of a replay
+    policy_class: str = "model"  # what answers, among the policies of plug-ins; `model` is a checkpoint as it is
     device: str | None = None  # default: cuda where there is one
     policy: str | None = None  # the arrow, or the mix's task, that answers `infer`; default: the one called policy
     embodiment: str | None = None  # the one robot to serve; default: all it knows
@@ -65,12 +67,10 @@ def _load(settings: ServeSettings) -> Policy:
             horizon=settings.replay_horizon,
             execute=settings.chunking.execute,
         )
-    from mmseq.serving.model_policy import ModelPolicy
-
     assert settings.checkpoint is not None
     if Path(settings.checkpoint).is_file():
         raise ConfigError(f"{settings.checkpoint} is a file", fix="name the checkpoint's folder")
-    return ModelPolicy.from_pretrained(
+    return find("policies", settings.policy_class).from_pretrained(
         settings.checkpoint,
         device=settings.device,
         arrow=settings.policy,

@@ -3,10 +3,7 @@
     policy = ModelPolicy.from_pretrained("runs/demo/checkpoint")
     serve(policy, ServerConfig(port=8000))
 
-An observation holds what is known now: `observation.images.<camera>` uint8 (H, W, 3), or (n, H, W, 3)
-with the past frames that end now; `observation.state` float32 (axes,); `prompt`. For other arrows also
-`action` float32 (n, axes) from now on, `observation.images.<camera>@+16` (the offset as the arrow writes it,
-also `@end`: what a given `image@+16` shows) and `question`.
+What an observation may hold is said in `observed.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,108 +26,22 @@ from mmseq.inference.predict import require_parallel, to_streams
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
-from mmseq.serving.keys import IMAGES
+from mmseq.serving.keys import DEMO, IMAGES
 from mmseq.serving.observation import example_observation
-from mmseq.streams import IMAGE_PREFIX, STREAMS, VECTOR, VISION, StreamRow, row_of, stream_row
-from mmseq.tasks import ALIASES, Group, Task, parse_offset
-from mmseq.tokenization.bundle import Tokenizers
+from mmseq.serving.observed import (
+    ObservationTokens,
+    check_servable,
+    kept_keys,
+    lookback,
+    prolonged,
+    required_keys,
+)
+from mmseq.tasks import ALIASES, Task
 
 log = logging.getLogger("mmseq.serving")
 
-_FUTURE = 1 << 20  # an observation has no end
 PROMPT_TOKENS = 128  # by which a prompt may be longer than that of the warm-up for compiled passes to fit it
 SERVED_TOKENS = 2048  # of one request: no client may keep the model from the others for long
-
-
-class ObservationTokens:
-    """The tokens of what is known now. Implements `TokenSource`; step `now` is the present."""
-
-    def __init__(self, observation: dict[str, Any], tokenizers: Tokenizers, embodiment: str | None):
-        self.tokenizers, self.embodiment = tokenizers, embodiment
-        self.rate_hz = (
-            tokenizers.embodiments[embodiment].rate_hz if embodiment else float(observation.get("rate_hz", 20.0))
-        )
-        self._observation = observation
-        images = {k.removeprefix(IMAGES): _stack(v) for k, v in observation.items() if k.startswith(IMAGES)}
-        self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
-        self.now = max((len(f) for f in self._frames.values()), default=1) - 1
-        self._elsewhere: dict[tuple[str, int], np.ndarray] = {}  # single frames by camera and step
-        for name in (name for name in images if "@" in name):
-            camera, _, at = name.partition("@")
-            try:
-                offset = parse_offset(at)
-            except TaskError as error:
-                fix = f"write it as the arrow does: {IMAGES}{camera}@+16, @+0.8s or @end"
-                raise TaskError(f"'{IMAGES}{name}' has no readable offset", fix=fix) from error
-            step = self.now + (_FUTURE - 1 if isinstance(offset, str) else offset.steps(self.rate_hz))
-            if (camera, step) in self._elsewhere:
-                raise TaskError(f"'{IMAGES}{name}' is given a second time, under another offset of the same step")
-            self._elsewhere[camera, step] = images[name]
-
-    def __len__(self) -> int:
-        return self.now + _FUTURE
-
-    @property
-    def streams(self) -> list[str]:
-        present = [f"{IMAGE_PREFIX}{c}" for c in dict.fromkeys([*self._frames, *(c for c, _ in self._elsewhere)])]
-        rows = [*STREAMS.values(), *map(stream_row, self._vectors)]
-        known = {row.name: row.wire for row in rows if row.wire and row.kind is not VISION}
-        return present + [name for name, key in known.items() if self._observation.get(key) is not None]
-
-    @property
-    def _vectors(self) -> list[str]:
-        robot = self.tokenizers.embodiments.get(self.embodiment or "")
-        return list(robot.vectors) if robot is not None else []
-
-    def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
-        row = row_of(stream)
-        if row.kind is VISION:
-            return self._vision(stream.removeprefix(IMAGE_PREFIX), start, stop)
-        if row.kind is VECTOR:
-            return self._vector(row, start, stop)
-        if row.wire is None:
-            raise TaskError(f"{stream} is predicted, it cannot be given in an observation")
-        if not isinstance(self._observation.get(row.wire), str):
-            raise TaskError(f"the observation has no {row.wire!r}", fix=f"send {row.wire} as a string")
-        return self.tokenizers[row.range].encode(self._observation[row.wire])
-
-    def features(self, camera: str, start: int, stop: int) -> np.ndarray:
-        raise TaskError(f"these tokenizers have no encoder for camera {camera!r}")
-
-    def _vision(self, camera: str, start: int, stop: int) -> np.ndarray:
-        lone = self._elsewhere.get((camera, start)) if stop - start == 1 else None
-        if lone is not None:
-            return self.tokenizers.vision.encode(lone[-1:])
-        if stop > self.now + 1:
-            raise TaskError(
-                f"this arrow is given a future image of camera {camera!r} that the observation lacks",
-                fix=f"send {IMAGES}{camera}@... with the offset as the arrow writes it, uint8 (H, W, 3)",
-            )
-        if camera not in self._frames:
-            raise TaskError(f"the observation has no image of camera {camera!r}", fix=f"send {IMAGES}{camera}")
-        frames = self._frames[camera]
-        first = start - (self.now + 1 - len(frames))
-        if first < 0:
-            raise TaskError(f"camera {camera!r} has {len(frames)} frames, fewer than other cameras")
-        return self.tokenizers.vision.encode(frames[first : first + stop - start])
-
-    def _vector(self, row: StreamRow, start: int, stop: int) -> np.ndarray:
-        key = row.wire or row.name
-        values = np.atleast_2d(np.asarray(self._observation[key]))
-        # what is observed ends with now, commands begin with it
-        first = start - (self.now + 1 - len(values)) if row.clock == "observed" else start - self.now
-        if first < 0 or first + stop - start > len(values):
-            raise TaskError(
-                f"this arrow needs {key!r} of steps {start - self.now} to {stop - 1 - self.now} from now, "
-                f"the observation has {len(values)}"
-            )
-        values = values[first : first + stop - start]
-        return self.tokenizers.encode_vector(row.name, self.embodiment, values, what=key, where="observation")
-
-
-def _stack(image: Any) -> np.ndarray:
-    image = np.asarray(image)
-    return image[None] if image.ndim == 3 else image
 
 
 class ModelPolicy:
@@ -172,7 +83,7 @@ class ModelPolicy:
         if "->" not in chosen and chosen not in {*self.tasks, *ALIASES}:
             raise ConfigError(f"{name} was trained on no task {chosen!r}: {did_you_mean(chosen, self.tasks)}")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
-        _check_servable(self.arrow)
+        check_servable(self.arrow)
         trained = [f"{task} ({arrow})" for task, arrow in self.tasks.items()]
         if trained and self.arrow not in [Task.parse(a) for a in self.tasks.values()]:
             log.warning("%s was not trained on %s; it was trained on %s", name, self.arrow, ", ".join(trained))
@@ -201,6 +112,7 @@ class ModelPolicy:
                 fix="name the one to serve with --embodiment",
             )
         self.horizon = next(iter(horizons.values()))
+        self.history = max(lookback(self.arrow, robot.rate_hz) for robot in self.robots.values())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | None = None, **options: Any) -> ModelPolicy:
@@ -223,12 +135,16 @@ class ModelPolicy:
             "prefix": True,
             "fingerprint": self.tokenizers.vocabulary.fingerprint,
             "required_keys": {n: required_keys(self.arrow, e) for n, e in self.robots.items()},
+            "kept_keys": {n: kept_keys(self.arrow, e) for n, e in self.robots.items()},
+            "history": self.history,
         }
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """The next chunk, float32 (horizon, axes). `action_prefix` is kept exactly as its bins."""
-        streams = self._run(self.arrow, observation)
-        return {"actions": np.asarray(streams["action"], dtype=np.float32)}
+        (result,) = self.infer_many([observation])
+        if isinstance(result, MMSeqError):
+            raise result
+        return result
 
     def predict(self, arrow: str, observation: dict[str, Any]) -> dict[str, Any]:
         """Every predicted stream of any arrow, by name."""
@@ -237,17 +153,19 @@ class ModelPolicy:
     def infer_many(self, observations: Sequence[dict[str, Any]]) -> list[dict[str, Any] | MMSeqError]:
         """`infer` for observations of one `batch_key`, decoded together; what one of them fails with is its result."""
         results: list[dict[str, Any] | MMSeqError] = []
-        requests: dict[int, Request] = {}
+        together: dict[Task, dict[int, Request]] = {}
         for i, observation in enumerate(observations):
             results.append({})
             try:
-                requests[i] = self._request(self.arrow, observation)
+                task, request = self._request(self.arrow, observation)
+                together.setdefault(task, {})[i] = request
             except MMSeqError as error:
                 results[i] = error
-        decoded = self._decoder(self.arrow, observations[0]).decode(self.arrow, list(requests.values()))
-        for (i, request), segments in zip(requests.items(), decoded):
-            streams = to_streams(segments, self.tokenizers, request.tokens)
-            results[i] = {"actions": np.asarray(streams["action"], dtype=np.float32)}
+        for task, requests in together.items():
+            decoded = self._decoder(self.arrow, observations[0]).decode(task, list(requests.values()))
+            for (i, request), segments in zip(requests.items(), decoded):
+                actions = to_streams(segments, self.tokenizers, request.tokens)["action"]
+                results[i] = {"actions": np.asarray(actions[-self.horizon :], dtype=np.float32)}
         return results
 
     def batch_key(self, observation: dict[str, Any]) -> Hashable:
@@ -286,7 +204,7 @@ class ModelPolicy:
             )
 
     def _run(self, task: Task, observation: dict[str, Any]) -> dict[str, Any]:
-        request = self._request(task, observation)
+        task, request = self._request(task, observation)
         decoded = self._decoder(task, observation).decode(task, [request])[0]
         return to_streams(decoded, self.tokenizers, request.tokens)
 
@@ -302,36 +220,55 @@ class ModelPolicy:
             max_tokens=SERVED_TOKENS,
         )
 
-    def _request(self, task: Task, observation: dict[str, Any]) -> Request:
-        """Raises: TaskError when the observation cannot fill what the task is given."""
+    def _request(self, task: Task, observation: dict[str, Any]) -> tuple[Task, Request]:
+        """What to decode: the task, of whose group the last repetition is now, and the request.
+
+        Raises: TaskError when the observation cannot fill what the task is given.
+        """
         name = observation.get("embodiment")
         if name is None and len(self.robots) == 1:
             name = next(iter(self.robots))
         if name is not None and name not in self.robots:
             raise TaskError(f"embodiment {name!r} is not served: {did_you_mean(str(name), self.robots)}")
         if self.blank_images:
-            observation = {k: np.full_like(v, 128) if k.startswith(IMAGES) else v for k, v in observation.items()}
-        for segment in task.given:
-            if segment.stream == "demo" or segment.repeat:
-                raise TaskError(f"{task} is given {segment}, which no observation holds", fix="predict on an episode")
+            seen = lambda key: key.startswith((IMAGES, DEMO))
+            observation = {k: np.full_like(v, 128) if seen(k) else v for k, v in observation.items()}
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
             raise TaskError(f"the observation cannot fill {task}: it has no {', '.join(missing)}")
-        past = max((-p.start for p in task.place(tokens.rate_hz) if not p.predicted and p.start is not None), default=0)
-        if past > tokens.now:
-            raise TaskError(
-                f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
-                fix=f"send {IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
-            )
-        prefix = observation.get("action_prefix")
-        if prefix is not None and len(prefix):
-            what = {"what": "action_prefix", "where": "observation"}
-            prefix = self.tokenizers.encode_vector("action", str(name), prefix, **what)
-        else:
-            prefix = None
+        encode = lambda values, what: self.tokenizers.encode_vector(
+            "action", str(name), values, what=what, where="observation"
+        )
+        prefix, done, now = observation.get("action_prefix"), {}, tokens.now
+        prefix = encode(prefix, "action_prefix") if prefix is not None and len(prefix) else None
+        if task.group is not None:
+            task, done = self._group_so_far(task, observation, tokens, encode)
+            now -= (len(done)) * task.stride(tokens.rate_hz)
+            done, prefix = done | ({len(done): prefix} if prefix is not None else {}), None
+        placed = task.place(tokens.rate_hz)
+        past = max((-p.start for p in placed if not p.predicted and p.start is not None), default=0)
+        if past > now:
+            if task != self.arrow:
+                raise TaskError(
+                    f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
+                    fix=f"send {IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
+                )
+            now = past  # the episode begins: what was seen first was seen before, too
+            tokens = ObservationTokens(prolonged(observation, past + 1), self.tokenizers, name)
         seed = int((observation.get("options") or {}).get("seed", 0))
-        return Request(tokens, tokens.now, prefix=prefix, seed=seed)
+        return task, Request(tokens, now, prefix=prefix, done=done, seed=seed)
+
+    @staticmethod
+    def _group_so_far(
+        task: Task, observation: dict[str, Any], tokens: ObservationTokens, encode: Callable[[Any, str], np.ndarray]
+    ) -> tuple[Task, dict[int, np.ndarray]]:
+        """The task with as many repetitions as have been, and the codes of what was done in those before now."""
+        assert task.group is not None
+        stride, did = task.stride(tokens.rate_hz), observation.get("past_actions")
+        count = min(task.group.count, 1 + (0 if did is None else min(len(did), tokens.now) // stride))
+        codes = None if count == 1 else encode(did[-(count - 1) * stride :], "past_actions")  # type: ignore[index]
+        return task.with_count(count), {i: codes[i * stride : (i + 1) * stride] for i in range(count - 1)}  # type: ignore[index]
 
 
 def checkpoint_id(directory: Path) -> str:
@@ -339,31 +276,3 @@ def checkpoint_id(directory: Path) -> str:
     files = sorted(path for pattern in ("*.json", "*.safetensors") for path in directory.glob(pattern))
     stated = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stated).encode()).hexdigest()[:16]
-
-
-def _check_servable(task: Task) -> None:
-    """Raises: ConfigError when an observation of now cannot fill what the arrow is given."""
-    repeats = any(isinstance(part, Group) for part in task.parts)
-    for segment in task.given:
-        known = segment.stream in ("text", "image") or (segment.stream == "proprio" and segment.offset is None)
-        if repeats or not known:
-            raise ConfigError(
-                f"the arrow {task} cannot be served as the policy: it is given {segment}",
-                fix="use one that is given text, image, proprio and goals such as image@+16; "
-                "any other arrow runs with predict",
-            )
-
-
-def required_keys(task: Task, body: Embodiment) -> list[str]:
-    """The keys of an observation that the given side of a task reads, the prompt aside."""
-    keys: dict[str, None] = {}
-    for segment in task.given:
-        if segment.row.kind is VISION:
-            cameras = [c.name for c in body.cameras]
-            if segment.camera and segment.camera not in cameras:
-                raise ConfigError(f"{task} is given {segment}; robot {body.name!r} has the cameras {cameras}")
-            for camera in [segment.camera] if segment.camera else cameras:
-                keys[f"{IMAGES}{camera}{segment.at}"] = None
-        elif segment.row.kind is VECTOR and segment.row.wire:
-            keys[segment.row.wire] = None
-    return list(keys)

@@ -32,10 +32,11 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.errors import EmbodimentError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
-from mmseq.serving.keys import IMAGES, OTHER_KEYS, PREDICT_KEYS, canonical_keys
-from mmseq.serving.policy import Contract, image_keys, vector_keys
+from mmseq.serving.keys import DEMO, IMAGES, OTHER_KEYS, PREDICT_KEYS, canonical_keys
+from mmseq.serving.policy import Contract, image_keys, plan_keys, vector_keys
 
 ENLARGED = 8  # times, at most: what is smaller is no picture of such a camera
+MAX_SHOWN = 4096  # frames of a demonstration
 MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
 
 
@@ -189,9 +190,15 @@ def _check_text(value: Any, key: str) -> str:
 def _check_given(key: str, value: Any, embodiment: Embodiment, rules: ObservationRules, *, frames: bool) -> Any:
     """One stream by its key; None when the key is not known."""
     base = key.partition("@")[0]
+    shown = base.startswith(DEMO)  # a clip, of whatever length
+    camera = base.removeprefix(DEMO if shown else IMAGES)
     cameras = {camera.name: camera for camera in embodiment.cameras}
-    if base.startswith(IMAGES) and base.removeprefix(IMAGES) in cameras:
-        return check_image(value, cameras[base.removeprefix(IMAGES)], key=key, frames=frames)
+    if base != camera and camera in cameras:
+        if shown and np.ndim(value) == 4 and len(value) > MAX_SHOWN:
+            raise RequestError("too_large", f"{key!r} has {len(value)} frames, at most {MAX_SHOWN} are read", key=key)
+        return check_image(value, cameras[camera], key=key, frames=frames or shown)
+    if base in (plans := plan_keys(embodiment)):
+        return check_vectors(value, plans[base], key=key, ndim=2)
     axes = vector_keys(embodiment).get(base)
     if axes is None:
         return None
@@ -209,8 +216,9 @@ def check_observation(
     embodiment = choose_embodiment(observation, contract)
     flat = canonical_keys(observation, embodiment, rules.aliases)
     required = contract.required(embodiment)
+    kept, frames = contract.kept_keys.get(embodiment.name, ()), contract.history > 1
     for key in required:
-        if key not in flat:
+        if key not in flat and key not in kept:
             expected = ", ".join(required)
             raise RequestError(
                 "missing_key", f"{key!r} is missing; expected {expected}; got {sorted(flat)[:20]}", key=key
@@ -221,11 +229,11 @@ def check_observation(
         if not _check_text(flat["prompt"], "prompt").strip():
             raise RequestError("out_of_range", "'prompt' is empty", key="prompt", fix="say what is to be done")
     cameras = {IMAGES + camera.name: camera for camera in embodiment.cameras}
-    known = {*cameras, *required, *vector_keys(embodiment), *OTHER_KEYS}
+    known = {*cameras, *required, *kept, *vector_keys(embodiment), *OTHER_KEYS}
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key in cameras:
-            checked[key] = check_image(value, cameras[key], key=key)
+            checked[key] = check_image(value, cameras[key], key=key, frames=frames)
         elif key not in known:
             if rules.unknown_keys == "refuse":
                 raise RequestError(
@@ -242,7 +250,7 @@ def check_observation(
             if len(prefix):
                 checked[key] = prefix
         elif key not in ("embodiment", "embodiment_fingerprint"):
-            checked[key] = _check_given(key, value, embodiment, rules, frames=False)
+            checked[key] = _check_given(key, value, embodiment, rules, frames=frames)
             if checked[key] is None:
                 raise RequestError("refused", f"embodiment {embodiment.name!r} has no {key!r}", key=key)
     checked["embodiment"] = embodiment.name
@@ -304,8 +312,6 @@ def check_given(
             checked[key] = _check_options(value, contract)
         elif key == "action_prefix":
             checked[key] = _check_prefix(value, embodiment, contract)
-        elif key.partition("@")[0] == "action" and embodiment.action:
-            checked[key] = check_vectors(value, embodiment.action, key=key, ndim=2)
         elif (stream := _check_given(key, value, embodiment, rules, frames=True)) is not None:
             checked[key] = stream
         elif key.startswith("observation."):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
+from mmseq.streams import SCALAR, TEXT, stream_row
 from mmseq.tasks import Task
 
 log = logging.getLogger("mmseq.serving")
@@ -35,7 +35,9 @@ class Policy(Protocol):
     def contract(self) -> dict[str, Any]:
         """JSON-able: `name`, `embodiments` {name: Embodiment.to_dict()}, `tasks` {alias: arrow},
         `horizon` in control steps; optionally `checkpoint`, `fingerprint`, `required_keys` by embodiment
-        (default: every camera and the state), `prefix` (whether `action_prefix` is understood, default False),
+        (default: every camera and the state), `history`, the last control steps that `infer` is given at most (default:
+        1), `kept_keys` by embodiment, which are sent once and kept (default: none), `prefix` (whether `action_prefix`
+        is understood, default False),
         `policy`, the arrow that `infer` runs, and `options`, the names of those that it knows (default: any)."""
         ...
 
@@ -71,6 +73,8 @@ class Contract:
     tasks: dict[str, str]
     horizon: int
     required_keys: dict[str, tuple[str, ...]] | None = None
+    history: int = 1
+    kept_keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: bool = False
     checkpoint: str | None = None
     fingerprint: str | None = None
@@ -95,12 +99,16 @@ class Contract:
             if embodiment.action is None:
                 raise ServeError(f"embodiment {name!r} has no action axes", fix="serve an embodiment that acts")
         horizon, required = data.pop("horizon"), data.pop("required_keys", None)
+        kept, history = data.pop("kept_keys", {}), data.get("history", 1)
+        if type(history) is not int or not 1 <= history <= MAX_HISTORY:
+            raise ServeError(f"a contract's history is 1 to {MAX_HISTORY} control steps, got {history!r}")
         if not embodiments or type(horizon) is not int or horizon < 1:
             raise ServeError(f"a contract needs an embodiment and a horizon of at least 1, got {horizon!r}")
         return cls(
             embodiments=embodiments,
             horizon=horizon,
             required_keys=None if required is None else {name: tuple(keys) for name, keys in required.items()},
+            kept_keys={name: tuple(keys) for name, keys in kept.items()},
             **{key: data.pop(key) for key in list(data) if key in cls.__dataclass_fields__ and key != "extra"},
             extra=data,
         )
@@ -121,6 +129,8 @@ class Contract:
             "horizon": self.horizon,
             "image_keys": sorted({key for body in self.embodiments.values() for key in image_keys(body)}),
             "required_keys": {name: list(self.required(body)) for name, body in self.embodiments.items()},
+            "kept_keys": {name: list(keys) for name, keys in self.kept_keys.items()},
+            "history": self.history,
             "prefix": self.prefix,
             "hold": {
                 n: "position" if body.action_form == "absolute" else "zero" for n, body in self.embodiments.items()
@@ -160,15 +170,19 @@ def image_keys(embodiment: Embodiment) -> list[str]:
 
 def vector_keys(embodiment: Embodiment) -> dict[str, Axes]:
     """The keys of the vectors that are observed, and their axes."""
-    names = {name: "state" if name == "proprio" else name for name in embodiment.vectors if name != "action"}
-    return {f"observation.{key}": embodiment.vectors[name] for name, key in names.items()}
+    rows = [(stream_row(name), axes) for name, axes in embodiment.vectors.items()]
+    return {str(row.wire): axes for row, axes in rows if row.clock == "observed"}
 
 
+def plan_keys(embodiment: Embodiment) -> dict[str, Axes]:
+    """The keys of the vectors that are commanded from now on, and their axes."""
+    rows = [(stream_row(name), axes) for name, axes in embodiment.vectors.items()]
+    return {str(row.wire): axes for row, axes in rows if row.clock == "commanded"}
+
+
+MAX_HISTORY = 1024  # control steps that a policy may look back
 MAX_REPLAYED = 4096  # control steps of one answer
 MAX_STEP = 1 << 53
-_TERM = re.compile(
-    r"(?P<stream>[a-z]+)(\.(?P<camera>\w+))?(\[(?P<length>\d{1,9})\])?(@\+(?P<offset>\d{1,9})|@(?P<end>end))?"
-)
 
 
 class ReplayPolicy:
@@ -234,28 +248,24 @@ class ReplayPolicy:
         """The recorded streams on the right of the arrow, e.g. `image -> action[8], image@+8`."""
         step, last = self._start(observation), len(self.episode) - 1
         prediction: dict[str, Any] = {}
-        _, found, right = self.contract()["tasks"].get(arrow, arrow).rpartition("->")
-        for term in [term.strip() for term in right.split(",")]:
-            match = _TERM.fullmatch(term)
-            if not found or not match:
-                raise RequestError("refused", f"cannot replay {term!r} of the arrow {arrow!r}", key="arrow")
-            name, length = match["stream"], int(match["length"] or 0)
-            if length > MAX_REPLAYED:
-                raise RequestError("too_large", f"{term!r} is longer than {MAX_REPLAYED} steps", key="arrow")
-            first = last if match["end"] else step + int(match["offset"] or 0)
-            if name == "action":
-                prediction[name] = self.chunk(first, length or 1)
-            elif name == "text" and self.episode.texts:
-                prediction[name] = self.episode.texts[0]
-            elif name == "progress":
-                prediction[name] = min(first, last) / max(last, 1)
+        task = Task.parse(self.contract()["tasks"].get(arrow, arrow))
+        task.require_fixed()
+        for placed in (p for p in task.place(self.embodiment.rate_hz) if p.predicted):
+            segment, row = placed.segment, placed.row
+            if placed.steps > MAX_REPLAYED:
+                raise RequestError("too_large", f"'{segment}' is longer than {MAX_REPLAYED} steps", key="arrow")
+            first = step + placed.start if placed.start is not None else last
+            if row.name == "action":
+                prediction[row.name] = self.chunk(first, placed.steps)
+            elif row.kind is TEXT and self.episode.texts_of(row.name, min(step, last)):
+                prediction[row.name] = self.episode.texts_of(row.name, min(step, last))[0]
+            elif row.kind is SCALAR:
+                prediction[row.name] = min(first, last) / max(last, 1)
             else:
-                cameras = [match["camera"]] if match["camera"] else self.episode.cameras
-                streams = [IMAGE_PREFIX + camera for camera in cameras] if name in ("image", "video") else [name]
-                for stream in streams:
+                cameras = [segment.camera] if segment.camera else self.episode.cameras
+                for stream in [IMAGE_PREFIX + camera for camera in cameras] if row.kind.cameras else [row.name]:
                     if stream not in self.episode:
                         raise RequestError("refused", f"the episode has no stream {stream!r}", key="arrow")
-                    steps = np.minimum(np.arange(first, first + (length or 1)), last)
-                    values = self.episode[stream][steps]
-                    prediction[stream] = values if length else values[0]
+                    values = self.episode[stream][np.minimum(np.arange(first, first + placed.steps), last)]
+                    prediction[stream] = values if segment.length else values[0]
         return prediction

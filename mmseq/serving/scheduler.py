@@ -78,6 +78,22 @@ class SchedulerStats:
     sizes: dict[int, int] = field(default_factory=dict)
 
 
+def make_job(policy: Any, call: str, arguments: tuple, arrived: float, deadline_ms: float | None = None) -> Job:
+    """A request of the event loop that runs now. deadline_ms: after its arrival, when nobody waits for it any more."""
+    expires = None if deadline_ms is None else arrived + deadline_ms / 1000
+    background, batch_key = call == "predict", getattr(policy, "batch_key", None)
+    return Job(
+        call=call,
+        arguments=arguments,
+        key=object() if background or batch_key is None else batch_key(arguments[0]),  # an object's own: alone
+        future=asyncio.get_running_loop().create_future(),
+        arrived=arrived,
+        order=arrived + (BACKGROUND_S if background else ORDER_S) if expires is None else expires,
+        expires=expires,
+        background=background,
+    )
+
+
 class Scheduler:
     """run: answers a batch in the model's thread by setting `outcome` of each job.
 

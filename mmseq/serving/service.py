@@ -12,24 +12,24 @@ from contextlib import suppress
 from typing import Any
 
 from mmseq_client.chunking import Delays
+from mmseq_client.repeats import Repeats
 
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ServeError
 from mmseq.serving.answers import answer, broken
-from mmseq.serving.chunking import Chunking, Turn, take_turn
+from mmseq.serving.chunking import Chunking, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, Holds
 from mmseq.serving.keys import check_aliases
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
-from mmseq.serving.scheduler import BACKGROUND_S, ORDER_S, Job, Scheduler, SchedulerConfig
+from mmseq.serving.scheduler import Job, Scheduler, SchedulerConfig, make_job
 from mmseq.serving.session import Session
 
 log = logging.getLogger("mmseq.serving")
 
 MAX_ARROW = 2000  # characters
-TOLD_S = 10.0  # between two lines of the log about one machine that is refused
 HELD_CLOSE, HANG_UP_S = 1012, 0.5  # "service restart"; within which it is told
 HELD_RETRY_MS = 200.0  # how soon a held client may ask whether the hold is over
 
@@ -71,7 +71,7 @@ class Service:
         self.broken = False  # it failed to warm up
         self.holds = Holds(hold_file)
         self.reloads = 0
-        self._told: dict[str, float] = {}
+        self._told = Repeats()
 
     # Sessions
 
@@ -156,12 +156,15 @@ class Service:
         self._admit()
         turn, observation = take_turn(observation)
         checked, embodiment = check_observation(observation, self.contract, self.rules)
-        session.serves(embodiment.name)
+        session.serves(embodiment.name, self.contract)
         memory = session.memory
         if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
             session.forget()  # all that was sent is executed: what this robot did since nobody knows
         session.standing |= turn.reset
         step = memory.begin(turn)
+        if turn.reset:
+            session.history.forget(episode=True)
+        checked = session.history.fill(checked, step)
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = math.ceil(self.delays.usual * embodiment.rate_hz) if turn.delay is None else turn.delay
@@ -171,7 +174,7 @@ class Service:
         place = step if turn.executed is None else turn.executed
         if place is not None:
             checked["step"] = place
-        job = self._job("infer", (checked,), arrived, turn)
+        job = make_job(self.policy, "infer", (checked,), arrived, turn.deadline_ms)
         result = await self._run(job, session)
         if "actions" not in result:
             raise broken("infer", TypeError(f"no 'actions' in {sorted(result)}"))
@@ -180,7 +183,7 @@ class Service:
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
         stood = before is None and turn.chunking != "plain" and (session.standing or step is not None)
         if stood:
-            before = self.gate.observed(checked.get("observation.state"), embodiment)
+            before = self.gate.observed(_latest(checked.get("observation.state")), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon
@@ -195,6 +198,7 @@ class Service:
         took = time.monotonic() - arrived
         self.gate.stale(1000 * took)
         memory.remember(step, reply["actions"])
+        session.history.remember(step, reply["actions"])
         session.standing = False
         self.delays.add(took)
         if safety or first:
@@ -229,7 +233,7 @@ class Service:
         if not all(isinstance(key, str) for key in observation):
             raise RequestError("malformed", "the keys of an observation are text", key="observation")
         checked, embodiment = check_given(observation, self.contract, self.rules, arrow)
-        job = self._job("predict", (arrow, checked), arrived, Turn())
+        job = make_job(self.policy, "predict", (arrow, checked), arrived)
         prediction = self._gate_prediction(dict(await self._run(job, None)), embodiment)
         return {"prediction": prediction, "server_timing": self._timing(job)}, embodiment.rate_hz
 
@@ -238,24 +242,6 @@ class Service:
             if key.partition("@")[0] in ("action", "actions"):
                 prediction[key], _ = self.gate.check(value, embodiment, horizon=None)
         return prediction
-
-    def _job(self, call: str, arguments: tuple, arrived: float, turn: Turn) -> Job:
-        expires = None if turn.deadline_ms is None else arrived + turn.deadline_ms / 1000
-        background = call == "predict"
-        key: Any = object()  # alone
-        batch_key = getattr(self.policy, "batch_key", None)
-        if not background and batch_key is not None:
-            key = batch_key(arguments[0])
-        return Job(
-            call=call,
-            arguments=arguments,
-            key=key,
-            future=asyncio.get_running_loop().create_future(),
-            arrived=arrived,
-            order=arrived + (BACKGROUND_S if background else ORDER_S) if expires is None else expires,
-            expires=expires,
-            background=background,
-        )
 
     async def _run(self, job: Job, session: Session | None) -> dict[str, Any]:
         begun = self.holds.begun
@@ -299,11 +285,8 @@ class Service:
             self.cold, self.broken = f"the policy failed to warm up: {error}", True
 
     def turned_away(self, peer: str, error: RequestError) -> None:
-        """Log why nobody served a peer, once in `TOLD_S` for a machine: others try again and again."""
-        machine, now = peer.rpartition(":")[0], time.monotonic()
-        self._told = {key: at for key, at in self._told.items() if now - at < TOLD_S}
-        if machine not in self._told and len(self._told) < 64:
-            self._told[machine] = now
+        """Log why nobody served a peer, now and then for a machine: others try again and again."""
+        if self._told.is_news(peer.rpartition(":")[0], time.monotonic()):
             log.warning("refused %s: %s: %s", peer, error.code, error)
 
     def refused(self, error: Exception) -> RequestError:
@@ -365,3 +348,8 @@ class Service:
             told = [s.hang_up(HELD_CLOSE, reason) for s in self.sessions.values() if s.hang_up is not None]
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.gather(*told, return_exceptions=True), HANG_UP_S)
+
+
+def _latest(state: Any) -> Any:
+    """The state of now, where the last ones are stacked."""
+    return state[-1] if getattr(state, "ndim", 1) == 2 else state

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mmseq.serving.chunking import Chunking, ChunkMemory
+from mmseq.serving.history import History
+from mmseq.serving.policy import Contract
 from mmseq.serving.scheduler import Job
 
 _numbers = itertools.count(1)
@@ -23,6 +25,7 @@ class Session:
         self.memory = ChunkMemory(chunking, horizon)
         self.opened_at = self.asked_at = time.monotonic()
         self.embodiment: str | None = None
+        self.history = History(1)
         self.requests = 0
         self.standing = True  # as far as is known: it was sent nothing that it still executes
         self.job: Job | None = None
@@ -31,11 +34,13 @@ class Session:
     def forget(self) -> None:
         """What the robot was to execute."""
         self.memory.forget()
+        self.history.forget()
         self.standing = True
 
-    def serves(self, embodiment: str) -> None:
+    def serves(self, embodiment: str, contract: Contract) -> None:
         """Another robot on the same connection begins from nothing."""
         if self.embodiment != embodiment:
+            self.history = History(contract.history, contract.kept_keys.get(embodiment, ()))
             self.memory, self.standing = ChunkMemory(self.memory.chunking, self.memory.horizon), True
             self.embodiment = embodiment
 

@@ -4,12 +4,11 @@
     env.observe()                        # {"image.front": uint8 (H, W, 3), "proprio": float32 (axes,)}
     env.act(env.expert()())              # one control step of its scripted expert, if it has one
 
-Another simulator is a class with these methods and a row in `SIMULATORS`.
+Another simulator is a class with these methods and an entry point in the group `mmseq.simulators` (`plugins.py`).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX
-from mmseq.errors import ConfigError, did_you_mean
+from mmseq.plugins import find
 
 
 class Simulator(Protocol):
@@ -68,22 +67,9 @@ class Simulator(Protocol):
     def close(self) -> None: ...
 
 
-SIMULATORS: dict[str, str | Callable[..., Simulator]] = {"metaworld": "mmseq.simulation.metaworld:MetaWorldEnv"}
-
-
-def find_simulator(name: str) -> Any:
-    """The class of a simulator. Raises: ConfigError for a name that is not in `SIMULATORS`, DependencyError."""
-    if name not in SIMULATORS:
-        raise ConfigError(f"no simulator {name!r}: {did_you_mean(name, SIMULATORS)}")
-    made = SIMULATORS[name]
-    if not isinstance(made, str):
-        return made
-    module, _, attribute = made.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def open_simulator(name: str, task: str, **options: Any) -> Simulator:
-    return find_simulator(name)(task, **options)
+    """Raises: ConfigError for a simulator that nobody has installed."""
+    return find("simulators", name)(task, **options)
 
 
 def to_wire(observation: dict[str, np.ndarray], cameras: Sequence[str]) -> dict[str, np.ndarray]:

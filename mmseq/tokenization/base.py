@@ -69,6 +69,31 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """What gives the model features of *given* pictures in place of codes; what is predicted stays codes.
+
+    kind: the name that it is registered under. positions: of a frame, each a vector of `features` numbers; both are
+    known before any data is read. fingerprint: changes with anything that changes a feature.
+    """
+
+    kind: str
+    positions: int
+    features: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) of any size -> float32 (N, positions, features)."""
+        ...
+
+    def save(self, directory: str | Path) -> dict[str, Any]: ...
+
+    @classmethod
+    def load(cls, directory: str | Path, settings: dict[str, Any], /, *, device: Any = "cpu") -> Encoder: ...
+
+
 def tokenizer_class(kind: str) -> type[Tokenizer]:
     """The class that reads a tokenizer of a kind. Raises: ConfigError naming the kinds that are installed."""
     return find("tokenizers", kind)

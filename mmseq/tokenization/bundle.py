@@ -17,9 +17,10 @@ import torch
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import CheckpointError, ConfigError, EpisodeError, FingerprintError, TaskError, did_you_mean
+from mmseq.plugins import find
 from mmseq.sequence import Layout, SequenceBuilder
-from mmseq.streams import TEXT, VECTOR, of_kind, stream_row
-from mmseq.tokenization.base import READOUTS, Tokenizer, tokenizer_class
+from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS, TEXT, VECTOR, kind_of_range, of_kind, stream_row
+from mmseq.tokenization.base import READOUTS, Encoder, Tokenizer, tokenizer_class
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.text import TextTokenizer
 from mmseq.tokenization.values import episode_streams, values_of
@@ -36,8 +37,9 @@ class Tokenizers(Mapping[str, Tokenizer]):
 
     tokenizers: by range, `text` and `vision` among them. embodiments: the robots; each further vector stream that one
     of them declares gets a `BinTokenizer` where it has no tokenizer yet. merge: given vision joins merge x merge tokens
-    into one position. flat_slots: as in `Layout`, of tokenizers from before. streams: names that have header tokens
-    already, in their order; those of the robots and tokenizers follow. `vectors` names the ranges of vectors.
+    into one position. encoder: gives features of given vision in place of merged codes. flat_slots: as in `Layout`, of
+    tokenizers from before. streams: names that have header tokens already, in their order; those of the robots and
+    tokenizers follow. `vectors` names the ranges of vectors.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tokenizers(Mapping[str, Tokenizer]):
         *,
         embodiments: Sequence[Embodiment] = (),
         merge: int = 2,
+        encoder: Encoder | None = None,
         flat_slots: bool = False,
         streams: Sequence[str] = (),
     ):
@@ -60,8 +63,10 @@ class Tokenizers(Mapping[str, Tokenizer]):
             if tokenizer.readout not in READOUTS:
                 raise ConfigError(f"the tokenizer of {name!r} has readout={tokenizer.readout!r}, not one of {READOUTS}")
         sizes = {name: tokenizer.size for name, tokenizer in self._tokenizers.items()}
-        self.vectors = tuple(name for name in self._tokenizers if stream_row(name).kind is VECTOR)
-        self.layout = Layout(self.vision.grid, merge, self.vectors, flat=flat_slots)
+        self.vectors = tuple(name for name in self._tokenizers if kind_of_range(name) is VECTOR)
+        self.encoder = encoder
+        soft = encoder.positions if encoder else 0
+        self.layout = Layout(self.vision.grid, merge, self.vectors, soft, flat=flat_slots)
         further = sorted({*declared, *self.vectors} - set(streams))
         self.vocabulary = Vocabulary(sizes, embodiments=list(self.embodiments), streams=[*streams, *further])
         self._success = ScalarTokenizer(2)
@@ -82,6 +87,21 @@ class Tokenizers(Mapping[str, Tokenizer]):
 
     def __len__(self) -> int:
         return len(self._tokenizers)
+
+    @property
+    def soft_features(self) -> int:
+        """Numbers of a position that an encoder gives; 0 without one."""
+        return self.encoder.features if self.encoder else 0
+
+    def features_of(self, frames: np.ndarray) -> np.ndarray:
+        """Features float32 (N, positions, F) of frames. Raises: TaskError when there is no encoder, or it is wrong."""
+        if self.encoder is None:
+            raise TaskError("these tokenizers have no encoder")
+        found = self.encoder.encode(frames)
+        wanted = (len(frames), self.encoder.positions, self.encoder.features)
+        if found.shape != wanted or not np.isfinite(found).all():
+            raise TaskError(f"the encoder {self.encoder.kind!r} gives {found.shape}, expected finite {wanted}")
+        return found.astype(np.float32)
 
     @property
     def text(self) -> TextTokenizer:
@@ -152,14 +172,14 @@ class Tokenizers(Mapping[str, Tokenizer]):
         A further stream of a new robot gets a range of its own.
         """
         layout, streams = self.layout, self.vocabulary.streams
-        return Tokenizers(
-            self._tokenizers, embodiments=embodiments, merge=layout.merge, flat_slots=layout.flat, streams=streams
-        )
+        same = {"merge": layout.merge, "encoder": self.encoder, "flat_slots": layout.flat, "streams": streams}
+        return Tokenizers(self._tokenizers, embodiments=embodiments, **same)
 
     def fingerprints(self) -> dict[str, str]:
         """Of every part that token shards depend on; embodiments as `embodiment/<name>`."""
         robots = {f"embodiment/{e.name}": e.fingerprint for e in self.embodiments.values()}
-        return {name: tokenizer.fingerprint for name, tokenizer in self._tokenizers.items()} | robots
+        encoder = {"encoder": self.encoder.fingerprint} if self.encoder else {}
+        return {name: tokenizer.fingerprint for name, tokenizer in self._tokenizers.items()} | encoder | robots
 
     def require_fingerprints(
         self, theirs: dict[str, str], *, what: str, fix: str = "tokenize again with `mmseq data tokenize`"
@@ -181,6 +201,7 @@ class Tokenizers(Mapping[str, Tokenizer]):
         settings = {
             "format": FORMAT,
             "tokenizers": {name: {"kind": t.kind, **t.save(directory)} for name, t in self._tokenizers.items()},
+            "encoder": {"kind": self.encoder.kind, **self.encoder.save(directory)} if self.encoder else None,
             "merge": self.layout.merge,
             "flat_slots": self.layout.flat,
             "streams": self.vocabulary.streams,
@@ -201,6 +222,8 @@ class Tokenizers(Mapping[str, Tokenizer]):
             names, fingerprints, merge = settings["embodiments"], settings["fingerprints"], int(settings["merge"])
             parts = settings["tokenizers"] if settings["format"] == FORMAT else _first_format(settings)
             kinds = {str(name): (tokenizer_class(part["kind"]), dict(part)) for name, part in parts.items()}
+            seen = settings.get("encoder")
+            encoder = find("encoders", seen["kind"]).load(directory, dict(seen), device=device) if seen else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{directory} holds no tokenizers ({FILE}: {error})", fix="train them with `mmseq tokenizer train`"
@@ -209,6 +232,7 @@ class Tokenizers(Mapping[str, Tokenizer]):
             {name: kind.load(directory, part, device=device) for name, (kind, part) in kinds.items()},
             embodiments=[Embodiment.load(directory / "embodiments" / f"{name}.json") for name in names],
             merge=merge,
+            encoder=encoder,
             flat_slots=bool(settings.get("flat_slots", True)),
             streams=[str(name) for name in settings.get("streams", ())],
         )
@@ -218,9 +242,10 @@ class Tokenizers(Mapping[str, Tokenizer]):
 
 def _first_format(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The tokenizers of a folder from before each had settings of its own."""
-    bins = {n: {"kind": "bins", "bins": int(settings[f"{n}_bins"])} for n in ("action", "proprio")}
-    progress = {"kind": "scalar", "bins": int(settings["progress_bins"])}
-    return {"text": {"kind": "text"}, "vision": {"kind": "fsq"}, **bins, "progress": progress}
+    found: dict[str, dict[str, Any]] = {"text": {"kind": "text"}, "vision": {"kind": "fsq"}}
+    for name in reversed(OWN_VECTORS):
+        found[name] = {"kind": "bins", "bins": int(settings[f"{name}_bins"])}
+    return found | {"progress": {"kind": "scalar", "bins": int(settings["progress_bins"])}}
 
 
 class EpisodeTokens:
@@ -254,5 +279,8 @@ class EpisodeTokens:
     def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
         return values_of(stream).encode(self, stream, start, stop, variant)
 
+    def demonstration(self) -> EpisodeTokens:
+        return self
+
     def features(self, camera: str, start: int, stop: int) -> np.ndarray:
-        raise TaskError(f"these tokenizers have no encoder for camera {camera!r}")
+        return self.tokenizers.features_of(self.episode[f"{IMAGE_PREFIX}{camera}"][start:stop])

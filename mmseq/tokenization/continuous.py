@@ -1,7 +1,8 @@
-"""Continuous values as tokens: quantile normalisation from the embodiment, then uniform bins.
+"""Continuous values as tokens: scaled by the range in the embodiment (`low` to `high`), then uniform bins.
 
-The first bin's value is the low quantile itself and the last bin's the high one, so a saturated
-command (a gripper fully closed) survives exactly. Tokens of a chunk are laid out in time order.
+The first bin's value is the low end itself and the last bin's the high one, so a saturated command (a gripper fully
+closed) survives exactly, and every value in between comes back within half a bin. What lies beyond goes to the end
+bins. Tokens of a chunk are laid out in time order.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class BinTokenizer(_Bins):
         super().__init__(bins)
 
     def encode(self, values: np.ndarray, axes: Axes) -> np.ndarray:
-        """float (steps, axes) -> int64 codes (steps, axes); beyond the quantiles goes to the end bins."""
+        """float (steps, axes) -> int64 codes (steps, axes); beyond low and high goes to the end bins."""
         low, span = _scale(axes)
         share = (np.asarray(values, dtype=np.float64) - low) / span
         return np.clip(np.rint(share * (self.bins - 1)), 0, self.bins - 1).astype(np.int64)

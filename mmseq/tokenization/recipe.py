@@ -20,6 +20,7 @@ class TokenizerSource:
     weight: float = 1.0  # share of the vision batches
     rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
     map: dict[str, Any] = field(default_factory=dict)  # which columns of a dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)
@@ -44,6 +45,7 @@ class VisionRecipe(VisionConfig):
     foreground: float = 1.0  # extra weight of a pixel per standard deviation from its mean; 0: all pixels alike
     frames_per_source: int = 20_000  # frames read of each source and camera, evenly spaced
     device: str = "cpu"  # cpu, cuda
+    augment: tuple[str, ...] = ()  # changes of the training frames, by name: `shift`, or a plug-in's
 
     def config(self) -> VisionConfig:
         return VisionConfig(**{f.name: getattr(self, f.name) for f in fields(VisionConfig)})
@@ -61,6 +63,9 @@ class TokenizerConfig:
     action_bins: int = 64  # per axis of an action
     proprio_bins: int = 128  # per axis of the robot's state
     progress_bins: int = 32  # of progress, 0 to 1
+    # of other vector streams, or of these in place of bins: kind and settings of a tokenizer, {force: {kind: bins}}
+    vectors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    encoder: str | None = None  # given pictures enter as the features of this plug-in, not as merged codes
     merge: int = 2  # given vision joins merge x merge tokens into one position
     # share of each source's episodes kept for measuring; a mix with the same source names and holdout keeps the same
     # ones

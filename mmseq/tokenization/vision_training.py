@@ -31,6 +31,7 @@ DEVIATION_FLOOR = 0.05  # of [-1, 1], added to the standard deviation: noise on 
 SURVEY_FRAMES = 512  # per source, to estimate a mean or median image
 
 Frames = np.ndarray  # uint8 (N, H, W, 3), checked by `fit_frames`
+Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 Progress = Callable[[int, int, float], None]
 
 
@@ -45,13 +46,15 @@ def train_vision(
     threads: int | None = None,
     weights: Sequence[float | int] | None = None,
     foreground: float | int = 4.0,
+    augment: Sequence[Augmentation] = (),
     device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> VisionTokenizer:
     """A tokenizer trained on uint8 RGB frames (N, H, W, 3), from one source or several.
 
     weights: the share of each source in a batch (default: equal). foreground: extra weight of a
-    pixel per standard deviation from its mean (0: all pixels alike). max_seconds: stops there, with
+    pixel per standard deviation from its mean (0: all pixels alike). augment: what changes the frames of a batch, in
+    this order. max_seconds: stops there, with
     the steps so far; a finished learning-rate schedule is worth more than a cut one, so prefer fewer
     steps. Without it the same seed gives the same weights on the same machine with the same threads.
     on_progress(step, total, psnr): psnr in dB of the step's batch; total is the number of steps, and
@@ -70,7 +73,7 @@ def train_vision(
         raise DependencyError(f"torch {torch.__version__} has no Muon optimizer", fix="install torch 2.9 or newer")
     with _threads(threads):
         network = _initial(config, seed).to(device)
-        stacks = [_Source(f, device, foreground) for f in sources.values()]
+        stacks = [_Source(f, device, foreground, augment) for f in sources.values()]
         with torch.no_grad():
             mean = torch.stack([float(share) * s.mean for share, s in zip(shares, stacks, strict=True)]).sum(0)
             network.decoder_out.bias.copy_(network.patches(mean[None])[0].mean(0))
@@ -105,8 +108,14 @@ def train_vision(
 class _Source:
     """Frames of one source, with what its foreground is judged by."""
 
-    def __init__(self, frames: UInt8[np.ndarray, "N size size 3"], device: str, foreground: float | int):
-        self.frames, self.device, self.foreground = frames, device, foreground
+    def __init__(
+        self,
+        frames: UInt8[np.ndarray, "N size size 3"],
+        device: str,
+        foreground: float | int,
+        augment: Sequence[Augmentation],
+    ):
+        self.frames, self.device, self.foreground, self.augment = frames, device, foreground, augment
         seen = to_signed(torch.from_numpy(survey(frames)).to(device))
         self.mean = seen.mean(0)
         self.deviation = (seen - self.mean).square().mean((0, -1)).sqrt()[..., None] + DEVIATION_FLOOR
@@ -119,7 +128,15 @@ class _Source:
         return ((1 + self.foreground * off.clamp(max=DEVIATIONS)) * self.scale).expand_as(x)
 
     def draw(self, n: int, rng: np.random.Generator) -> Float[Tensor, "N size size 3"]:
-        return to_signed(torch.from_numpy(self.frames[rng.integers(len(self.frames), size=n)]).to(self.device))
+        frames = self.frames[rng.integers(len(self.frames), size=n)]
+        for change in self.augment:
+            changed = change(frames, rng)
+            if changed.shape != frames.shape or changed.dtype != np.uint8:
+                raise ConfigError(
+                    f"the augmentation {change} gives {changed.dtype} {changed.shape}, not {frames.shape}"
+                )
+            frames = changed
+        return to_signed(torch.from_numpy(frames).to(self.device))
 
 
 def _batch(sources: list[_Source], counts: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

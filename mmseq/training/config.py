@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmseq import plugins
 from mmseq.errors import ConfigError, did_you_mean, raise_all
 from mmseq.model.transformer import ModelConfig
-
-LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(kw_only=True)
@@ -136,8 +135,8 @@ class TrainConfig:
             if not 0 <= getattr(o, name) < 1:
                 yield ConfigError(f"optimizer.{name} must be in [0, 1), got {getattr(o, name)}")
         for name in self.loggers:
-            if name not in LOGGERS:
-                yield ConfigError(f"loggers names {name!r}: {did_you_mean(name, LOGGERS)}")
+            if name not in plugins.names("loggers"):
+                yield ConfigError(f"loggers names {name!r}: {did_you_mean(name, plugins.names('loggers'))}")
         if not math.isfinite(self.max_minutes):
             yield ConfigError(f"max_minutes must be a number, got {self.max_minutes}", fix="0 is no limit")
         if not math.isfinite(self.lora.alpha):

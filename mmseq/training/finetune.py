@@ -19,9 +19,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
@@ -38,12 +42,15 @@ from mmseq.data.mapping import Streams
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
+from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
-from mmseq.errors import ConfigError, DataError, EmbodimentError
+from mmseq.errors import ConfigError, DataError, EmbodimentError, MMSeqError
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
+from mmseq.training.row_length import fit_rows
 
 POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
@@ -60,6 +67,7 @@ class FinetuneConfig:
     dataset: str  # LeRobot of the new robot, or HDF5 files
     out: str = "runs/finetune"  # the folder of it all
     map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
+    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
     embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
     rate_hz: float | None = None  # steps per second; default: the dataset's
@@ -99,7 +107,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _refuse_another(config, out)
     say = _once(say)
     robot, source = _contract(config, old.tokenizers, out, say)
-    notes, _ = survey(source, robot, config.skip_bad, config.dataset, say)
+    notes, bad = survey(source, robot, config.skip_bad, config.dataset, say)
     say(f"{config.dataset}: {len(notes)} episodes of {robot.name} at {robot.rate_hz:g} Hz")
     if len(notes) < 4:
         raise DataError(f"{config.dataset} has {len(notes)} episodes", fix="give at least four: one part is held out")
@@ -115,6 +123,9 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _new_tasks(config, old, _old_mix(checkpoint), notes, name)
     _begin(config, robot, len(notes), recipe, out)
     mix = _mix(config, old, notes, name, out, say)
+    plans = {key: TokenShards(out / "tokens" / key, old.tokenizers).plan for key in mix.sources if key != name}
+    plans[name] = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    recipe = fit_rows(recipe, mix, plans, tokenizers, settings=config.settings, say=say)
     _import(config, robot, episodes, size, say, on_progress)
     kept = EpisodeShardReader(episodes).metadata
     if len(kept) < len(notes):  # pictures of some could not be decoded
@@ -166,6 +177,7 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "episodes": episodes,
         "robot": robot.to_dict(),
         "map": config.map,
+        "swap_colours": config.swap_colours or None,
         "tasks": config.tasks,
         "keep": config.keep,
         "lora": recipe.lora.rank,
@@ -191,7 +203,10 @@ def _contract(
     config: FinetuneConfig, known: Tokenizers, out: Path, say: Callable[[str], None]
 ) -> tuple[Embodiment, EpisodeSource]:
     """The contract of the dataset, and a reader that holds it to that."""
-    source = open_episodes(config.dataset, rate_hz=config.rate_hz, map=config.map)
+    open_as = partial(
+        open_episodes, config.dataset, rate_hz=config.rate_hz, map=config.map, swap_colours=config.swap_colours
+    )
+    source = open_as()
     robot = source.embodiment()
     for note in notes_of(source):
         say(f"note: {note}")
@@ -205,7 +220,7 @@ def _contract(
         answers = read_answers(config.embodiment) if config.embodiment else {}
         where = config.embodiment or config.dataset
         try:
-            robot = complete(robot, answers, where=where)
+            robot = complete(robot, answers, where=where, values=_values(source, robot))
         except EmbodimentError as error:
             form = out / "embodiment.yaml"
             if config.embodiment is None and not form.exists():
@@ -217,7 +232,19 @@ def _contract(
             raise EmbodimentError(
                 f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
             )
-    return robot, open_episodes(config.dataset, rate_hz=config.rate_hz, embodiment=robot, map=config.map)
+    return robot, open_as(embodiment=robot)
+
+
+def _values(source: EpisodeSource, robot: Embodiment) -> dict[str, np.ndarray]:
+    """The values of each vector stream in the episodes that can be read."""
+    found: dict[str, list[np.ndarray]] = {}
+    for index in range(len(source)):
+        with suppress(MMSeqError):
+            episode = source[index]
+            for stream in robot.vectors:
+                if stream in episode:
+                    found.setdefault(stream, []).append(episode[stream])
+    return {stream: np.concatenate(values) for stream, values in found.items()}
 
 
 def _import(
@@ -230,7 +257,7 @@ def _import(
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
-    identity = json.loads(json.dumps(identity | {"map": config.map}))
+    identity = json.loads(json.dumps(identity | {"map": config.map, "swap_colours": config.swap_colours}))
     try:
         if episodes.is_dir() and json.loads(mark.read_text()) == identity:
             return
@@ -242,6 +269,7 @@ def _import(
         rate_hz=config.rate_hz,
         embodiment=robot,
         map=config.map,
+        swap_colours=config.swap_colours,
         size=size,
         name=episodes.name,
         overwrite=True,
@@ -287,14 +315,15 @@ def _new_tasks(
     parallel = {task_name(t): t.parallel for t in before.tasks} if before else {}
     known = dict(old.tasks) or {task_name(t): t.task for t in (before.tasks if before else ())}
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
-    if not any("action" in _predicted(a) for a in arrows.values()):
+    if not any(Task.parse(a).names("action", given=False) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
     longest = max(note["length"] for note in notes)
     streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
-        arrow = _without(arrow, [s for s in ("text", "proprio") if s not in streams])
         task = Task.parse(arrow)
+        spare = {s.stream for s in task.given if s.row.kind in (TEXT, VECTOR) and s.row.clock == "observed"}
+        task = task.without(spare - set(streams))
         missing = task.missing(streams)
         if missing:
             reasons.append(f"{key} needs {', '.join(missing)}")
@@ -302,26 +331,13 @@ def _new_tasks(
             reasons.append(f"{key} needs longer episodes than {longest} steps")
         else:
             shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
-            chosen.append(TaskConfig(task=arrow, name=key, sources=[name], **shares))
-    if not any("action" in _predicted(t.task) for t in chosen):
+            chosen.append(TaskConfig(task=str(task), name=key, sources=[name], **shares))
+    if not any(Task.parse(t.task).names("action", given=False) for t in chosen):
         raise ConfigError(
             f"{config.dataset} can fill no arrow that predicts actions ({'; '.join(reasons)})",
             fix="name one that it can with --task, such as 'image -> action[8]'",
         )
     return chosen
-
-
-def _without(arrow: str, streams: list[str]) -> str:
-    """The arrow without given streams that this robot does not have, where something else is left."""
-    given, _, predicted = arrow.rpartition("->")
-    if "(" in arrow:
-        return arrow
-    kept = [part for part in given.split(",") if part.strip().split("@")[0].split("[")[0] not in streams]
-    return f"{','.join(kept).strip()} ->{predicted}" if any(part.strip() for part in kept) else arrow
-
-
-def _predicted(arrow: str) -> str:
-    return arrow.rpartition("->")[2]
 
 
 def _rehearsed(

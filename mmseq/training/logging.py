@@ -20,6 +20,7 @@ from rich.console import Console
 
 from mmseq.data.mixture import Sample
 from mmseq.errors import DependencyError, require
+from mmseq.plugins import find
 from mmseq.training.config import TrainConfig
 from mmseq.training.validation import Measured
 
@@ -35,7 +36,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Logger(Protocol):
-    """Where numbers go besides metrics.jsonl."""
+    """Where numbers go besides metrics.jsonl.
+
+    Made with the run's folder, its config and the step that it goes on from, 0 for a new one. A class may name the
+    `package` that it needs.
+    """
 
     def write(self, step: int, numbers: dict[str, float]) -> None: ...
 
@@ -48,6 +53,8 @@ class Logger(Protocol):
 
 class TensorBoard:
     """Event files in `<out>/tensorboard`; what an earlier try wrote after the step it resumes from is hidden."""
+
+    package = "tensorboard"
 
     def __init__(self, out: Path, config: TrainConfig, after: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -68,15 +75,18 @@ class TensorBoard:
         self.writer.close()
 
 
-class Tracker:
-    """wandb or trackio, which share an interface. A run goes on when it is resumed, under one identity for its folder.
+class Wandb:
+    """wandb; trackio shares its interface. A run goes on when it is resumed, under one identity for its folder.
 
-    trackio writes to this machine and wants no network; wandb does the same with WANDB_MODE=offline.
+    Wants no network with WANDB_MODE=offline.
     """
 
-    def __init__(self, package: str, out: Path, config: TrainConfig, after: int):
+    package = "wandb"
+
+    def __init__(self, out: Path, config: TrainConfig, after: int):
         from omegaconf import OmegaConf
 
+        package = self.package
         self.module = importlib.import_module(package)
         settings = OmegaConf.to_container(OmegaConf.structured(config))
         project = os.environ.get(f"{package.upper()}_PROJECT", "mmseq")
@@ -103,6 +113,12 @@ class Tracker:
         self.module.finish()
 
 
+class Trackio(Wandb):
+    """trackio, which writes to this machine and wants no network."""
+
+    package = "trackio"
+
+
 def _run_id(out: Path) -> str:
     """One identity for all tries of a run: kept in its folder."""
     path = out / "run_id.txt"
@@ -114,14 +130,13 @@ def _run_id(out: Path) -> str:
 def require_loggers(names: list[str]) -> None:
     """Raises: DependencyError for a logger whose package is not installed."""
     for name in names:
-        require(name, {"tensorboard": "train"}.get(name, name))
+        package = getattr(find("loggers", name), "package", None)
+        if package is not None:
+            require(package, "train" if package == "tensorboard" else package)
 
 
 def _open_loggers(out: Path, config: TrainConfig, after: int) -> list[Logger]:
-    made: list[Logger] = []
-    for name in config.loggers:
-        made.append(TensorBoard(out, config, after) if name == "tensorboard" else Tracker(name, out, config, after))
-    return made
+    return [find("loggers", name)(out, config, after) for name in config.loggers]
 
 
 def _open(path: Path, after: int) -> IO[str]:

@@ -22,7 +22,9 @@ from mmseq.data.mixture import held_out
 from mmseq.data.shards import partial_folder, replace_folder
 from mmseq.data.sources import embodiments_of, open_source
 from mmseq.embodiment import Embodiment
-from mmseq.errors import DataError, FingerprintError, MMSeqError
+from mmseq.errors import ConfigError, DataError, FingerprintError, MMSeqError, did_you_mean
+from mmseq.plugins import find
+from mmseq.tokenization.base import Tokenizer, tokenizer_class
 from mmseq.tokenization.bundle import FILE, Tokenizers
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.quality import vector_errors, vision_quality
@@ -46,7 +48,10 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
     out = Path(config.out)
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
-    sources = {name: open_source(s.path, rate_hz=s.rate_hz, map=read_map(s.map)) for name, s in config.sources.items()}
+    sources = {
+        name: open_source(s.path, rate_hz=s.rate_hz, map=read_map(s.map), swap_colours=s.swap_colours)
+        for name, s in config.sources.items()
+    }
     robots = gather_embodiments({name: embodiments_of(source) for name, source in sources.items()})
     seen, unseen = {}, {}
     for name, source in sources.items():
@@ -65,7 +70,9 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
             "action": BinTokenizer(config.action_bins),
             "proprio": BinTokenizer(config.proprio_bins),
             "progress": ScalarTokenizer(config.progress_bins),
+            **_train_vectors(config, sources, seen, robots),
         },
+        encoder=find("encoders", config.encoder)() if config.encoder else None,
         embodiments=list(robots.values()),
         merge=config.merge,
     )
@@ -149,6 +156,7 @@ def _train_vision(
         threads=v.threads,
         weights=[config.sources[name].weight for name in frames],
         foreground=v.foreground,
+        augment=[find("augmentations", name) for name in v.augment],
         device=v.device,
         on_progress=(lambda step, total, _: on_progress("vision", step, total)) if on_progress else None,
     )
@@ -166,10 +174,36 @@ def _train_text(
     return TextTokenizer.train(sorted(texts), vocab_size=config.vocab_size)
 
 
+def _train_vectors(
+    config: TokenizerConfig,
+    sources: Mapping[str, EpisodeSource],
+    episodes: Mapping[str, list[int]],
+    robots: Mapping[str, Embodiment],
+) -> dict[str, Tokenizer]:
+    """The tokenizers that the recipe names for vector streams; one that has `train` sees the values of its stream."""
+    made: dict[str, Tokenizer] = {}
+    declared = {stream for robot in robots.values() for stream in robot.vectors}
+    for stream, settings in config.vectors.items():
+        if stream not in declared:
+            raise ConfigError(f"vectors.{stream}: no robot of the sources has it: {did_you_mean(stream, declared)}")
+        settings = dict(settings)
+        kind = tokenizer_class(str(settings.pop("kind", "bins")))
+        try:
+            if hasattr(kind, "train"):
+                found = (source[i] for name, source in sources.items() for i in episodes[name])
+                some = (e for e in found if stream in e and e.embodiment in robots)
+                values = ((e[stream], robots[str(e.embodiment)].vectors[stream]) for e in some)
+                made[stream] = kind.train(values, **settings)  # type: ignore[attr-defined]
+            else:
+                made[stream] = kind(**settings)
+        except TypeError as error:
+            raise ConfigError(f"vectors.{stream}: {kind.__name__} refuses its settings: {error}") from error
+    return made
+
+
 def _texts(source: EpisodeSource, index: int) -> list[str]:
     episode = source[index]
-    spoken = [str(episode.metadata[key]) for key in ("question", "answer") if key in episode.metadata]
-    return [*episode.texts, *episode.plans, *spoken]
+    return [text for _, _, texts in episode.pieces() for phrasings in texts.values() for text in phrasings]
 
 
 def evaluate_tokenizers(

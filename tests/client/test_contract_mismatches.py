@@ -3,10 +3,11 @@ robot before anything moves, and by the server itself for clients that do not co
 
 import copy
 import dataclasses
+import json
 
 import numpy as np
 import pytest
-from mmseq_client import Client, ContractError, ControlLoop, RefusedError
+from mmseq_client import Client, ContractError, ControlLoop, RefusedError, fingerprint
 
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.episode import Episode
@@ -148,3 +149,12 @@ def test_the_names_of_the_fields_are_told(client, robot):
         ControlLoop(client, robot)
     for words in ("rate_hz: 20 here, 50 on the server", "gripper.open: 1.0 here, 0.0 on the server"):
         assert words in str(caught.value)
+
+
+def test_both_ends_compute_one_fingerprint():
+    """It is written on each end, since a program that only trains has no client."""
+    grippers = (*ARM.grippers, Gripper(axis="j3", open=0.0, closed=0.5))
+    for robot in (ARM, dataclasses.replace(ARM, grippers=()), dataclasses.replace(ARM, grippers=grippers)):
+        for whole in (robot, dataclasses.replace(robot, streams={"force": ARM.action})):
+            assert fingerprint(whole.to_dict()) == whole.fingerprint
+            assert fingerprint(json.loads(json.dumps(whole.to_dict()))) == whole.fingerprint

@@ -73,7 +73,8 @@ def test_the_change_per_control_step_is_limited_from_the_action_before(contract)
 
 def test_an_action_older_than_allowed_is_withheld(contract):
     gate = ActionGate(contract)
-    gate.check_action(chunk()[0], None, age_steps=15, max_age=16)
+    for age in (0, 15):
+        gate.check_action(chunk()[0], None, age_steps=age, max_age=16)
     for age in (16, -1):
         with pytest.raises(UnsafeActionError, match="stale"):
             gate.check_action(chunk()[0], None, age_steps=age, max_age=16)
@@ -228,6 +229,9 @@ def test_limits_are_rounded_inward():
     np.testing.assert_allclose(low, [0.1, -0.1, 0.3, 1.0], rtol=1e-6)
     np.testing.assert_allclose(high, [0.7, 0.7, 0.3, 2.0], rtol=1e-6)
     assert (low[2], low[3], high[3]) == (np.float32(0.3), 1, 2)
+    below, only = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
+    low, high = inward([float(below) + 1e-9], [float(only)])
+    assert low == high == only  # the one number between them, not the nearest to the lower
 
 
 @given(st.floats(-1e38, 1e38), st.floats(0, 1e38))

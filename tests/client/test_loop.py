@@ -250,7 +250,7 @@ def test_a_wrong_contract_is_refused_before_motion_and_held_after_a_reconnection
 def test_a_clock_that_jumps_back_or_ahead_makes_no_old_action_run(server, robot):
     loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
     jump_s = 0.0
-    loop._clock = lambda: clock.now + jump_s
+    loop._steps.clock = lambda: clock.now + jump_s
     drive(loop, clock, 50)
     jump_s = 30.0
     ahead = drive(loop, clock, 50)

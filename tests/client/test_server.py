@@ -30,7 +30,7 @@ def drive(loop, steps: int) -> list:
     ticks = []
     for _ in range(steps):
         ticks.append(loop.tick())
-        loop._sleep(max(0.0, loop._origin + (loop._step + 1) / loop.rate_hz - loop._clock()))
+        loop._sleep(max(0.0, loop._steps.left_s()))
     return ticks
 
 

@@ -96,6 +96,23 @@ def test_files_that_are_no_contract_are_refused(tmp_path, text):
         read_answers(tmp_path / "robot.yaml")
 
 
+def test_stated_limits_decide_which_values_are_real():
+    values = np.linspace(-1, 1, 1000)[:, None].repeat(3, 1)
+    values[[7, 8], 0], values[9, 1] = 1e4, 6.0  # it stays for two steps, so the statistics take it for a motion
+    robot = replace(ROBOT, action=replace(ROBOT.action, high=(1e4, 1.0, 1.0), maximum=(2e4, 1.2, 1.2)))
+    answers = {**ANSWERS, "action": {"units": "m", "limits": {"x": [-2, 2], "y": [-2, 8]}}}
+    action = complete(robot, answers, where="robot.yaml", values={"action": values}).action
+    assert (action.low, action.high) == ((-1.0,) * 3, (1.0, 6.0, 1.0))
+    assert (action.minimum[:2], action.maximum[:2]) == ((-2.0, -2.0), (2.0, 8.0))
+    answers["action"]["limits"] = {"x": [-0.95, 2]}
+    complete(robot, answers, where="robot.yaml", values={"action": values})
+    answers["action"]["limits"] = {"x": [-0.75, 2]}
+    with pytest.raises(EmbodimentError, match="Check the unit"):
+        complete(robot, answers, where="robot.yaml", values={"action": values})
+    with pytest.raises(EmbodimentError, match=r"the data reach from -1 to 10000\. Check the unit"):
+        complete(robot, {**ANSWERS, "action": {"units": "m", "limits": {"x": [-2, 2]}}}, where="robot.yaml")
+
+
 def two_arms(names=("left_x", "left_gripper", "rightGripper")) -> Embodiment:
     return replace(ROBOT, action=replace(tiny.axes("xyg"), names=names))
 

@@ -125,8 +125,20 @@ def test_a_file_that_cannot_be_read_is_one_bad_episode(tmp_path):
         import_episodes(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert import_episodes(tmp_path / "in", tmp_path / "out", skip_bad=2)["samples"] == 2
-    with pytest.raises(DataError, match=r"laid out neither as robomimic nor as ALOHA: it holds statistics"):
+    with pytest.raises(DataError, match=r"laid out neither as robomimic nor as ALOHA: it holds statistics.*--map"):
         open_episodes(tmp_path / "in/episode_9.hdf5")
+
+
+def test_a_map_reads_any_other_layout_as_an_episode_per_file(tmp_path):
+    content = {"joint_action/vector": np.ones((9, 14)), "observation/head/rgb": np.zeros((9, 16, 16, 3), np.uint8)}
+    for k in range(2):
+        with h5py.File(tmp_path / f"episode{k}.hdf5", "w") as root:
+            fill(root, content)
+    reader = open_episodes(
+        tmp_path, rate_hz=30, map=read_map("action=joint_action/vector,image.top=observation/head/rgb")
+    )
+    assert [sorted(e.streams) for e in reader] == [["action", "image.top"]] * 2
+    assert reader.embodiment().name == "unknown"
 
 
 # ---------------------------------------------------------------------- what the file says of actions
@@ -235,6 +247,9 @@ def test_an_instruction_per_step_holds_for_those_steps(tmp_path):
 
 
 def test_the_text_of_a_demonstration_goes_before_that_of_its_file(tmp_path):
+    demos = {"demo_0": demo(**{"@ep_meta": "no JSON", "@num_samples": 8, "@fps": "20"})}
+    (episode,) = reader = Hdf5Reader(robomimic(tmp_path / "a.hdf5", demos))
+    assert (episode.texts, dict(reader.left_out)) == ([], {})
     attributes = {"problem_info": json.dumps({"language_instruction": ["o", "p", "e", "n"]})}
     demos = {"demo_0": demo(), "demo_1": demo(**{"@ep_meta": json.dumps({"lang": "close"})})}
     reader = Hdf5Reader(robomimic(tmp_path / "a.hdf5", demos, attributes))

@@ -103,7 +103,7 @@ def test_every_world_size_reads_the_same_rows(world, world_size):
         for rank, part in enumerate(parts):
             assert part.samples == [s for row in wanted for s in row]
             own = [mixture.build(s).ids for row in wanted[rank::world_size] for s in row]
-            found = np.concatenate([b.ids[: b.used_tokens].numpy() for b in part.batches])
+            found = np.concatenate([b.input.ids[: b.used_tokens].numpy() for b in part.batches])
             np.testing.assert_array_equal(found, np.concatenate(own))
     for stream in streams:
         stream.close()

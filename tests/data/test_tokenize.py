@@ -44,7 +44,7 @@ def test_tokens_are_those_of_the_episodes(place):
     assert list(stored.streams) == episode.streams
     assert (stored.codes("image.front", 2, 5) == episode.codes("image.front", 2, 5)).all()
     assert (stored.codes("action", 0, 10) == episode.codes("action", 0, 10)).all()
-    assert (stored.text("text", 1) == episode.text("text", 1)).all()
+    assert (stored.codes("text", 3, 4, 1) == episode.codes("text", 3, 4, 1)).all()
     assert stored.codes("progress", 9, 10) == episode.codes("progress", 9, 10)
 
 

@@ -95,7 +95,7 @@ def test_the_best_code_is_the_median_bin_and_else_the_likeliest(model):
     share = torch.tensor([[0.3, 0.05, 0.25, 0.4], [0.1, 0.1, 0.1, 0.7]])
     assert run._choose(share.log(), "action", []) == [2, 3]
     assert run._choose(share.log(), "text", []) == [3, 3]
-    assert run._choose(share.log(), "image", []) == [3, 3]
+    assert run._choose(share.log(), "vision", []) == [3, 3]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -232,7 +232,8 @@ def test_a_hidden_token_changes_nothing_that_the_chunk_predicts(model):
         for at in range(chunk.start, chunk.stop):
             ids = sequence.ids.copy()
             ids[at] += 1
-            changed = np.array(loss(replace(sequence, ids=ids))) != np.array(before)
+            other = replace(sequence, input=replace(sequence.input, ids=ids))
+            changed = np.array(loss(other)) != np.array(before)
             index = at - chunk.start  # its own loss changes, and that of what sees it
             expected = {index, *range(index + 1, 16)} if index < 4 else {index}
             assert set(changed.nonzero()[0]) == expected
@@ -306,8 +307,8 @@ def test_a_guessed_and_checked_chunk_is_that_of_one_token_after_the_other(model,
 
     def guess(self, ahead, counts, stream):
         found = choose(self, ahead, counts, stream)
-        for row, codes, n, (ids, _) in zip(found, expected, counts, ahead):
-            if masked in ids:  # a guess, not a check
+        for row, codes, n, line in zip(found, expected, counts, ahead):
+            if masked in line.ids:  # a guess, not a check
                 luck = rng.random(n) < right
                 row[:n][luck] = codes[len(codes) - n :][luck]
         return found
@@ -332,7 +333,7 @@ def test_without_masks_the_guess_is_that_the_committed_action_goes_on(model, mon
     choose, asked = _Run._choose_after, []
 
     def check(self, ahead, counts, stream):
-        asked.append([model.vocabulary.decode("action", ids) for ids, _ in ahead])
+        asked.append([model.vocabulary.decode("action", line.ids) for line in ahead])
         return choose(self, ahead, counts, stream)
 
     monkeypatch.setattr(_Run, "_choose_after", check)

@@ -47,7 +47,8 @@ def test_hidden_states_are_those_of_the_model(checkpoint):
     sequences = [build("text, proprio -> action[2]"), build("text -> plan")]
     longest = max(map(len, sequences))
     padded = lambda values: torch.tensor([[*v, *[0] * (longest - len(v))] for v in values])
-    ids, slots = (padded([getattr(s, name) for s in sequences]) for name in ("ids", "slots"))
+    ids = padded([s.ids for s in sequences])
+    slots = torch.stack([torch.from_numpy(s.input.padded(longest, 0).slots) for s in sequences])
     mask = padded([[1] * len(s) for s in sequences])
     found = model(input_ids=ids, attention_mask=mask, slots=slots).last_hidden_state
     wanted = model.sequence.hidden(collate(sequences, bundle.vocabulary))

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from mmseq.errors import CheckpointError, ConfigError, FingerprintError, MMSeqError
+from mmseq.inputs import ModelInput
 from mmseq.model import families
 from mmseq.model.attention import documents_of
 from mmseq.model.config import ModelConfig
@@ -36,16 +38,17 @@ def start(directory, **recipe):
     return from_language_model(directory, ModelConfig(**recipe), bundle).eval()
 
 
+def of_text(ids):
+    return ModelInput.of_ids(ids, np.zeros((len(ids), 2), np.int64), merge=2)
+
+
 def text_only(model, ids_BT, lengths):
     """Packed documents of text through our transformer, and their logits over the pieces of text."""
-    line = torch.cat([row[:n] for row, n in zip(ids_BT, lengths)])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    none = torch.zeros(0, dtype=torch.int64)
+    line = ModelInput.join([of_text(row[:n].numpy()) for row, n in zip(ids_BT, lengths)]).tensors()
     t = model.transformer
-    patches = torch.zeros(0, model.config.merge**2, dtype=torch.int64)
     codes = t.code_vectors()
     documents = documents_of(lengths, "cpu")
-    hidden = t(line, torch.zeros_like(line), positions, none, patches, none, none, codes, documents)
+    hidden = t(line, codes, documents)
     return hidden @ t.output_rows(0, model.vocabulary.ranges["text"].size, codes).t()
 
 
@@ -78,12 +81,10 @@ def test_decoding_with_a_cache_gives_the_same_states(pair):
     ids = ids_for(ours)[:2]
     t, n = ours.transformer, ids.shape[1]
     cache = Cache.empty(ours.config, 2, n, dtype=torch.float32, device="cpu")
-    none = torch.zeros(0, dtype=torch.int64)
-    patches = torch.zeros(0, ours.config.merge**2, dtype=torch.int64)
     parts, first = [], 0
     for count in (50, 1, 1, 40, 1, n - 93):
         chunk = ids[:, first : first + count]
-        x = t.inputs(chunk.flatten(), torch.zeros_like(chunk.flatten()), none, patches, none, none, t.code_vectors())
+        x = t.inputs(of_text(chunk.flatten().numpy()).tensors(), t.code_vectors())
         positions = torch.arange(first, first + count).expand(2, -1)
         parts.append(t.extend(x.view(2, count, -1), positions, cache, first + count))
         first += count

@@ -33,17 +33,17 @@ def batch(tmp_path_factory):
 def test_slices_hold_the_line(batch, parts):
     """Side by side the slices are the line: no token, merged frame, copy or target is lost, moved or doubled."""
     slices = [share(batch, i, parts, pad=5) for i in range(parts)]
-    size = len(slices[0].ids)
-    assert all(len(s.ids) == size and s.parts == parts for s in slices)
+    size = slices[0].tokens
+    assert all(s.tokens == size and s.parts == parts for s in slices)
     spare = size * parts - batch.tokens
     assert 0 <= spare < parts
-    for name, filler in (("ids", [5] * spare), ("slots", [0] * spare), ("positions", list(range(spare)))):
-        whole = torch.cat([getattr(s, name) for s in slices]).tolist()
-        assert whole == getattr(batch, name).tolist() + filler
+    for name, filler in (("ids", [5] * spare), ("slots", [[0, 0]] * spare), ("positions", list(range(spare)))):
+        whole = torch.cat([getattr(s.input, name) for s in slices]).tolist()
+        assert whole == getattr(batch.input, name).tolist() + filler
     for at, values in (("patch_at", "patch_ids"), ("copy_at", "copy_ids")):
-        places = torch.cat([getattr(s, at) + i * size for i, s in enumerate(slices)])
-        assert places.equal(getattr(batch, at))
-        assert torch.cat([getattr(s, values) for s in slices]).equal(getattr(batch, values))
+        places = torch.cat([getattr(s.input, at) + i * size for i, s in enumerate(slices)])
+        assert places.equal(getattr(batch.input, at))
+        assert torch.cat([getattr(s.input, values) for s in slices]).equal(getattr(batch.input, values))
     for name, group in batch.targets.items():
         places = torch.cat([s.targets[name][0] + i * size for i, s in enumerate(slices)])
         assert places.equal(group[0])

@@ -32,7 +32,8 @@ GOLDEN_BYTES = (
 
 dtypes = st.sampled_from(["u1", "i2", "<i8", ">i4", "f2", "<f4", ">f8", "b1", "<U3", ">U2"])
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
-letters = st.text(st.characters(exclude_categories=["Cs"]), max_size=2)  # surrogates are no characters
+# surrogates are no characters, and numpy drops a zero at the end of a text
+letters = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), max_size=2)
 arrays = dtypes.flatmap(lambda dtype: hnp.arrays(dtype, shapes, elements=letters if "U" in dtype else None))
 leaves = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=8) | arrays
 messages = st.recursive(

@@ -12,7 +12,7 @@ from mmseq.embodiment import Camera
 from mmseq.errors import ConfigError
 from mmseq.serving import Contract, ObservationRules, RequestError, example_observation
 from mmseq.serving.keys import check_aliases
-from mmseq.serving.observation import check_given, check_image, check_observation
+from mmseq.serving.observation import MAX_TEXT, check_given, check_image, check_observation
 
 
 @pytest.fixture
@@ -97,6 +97,23 @@ def test_refusals_name_the_key(observation, contract, key, value, code, words):
     assert (error.code, error.key) == (code, key)
     with pytest.raises(RequestError, match=words):
         raise error
+
+
+def test_the_ends_of_what_is_taken_are_taken(observation, contract):
+    for end in (-2, 2):  # the limits, and what rounding makes of them
+        for state in ([end] * 4, [end * (1 + 1e-7)] * 4):
+            taken = check({**observation, "observation.state": state}, contract)["observation.state"]
+            assert taken.tolist() == [end] * 4
+        assert refusal({**observation, "observation.state": [0, end * 1.001, 0, 0]}, contract).code == "out_of_range"
+    assert "action_prefix" not in check({**observation, "action_prefix": []}, contract)
+    assert refusal({**observation, "observation.state": []}, contract).code == "wrong_shape"
+    one = check({**observation, "action_prefix": [[0.5] * 4]}, contract)["action_prefix"]
+    assert one.tolist() == [[0.5] * 4]
+    assert len(check({**observation, "prompt": "x" * MAX_TEXT}, contract)["prompt"]) == MAX_TEXT
+    assert refusal({**observation, "prompt": "x" * (MAX_TEXT + 1)}, contract).code == "too_large"
+    for seed in (0, (1 << 63) - 1):
+        assert check({**observation, "options": {"seed": seed}}, contract)["options"] == {"seed": seed}
+    assert refusal({**observation, "options": {"seed": 1 << 63}}, contract).key == "options"
 
 
 def test_a_whole_contract_is_compared_field_by_field(observation, contract, embodiment):

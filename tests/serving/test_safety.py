@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.embodiment import Gripper
+from mmseq.errors import ConfigError
 from mmseq.serving import Chunking, GateConfig, RequestError
 from mmseq.serving.observation import check_vectors
 from mmseq.serving.safety import SafetyGate
@@ -124,7 +125,7 @@ def test_a_gripper_that_means_something_else(embodiment):
 
 def test_an_answer_that_is_too_old(embodiment):
     gate = SafetyGate(GateConfig(max_age_ms=100))
-    gate.stale(99)
+    gate.stale(100)
     with pytest.raises(RequestError, match="took 101 ms") as caught:
         gate.stale(101)
     assert (caught.value.code, gate.counts.chunks_stale) == ("late", 1)
@@ -270,3 +271,27 @@ def test_where_it_stands_limits_and_does_not_refuse(embodiment):
     actions[2:, 0] = 0.6
     with pytest.raises(RequestError, match=r"moves from 0 to 0.6 at step 2"):
         gate.check(actions, body, horizon=8, prefix=prefix)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_what_lies_exactly_at_the_end_of_the_slack_passes(embodiment, side):
+    actions = chunk()
+    actions[0, 0] = side * 2.25  # a sixteenth of the range of 4 beyond
+    gate = SafetyGate(GateConfig(tolerance=0.0625))
+    checked, told = gate.check(actions, embodiment, horizon=8)
+    assert (checked[0, 0], told) == (side * 2, {})
+    wide = replace(embodiment.action, minimum=(-9,) * 4, maximum=(9,) * 4)
+    gripper = Gripper(axis="gripper", open=5 * side, closed=0)
+    body, actions = replace(embodiment, action=wide, grippers=(gripper,)), chunk()
+    actions[0, 3], actions[1, 3] = 5.5 * side, -0.5 * side
+    checked, told = SafetyGate(GateConfig()).check(actions, body, horizon=8)
+    assert (checked[0, 3], checked[1, 3], told) == (5 * side, 0, {})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tolerance": 0.11}, {"tolerance": -1e-9}, {"max_age_ms": -1.0}, {"max_age_ms": np.inf}]
+)
+def test_a_configuration_that_means_nothing_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"gate.{next(iter(wrong))} is"):
+        GateConfig(**wrong)
+    GateConfig(tolerance=0.1, max_age_ms=0)

@@ -11,7 +11,8 @@ pytest.importorskip("metaworld")
 
 from mmseq.simulation.base import quantise
 from mmseq.simulation.experts import DEMO_TASKS, TASKS, VIDEO_TASKS, replay, run_expert, task_language
-from mmseq.simulation.metaworld import MetaWorldEnv, choose_gl
+from mmseq.simulation.gl import choose_gl
+from mmseq.simulation.metaworld import MetaWorldEnv
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import yaml
 
 from mmseq import SequenceModel
 from mmseq.config import load_config
+from mmseq.data.mixture import load_mix
 from mmseq.data.sources import open_source
 from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Camera, Embodiment
@@ -20,6 +21,7 @@ from mmseq.testing.ranks import run_ranks
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
+from mmseq.training.start import open_mixture
 
 SIZE = 16
 
@@ -236,3 +238,67 @@ def test_a_folder_belongs_to_one_fine_tuning(base, tmp_path):
     answers.write_text("name: ../../evil\n" + answers.read_text())
     with pytest.raises(EmbodimentError, match="also that of files"):
         begin(out=str(tmp_path / "other"))
+
+
+def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_path):
+    """What is left out is said, and which arrows can be filled is known, before anything is imported."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True)
+    info = dataset / "meta/info.json"
+    info.write_text(info.read_text().replace('"action"', '"actions"'))
+    file = next(dataset.glob("data/*/*.parquet"))
+    table = pq.read_table(file)
+    table = table.rename_columns([{"action": "actions"}.get(name, name) for name in table.column_names])
+    values = np.array(table["actions"].to_pylist(), np.float32)
+    values[14 + 3, 1] = np.nan  # in the second episode
+    pq.write_table(table.set_column(table.column_names.index("actions"), "actions", [list(values)]), file)
+    config = FinetuneConfig(
+        checkpoint=str(base), dataset=str(dataset), embodiment=str(answers), out=str(tmp_path / "out")
+    )
+    said = []
+    begin = lambda **more: prepare(replace(config, **more), say=said.append, on_progress=lambda *_: None)
+    with pytest.raises(DataError, match="has no actions"):
+        begin()
+    assert [note for note in said if "--map action=actions" in note]
+    mapped = {"action": ("actions",)}
+    with pytest.raises(DataError, match=r"1 of 6 episodes .* 'joint_1' is nan at step 3.*--skip-bad 1"):
+        begin(map=mapped)
+    with pytest.raises(ConfigError, match="needs longer episodes than 14 steps"):
+        begin(map=mapped, skip_bad=1, tasks=["image, image@+60 -> action[4]"])
+    assert not (tmp_path / "out/episodes").exists()
+    assert begin(map=mapped, skip_bad=1) == "arm3"
+    assert len(open_source(tmp_path / "out/episodes/arm3")) == 5
+    assert json.loads((tmp_path / "out/begun.json").read_text())["map"] == {"action": ["actions"]}
+    with pytest.raises(ConfigError, match="begun with another"):
+        begin(map=mapped | {"force": ("observation.state",)}, skip_bad=1)
+def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tmp_path):
+    cameras = ("high", "low", "left", "right")
+    dataset, answers = write_robot(tmp_path / "robot", axes=4, cameras=cameras, rate_hz=20, proprio=True)
+    options = {"checkpoint": str(base), "dataset": str(dataset), "embodiment": str(answers)}
+    said = []
+    out = tmp_path / "out"
+    arrow = "text, image -> video[8]"
+    prepare(
+        FinetuneConfig(**options, out=str(out), tasks=[arrow, "image -> action[4]"]),
+        say=said.append,
+        on_progress=lambda *_: None,
+    )
+    recipe = load_config(TrainConfig, out / "recipe.yaml")
+    (note,) = [note for note in said if "row_tokens" in note]
+    longest = int(note.split()[-2])
+    before = load_config(TrainConfig, base / "train.yaml").data.row_tokens
+    assert f"data.row_tokens={recipe.data.row_tokens} in place of {before}: video_prediction of arm4 has" in note
+    assert before < longest <= recipe.data.row_tokens < longest + 256
+    mixture = open_mixture(recipe, load_mix(out / "mix.yaml"), Tokenizers.load(out / "tokenizers"))
+    assert max(stream.longest().length for stream in mixture.moments) == longest
+    settings = [f"data.row_tokens={longest - 1}"]
+    config = FinetuneConfig(**options, out=str(tmp_path / "no"), tasks=[arrow, "image -> action[4]"], settings=settings)
+    with pytest.raises(ConfigError, match=f"has {longest} tokens, more than data.row_tokens={longest - 1}"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+    assert not (tmp_path / "no/episodes").exists()
+    config.settings = [f"data.row_tokens={longest}"]
+    prepare(config, say=print, on_progress=lambda *_: None)
+    assert load_config(TrainConfig, tmp_path / "no/recipe.yaml").data.row_tokens == longest

@@ -11,16 +11,8 @@ from mmseq.errors import TaskError
 from mmseq.evaluation.report.wording import task_title
 from mmseq.tasks import Group, Segment, Task
 
-# of a stream's block in the picture of the tasks
-STREAM_WIDTH = {"image": 74, "video": 150, "demo": 120, "action": 96, "text": 62, "plan": 62, "question": 74}
-COLOUR_CLASS = {
-    **dict.fromkeys(("text", "plan", "question", "answer"), "text"),
-    **dict.fromkeys(("image", "video", "demo"), "vision"),
-    **dict.fromkeys(("progress", "success"), "scalar"),
-    "proprio": "proprio",
-    "action": "action",
-    "latent": "latent",
-}
+WIDTH = {"vision": 74, "vector": 96, "text": 62}  # of a block in the picture of the tasks, by the stream's kind
+COLOUR = {"text": "text", "vision": "vision", "scalar": "scalar", "outcome": "scalar"}  # others have their stream's
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -176,7 +168,7 @@ def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:
                 if segment.predicted and (before is None or not before.predicted):
                     out.append((None, "→", 22))
                 out.append(
-                    (segment, str(segment), max(STREAM_WIDTH.get(segment.stream, 66), 8.2 * len(str(segment)) + 16))
+                    (segment, str(segment), max(WIDTH.get(segment.row.kind.name, 66), 8.2 * len(str(segment)) + 16))
                 )
         if isinstance(part, Group) and part.count > repeats:
             out.append((None, f"… × {part.count}", 56))
@@ -184,7 +176,7 @@ def _blocks(task: Task) -> list[tuple[Segment | None, str, float]]:
 
 
 def _block(segment: Segment, text: str, x: float, y: float, width: float) -> str:
-    css = f"s-{COLOUR_CLASS.get(segment.stream, 'latent')} {'out' if segment.predicted else 'in'}"
+    css = f"s-{COLOUR.get(segment.row.kind.name, segment.stream)} {'out' if segment.predicted else 'in'}"
     return (
         f'<g class="{css}"><rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="32" rx="6"/>'
         f'<text class="mid" x="{x + width / 2:.1f}" y="{y + 20.5}">{escape(text)}</text></g>'

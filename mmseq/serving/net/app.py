@@ -19,11 +19,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
+
+from mmseq_client.repeats import Repeats
 
 from mmseq.errors import MMSeqError, require
 from mmseq.serving import codec
@@ -31,7 +32,7 @@ from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, reason_of
 from mmseq.serving.metrics import Metrics
 from mmseq.serving.net import media
-from mmseq.serving.service import TOLD_S, Service
+from mmseq.serving.service import Service
 
 log = logging.getLogger("mmseq.serving")
 
@@ -60,19 +61,18 @@ def peer_of(connection: Any) -> str:
     return f"{connection.client.host}:{connection.client.port}" if connection.client else ""
 
 
-_told = {"Invalid HTTP request received.": -math.inf, "Unsupported upgrade request.": -math.inf}
+_STRANGERS = ("Invalid HTTP request received.", "Unsupported upgrade request.")  # can make uvicorn say these
+_told = Repeats()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """uvicorn takes a refused websocket for a mistake of ours; the log has the reason already. What any stranger can
-    make it say is said once in `TOLD_S`."""
+    make it say is said now and then."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         return False  # an answer that its peer did not read until the server stopped
-    message, now = record.getMessage(), time.monotonic()
-    if message in _told:
-        if now - _told[message] < TOLD_S:
-            return False
-        _told[message] = now
+    message = record.getMessage()
+    if message in _STRANGERS:
+        return _told.is_news(message, time.monotonic())
     return "without completing handshake" not in message
 
 

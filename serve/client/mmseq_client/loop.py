@@ -9,7 +9,6 @@ A background thread waits for the server; the loop itself never does.
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +28,13 @@ from mmseq_client.errors import (
     require_seconds,
 )
 from mmseq_client.gate import ActionGate
-from mmseq_client.robot import Pace, Robot, Tick, ended_by_sigterm
+from mmseq_client.repeats import Repeats
+from mmseq_client.robot import Backoff, Pace, Robot, Steps, Tick, ended_by_sigterm
 from mmseq_client.stance import Stance
 
 log = logging.getLogger("mmseq_client")
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _FIRST_TIMEOUT_S = 10.0
-_SAID_S = 10.0  # between two lines of the log that say the same, such as each try during a hold
 _NOT_YET = "no chunk yet"
 _STOP_CODES = ("held", "fingerprint")  # an operator's hold, another contract: what is planned counts no more
 _LATE_CODES = ("late",)
@@ -92,20 +90,20 @@ class ControlLoop:
         self._reads_text = "text" in given.replace(",", " ").split()
         self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
-        self._on_event, self._clock, self._sleep = on_event, clock, sleep
+        self._on_event, self._sleep = on_event, sleep
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="mmseq_client")
-        self._random = random.Random(seed)
+        self._backoff = Backoff(seed)
         self._job: Any = None
         self._ask: Ask | None = None  # that the job is for; None: it connects
-        self._connected, self._retry_at, self._pause = True, 0.0, _FIRST_PAUSE_S
+        self._connected, self._retry_at = True, 0.0
         self._last: np.ndarray | None = None  # commanded
         self._stance = Stance(self.gate)
         self._stands: np.ndarray | None = None  # where it was while it rested
         self._rests = True  # stopped by an operator, or not begun: somebody may move it by hand
         self._holding, self._stopping, self._reset, self._answered = False, False, True, False
-        self._step, self._origin, self._now = -1, 0.0, 0.0
+        self._steps = Steps(self.rate_hz, clock)
         self._pace = Pace(self.rate_hz)
-        self._said: dict[str, tuple[str, float]] = {}  # by kind of event: the last line of the log, and when
+        self._said = Repeats()  # such as each try during a hold
         self.why = _NOT_YET  # nothing valid is left: the last thing that went wrong
 
     def run(self, seconds: float | None = None) -> None:
@@ -116,14 +114,14 @@ class ControlLoop:
         """
         self._stopping = False
         with ended_by_sigterm(self.end):
-            began = self._now = self._clock()
-            period, self._origin = 1 / self.rate_hz, began - (self._step + 1) / self.rate_hz
-            failed = True
+            self._steps.due()
+            began, failed = self._steps.now, True
             try:
-                while not self._stopping and (seconds is None or self._clock() - began < seconds):
+                while not self._stopping and (seconds is None or self._steps.clock() - began < seconds):
                     self.tick()
-                    left = self._origin + (self._step + 1) * period - self._clock()
-                    self._sleep(min(period, max(0.0, left)))  # a clock that jumps must not make it wait
+                    self._sleep(
+                        min(1 / self.rate_hz, max(0.0, self._steps.left_s()))
+                    )  # a clock that jumps must not make it wait
                 failed = False
             finally:
                 self._forget()  # whoever runs on later begins anew: the arm may be elsewhere then
@@ -175,7 +173,7 @@ class ControlLoop:
         self._collect(step)
         asked = self._request(step)
         if asked:
-            step = self._after_observing(step)
+            step = self._after_observing()
             self._collect(step)  # in a simulation the answer may be there at once
         planned = self.buffer.action(step)
         action = None
@@ -202,41 +200,34 @@ class ControlLoop:
         self.buffer.commanded(step)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
-    def _after_observing(self, step: int) -> int:
+    def _after_observing(self) -> int:
         """The control step that it is once the robot has observed: a camera that blocked has used up some."""
-        now = self._clock()
-        passed = int((now - self._origin) * self.rate_hz + 1e-6) - step
-        if passed > 0:
+        passed = self._steps.catch_up()
+        if passed:
             self._skip(passed)
-            self._step, self._now = step + passed, now
-        return self._step
+        return self._steps.step
 
     def _advance(self) -> int:
         """The number of the control step that the clock says it is, always after the one before."""
-        now = self._clock()
-        if self._step < 0:
-            self._origin = now
-        elif now < self._now:  # nobody knows how long ago the last observation was
-            self._origin = now - (self._step + 1) / self.rate_hz
-            self._retry_at, self._pace = now, Pace(self.rate_hz)
+        skipped, back_s = self._steps.advance()
+        if back_s:  # nobody knows how long ago the last observation was
+            self._retry_at, self._pace = self._steps.now, Pace(self.rate_hz)
             self.buffer.reset()
-            self._event("clock", f"it went back by {self._now - now:.3f} s")
-        step = max(self._step + 1, int((now - self._origin) * self.rate_hz + 1e-6))
-        if step > self._step + 1:
-            self._skip(step - self._step - 1)
-        self._step, self._now = step, now
-        return step
+            self._event("clock", f"it went back by {back_s:.3f} s")
+        if skipped:
+            self._skip(skipped)
+        return self._steps.step
 
     def _skip(self, steps: int) -> None:
         """Count control steps without a command, and say so where they are more than a few."""
         self.counts["skipped"] += steps
-        slow = self._pace.skipped(self._now, steps)
+        slow = self._pace.skipped(self._steps.now, steps)
         if slow:
             self._event("slow", slow)
 
     def _request(self, step: int) -> bool:
         """Ask for the next chunk, or for a connection, when it is time. Returns: whether something was asked."""
-        if self._job is not None or self._now < self._retry_at:
+        if self._job is not None or self._steps.now < self._retry_at:
             return False
         if not self._connected:
             self._ask = None
@@ -248,7 +239,7 @@ class ControlLoop:
         try:
             observation = dict(self.robot.observe())
         except NoObservationError as error:
-            self._give_up(self._ask, step, self._back_off())
+            self._give_up(self._ask, step, self._backoff.pause_s())
             self._ask = None
             self._event("blind", str(error))
             return False
@@ -270,7 +261,7 @@ class ControlLoop:
             observation.update(
                 step=step,
                 executed=self._ask.executed,
-                sent_at=self._now,
+                sent_at=self._steps.now,
                 delay=self._ask.delay,
                 deadline_ms=1000.0 * max(1, use) / self.rate_hz,
                 chunking="plain",  # the chunking is done here
@@ -300,13 +291,13 @@ class ControlLoop:
             self._connected = False
             if isinstance(error, ContractError):
                 self.buffer.reset()
-            self._give_up(ask, step, self._back_off())
+            self._give_up(ask, step, self._backoff.pause_s())
             what = str(error) if isinstance(error, ClientError) else repr(error)
             self._event("contract" if isinstance(error, ContractError) else "broke", what)
         else:
             self._answered |= ask is not None
             if ask is None:
-                self._connected, self._retry_at, self._reset = True, self._now, True
+                self._connected, self._retry_at, self._reset = True, self._steps.now, True
                 self._event("connected", f"{self.client.metadata.get('name')}")
             else:
                 self._accept(reply, ask, step)
@@ -322,10 +313,11 @@ class ControlLoop:
                 ask.sequence, actions, step, lambda rows: self.gate.limit_steps(rows, previous, clamp)
             )
         except UnsafeActionError as error:
-            self._give_up(ask, step, self._back_off())
+            self._give_up(ask, step, self._backoff.pause_s())
             self._event("withheld", str(error))
             return
-        self._pause, self._retry_at = _FIRST_PAUSE_S, self._now
+        self._retry_at = self._steps.now
+        self._backoff.over()
         self._reset &= discarded == "out of order"  # the answer to a request from before the reset
         if discarded is not None:
             self._event("discarded", discarded)
@@ -338,21 +330,14 @@ class ControlLoop:
             self._rests, self._stands = True, self._last
         if ask is None or error.closed:
             self._connected = False
-        pause = self._back_off()
-        if error.retry_after_ms is not None:
-            pause = min(10.0, 0.001 * error.retry_after_ms) * self._random.uniform(1.0, 1.25)
+        pause = self._backoff.pause_s(error.retry_after_ms)
         self._give_up(ask, step, pause, late=error.code in _LATE_CODES)
         self._event("refused", str(error))
 
     def _give_up(self, ask: Ask | None, step: int, pause: float, late: bool = False) -> None:
         if ask is not None:
             self.buffer.lost(ask.sequence, step, late)
-        self._retry_at = self._now + pause
-
-    def _back_off(self) -> float:
-        """A growing pause with jitter, in seconds, so that many robots do not come back at once."""
-        pause, self._pause = self._pause, min(_LONGEST_PAUSE_S, 2 * self._pause)
-        return pause * self._random.uniform(0.5, 1.0)
+        self._retry_at = self._steps.now + pause
 
     def _hold(self, step: int, asked: bool) -> Tick:
         self.counts["held"] += 1
@@ -372,9 +357,7 @@ class ControlLoop:
         quiet = kind in ("resume", "connected", "discarded") or (kind == "hold" and self.why == _NOT_YET)
         if kind not in ("hold", "resume", "connected", "slow"):
             self.why = f"{kind}: {detail}"
-        said, at = self._said.get(kind, ("", -_SAID_S))
-        if detail != said or not 0 <= self._now - at < _SAID_S:
-            self._said[kind] = detail, self._now
+        if self._said.is_news(kind, self._steps.now, detail):
             log.log(logging.INFO if quiet else logging.WARNING, "%s: %s", kind, detail)
         if self._on_event is not None:
             self._on_event(kind, detail)

@@ -67,14 +67,14 @@ class Rules:
         if not axes:
             raise ContractError("embodiment {!r} has no action axes".format(embodiment.get("name")))
         self.names: list[str] = list(axes["names"])
-        self.units: list[str] = list(axes.get("units") or [""] * len(self.names))
+        self.units: list[str] = list(axes["units"])
         self.stated = np.array([axes["minimum"], axes["maximum"]], np.float64)
         self.grippers = gripper_axes(embodiment)
         inner = self.stated.copy()  # with grippers between open and closed
         self._open_closed = [(float(g["open"]), float(g["closed"])) for g in grippers_of(embodiment)]
         for axis, values in zip(self.grippers, self._open_closed):
             inner[:, axis] = max(inner[0, axis], min(values)), min(inner[1, axis], max(values))
-        finite = np.isfinite(np.array([self.stated, inner], np.float32)).all()
+        finite = np.abs([self.stated, inner]).max() <= np.finfo(np.float32).max  # NaN is not
         if not finite or (self.stated[0] > self.stated[1]).any() or (inner[0] > inner[1]).any():
             raise ContractError(f"the limits of {self.names} are {inner[0].tolist()} to {inner[1].tolist()}")
         self.low, self.high = inward(*self.stated)

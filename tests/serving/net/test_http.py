@@ -1,7 +1,6 @@
 """Connections that say nothing, say it slowly, or leave before their answer."""
 
 import json
-import math
 import resource
 import select
 import socket
@@ -10,6 +9,7 @@ import time
 from urllib.request import Request, urlopen
 
 import pytest
+from mmseq_client.repeats import Repeats
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -188,7 +188,7 @@ def test_a_body_that_is_no_http_is_refused_once(start, policy, caplog, late):
 
 
 def test_what_strangers_make_it_say_is_said_now_and_then(start, policy, caplog, monkeypatch):
-    monkeypatch.setattr(app, "_told", dict.fromkeys(app._told, -math.inf))
+    monkeypatch.setattr(app, "_told", Repeats())
     server = start(policy)
     upgrade = REQUEST[:-2] + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n"
 
@@ -197,10 +197,10 @@ def test_what_strangers_make_it_say_is_said_now_and_then(start, policy, caplog, 
             with dial(server) as connection:
                 connection.sendall(sent)
                 assert connection.recv(65536)
-        return [sum(record.getMessage() == text for record in caplog.records) for text in app._told]
+        return [sum(record.getMessage() == text for record in caplog.records) for text in app._STRANGERS]
 
     assert both() == both() == [1, 1]
-    monkeypatch.setattr(app, "TOLD_S", 0.0)
+    monkeypatch.setattr(app._told, "every_s", 0.0)
     assert both() == [2, 3]
 
 
