@@ -79,6 +79,7 @@ def _data_import(args: argparse.Namespace) -> None:
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
             map=read_map(args.map),
             swap_colours=args.swap_colours,
+            assume_success=args.assume_success,
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,

@@ -123,6 +123,11 @@ def add_foreign(command: Parser) -> None:
         help="cameras whose red and blue were exchanged when they were stored",
     )
     command.add_argument(
+        "--assume-success",
+        action="store_true",
+        help="episodes that say nothing of their outcome reach their goal, so they have progress",
+    )
+    command.add_argument(
         "--skip-bad",
         type=int,
         metavar="N",

@@ -30,9 +30,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from mmseq.data.changed import Successful, SwappedColours
 from mmseq.data.hdf5_files import HDF5_SUFFIXES
 from mmseq.data.mapping import Streams
-from mmseq.data.pictures import SwappedColours
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
@@ -112,22 +112,23 @@ def open_episodes(
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
     swap_colours: Sequence[str] = (),
+    assume_success: bool = False,
 ) -> EpisodeSource:
     """A reader of the dataset at `src`; format: its name among the readers, default: what is found there. map: see
     mapping.py.
 
     swap_colours: cameras whose red and blue are exchanged, as `cv2.imencode` leaves them of an RGB picture.
+    assume_success: of episodes that say nothing of their outcome.
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
-    if swap_colours:
-        stored = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map)
-        return SwappedColours(stored, swap_colours)
     format = format or detect_format(src)
     if format == "rlds":
         raise DataError("RLDS is not supported yet", fix=_TO_LEROBOT)
     if format not in names("readers"):
         raise DataError(f"format {format!r} is unknown: {did_you_mean(format, names('readers'))}")
-    return find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
+    found = find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
+    found = SwappedColours(found, swap_colours) if swap_colours else found
+    return Successful(found) if assume_success else found
 
 
 def square(frame: np.ndarray, size: int) -> np.ndarray:
@@ -153,6 +154,7 @@ def import_episodes(
     embodiment: Embodiment | None = None,
     map: Streams | None = None,
     swap_colours: Sequence[str] = (),
+    assume_success: bool = False,
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -163,8 +165,8 @@ def import_episodes(
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
     rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the contract to hold the
-    data to, with the cameras of the source. map, swap_colours: see `open_episodes`. size: crop every frame to its
-    largest centred square and scale it to size x size; the stored contract then says so. name: of the dataset;
+    data to, with the cameras of the source. map, swap_colours, assume_success: see `open_episodes`. size: crop
+    every frame to its largest centred square and scale it to size x size; the stored contract says so. name: of it;
     default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
     is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
     Raises: DataError for a broken source, an existing `out`, or more bad episodes than `skip_bad`, all named: an
@@ -177,9 +179,8 @@ def import_episodes(
     if skip_bad < 0:
         raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
     say = say or (lambda _: None)
-    source = open_episodes(
-        src, format=format, rate_hz=rate_hz, embodiment=embodiment, map=map, swap_colours=swap_colours
-    )
+    how = {"map": map, "swap_colours": swap_colours, "assume_success": assume_success}
+    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, **how)
     manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
         robot = source.embodiment()
@@ -201,6 +202,7 @@ def import_episodes(
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
             "map": {stream: list(columns) for stream, columns in (map or {}).items()},
             "swap_colours": list(swap_colours),
+            "assume_success": assume_success,
             "left_out": sorted(getattr(source, "left_out", ())),
             "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},

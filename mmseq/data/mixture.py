@@ -43,6 +43,7 @@ class SourceConfig:
     # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
     map: dict[str, Any] = field(default_factory=dict)
     swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
+    assume_success: bool = False  # episodes that say nothing of their outcome reach their goal, so they have progress
 
 
 @dataclass(kw_only=True)

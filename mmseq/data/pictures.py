@@ -11,7 +11,7 @@ a fourth channel that hides nothing         without it
 ==========================================  ==================================================================
 
 Anything else would lose something (depth, 16 bits, normalised values, transparency) and is refused with the way out.
-Whether red and blue were swapped (OpenCV's order given to an encoder that wants RGB) no file says: `SwappedColours`.
+Whether red and blue were swapped (OpenCV's order given to an encoder that wants RGB) no file says: `changed.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmseq.episode import IMAGE_PREFIX, Episode, Stream
-from mmseq.errors import DataError, did_you_mean
+from mmseq.errors import DataError
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")  # how encoded pictures begin
 _CHANNELS = (1, 3, 4)
@@ -150,46 +149,3 @@ def _opaque(image: np.ndarray, where: str) -> np.ndarray:
             fix="store colour alone: what is transparent has no colour, and depth has no place in a picture",
         )
     return np.ascontiguousarray(image[:, :, :3])
-
-
-class SwappedColours:
-    """Another reader's episodes with red and blue exchanged for some cameras. Raises: DataError for an unknown one."""
-
-    def __init__(self, source: Any, cameras: Sequence[str]):
-        self._source, self._swapped = source, tuple(cameras)
-        robot = source.embodiment()
-        known = [c.name for c in robot.cameras] if robot else source[0].cameras if len(source) else []
-        for camera in self._swapped:
-            if camera not in known:
-                raise DataError(f"swap_colours names the camera {camera!r}: {did_you_mean(camera, known)}")
-
-    def __getattr__(self, name: str) -> Any:  # notes and whatever else a reader has
-        if name.startswith("_"):  # also while it is unpickled, when there is no reader yet
-            raise AttributeError(name)
-        return getattr(self._source, name)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> Episode:
-        episode = self._source[index]
-        for camera in self._swapped:
-            stream = episode.streams.get(f"{IMAGE_PREFIX}{camera}")
-            if stream is not None:
-                stored = Stream(stream.values, stream.times)
-                stream.values = lambda stored=stored: _exchanged(stored.load())
-        return episode
-
-    def embodiment(self) -> Any:
-        return self._source.embodiment()
-
-    def frames(self, index: int, camera: str, *args: Any, **options: Any) -> Iterator[np.ndarray]:
-        frames = self._source.frames(index, camera, *args, **options)
-        return map(_exchanged, frames) if camera in self._swapped else frames
-
-
-def _exchanged(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(images[..., ::-1])

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmseq.data.changed import Successful
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
 from mmseq.data.mapping import Streams
 from mmseq.data.shards import holds_shards
@@ -23,12 +24,13 @@ def open_source(
     embodiments: Mapping[str, Embodiment] | None = None,
     map: Streams | None = None,
     swap_colours: Sequence[str] = (),
+    assume_success: bool = False,
 ) -> EpisodeSource:
     """Episode shards, a LeRobot dataset, HDF5 files or videos.
 
     embodiments: contracts to hold the data to, by name. A dataset is read by the contract of its
     robot's name; shards must have been written with the same one. map: columns of a dataset that fill streams.
-    swap_colours: cameras whose red and blue are exchanged.
+    swap_colours: cameras whose red and blue are exchanged. assume_success: of episodes that do not say how they end.
     Raises: DataError, EmbodimentError, or FingerprintError that names the fields that differ.
     """
     embodiments = embodiments or {}
@@ -46,8 +48,9 @@ def open_source(
                 f"{path} holds episodes at {', '.join(f'{r:g}' for r in sorted(rates))} Hz, asked for {rate_hz:g}",
                 fix="import it again with --rate-hz, or leave rate_hz out",
             )
-        return reader
-    open_as = partial(open_episodes, path, rate_hz=rate_hz, map=map, swap_colours=swap_colours)
+        return Successful(reader) if assume_success else reader  # type: ignore[return-value]
+    changes = {"swap_colours": swap_colours, "assume_success": assume_success}
+    open_as = partial(open_episodes, path, rate_hz=rate_hz, map=map, **changes)
     source = open_as()
     robot = source.embodiment()
     if robot is not None and robot.name in embodiments and robot.fingerprint != embodiments[robot.name].fingerprint:
@@ -57,8 +60,8 @@ def open_source(
 
 def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
     """Every contract that a source's episodes refer to."""
-    if isinstance(source, EpisodeShardReader):
-        return list(source.embodiments.values())
+    if hasattr(source, "embodiments"):  # shards may hold several
+        return list(source.embodiments.values())  # type: ignore[union-attr]
     robot = source.embodiment()
     return [robot] if robot is not None else []
 
@@ -68,15 +71,16 @@ def source_identity(
     rate_hz: float | None = None,
     map: Streams | None = None,
     swap_colours: Sequence[str] = (),
+    assume_success: bool = False,
 ) -> dict[str, Any]:
     """What changes when the data does: the manifest of shards, else how it is read, and the files, sizes and times."""
     path = Path(path)
+    how = [given for given in (map, list(swap_colours), assume_success) if given]
     if holds_shards(path):
-        data = (path / "manifest.json").read_bytes()
+        data = (path / "manifest.json").read_bytes() + (json.dumps(how).encode() if how else b"")
     else:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         seen = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        how = [given for given in (map, list(swap_colours)) if given]
         data = json.dumps([seen, *how] if how else seen).encode()
     return {"path": str(path), "rate_hz": rate_hz, "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -87,5 +91,5 @@ def streams_of(notes: Iterable[Mapping[str, Any]]) -> list[str]:
     for note in notes:
         found |= {*note["streams"], *note.get("spans", ())}
         found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
-        found |= {"progress"} if note["success"] is not False else set()
+        found |= {"progress"} if note["success"] is True else set()
     return sorted(found)

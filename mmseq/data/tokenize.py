@@ -63,6 +63,7 @@ def _tokenize_source(
 ) -> str:
     path = root / config.path
     how: dict[str, Any] = {"map": read_map(config.map), "swap_colours": config.swap_colours}
+    how["assume_success"] = config.assume_success
     identity = source_identity(path, config.rate_hz, **how)
     if directory.is_dir() and any(directory.iterdir()):
         why = _outdated(directory, identity, tokenizers)

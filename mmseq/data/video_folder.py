@@ -3,7 +3,7 @@
     for episode in VideoFolderReader("clips", rate_hz=5): ...
 
 A folder may hold `captions.jsonl`, one object per line: {"file": "a.mp4", "caption": "...",
-"captions": ["...", "..."], "plan": "..."}; every key but `file` is optional.
+"captions": ["...", "..."], "plan": "...", "success": true}; every key but `file` is optional.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import DataError, did_you_mean
 
+_KINDS = {str: "a text", list: "a list of texts", bool: "true or false"}
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp", ".ogv")
 
 
@@ -112,14 +113,11 @@ class VideoFolderReader:
                 raise DataError(f"{where} is not JSON: {error}", fix="correct or delete the line") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
                 raise DataError(f'{where} has no "file"', fix='write {"file": "a.mp4", "caption": "..."}')
-            for key, kind in (("caption", str), ("plan", str), ("captions", list)):
+            for key, kind in (("caption", str), ("plan", str), ("captions", list), ("success", bool)):
                 value = entry.get(key)
-                if value is not None and not (
-                    isinstance(value, kind) and (kind is str or all(isinstance(v, str) for v in value))
-                ):
-                    raise DataError(
-                        f"{where}: {key!r} is {value!r}", fix=f"give a {'list of texts' if kind is list else 'text'}"
-                    )
+                texts = value if isinstance(value, list) else []
+                if value is not None and not (isinstance(value, kind) and all(isinstance(v, str) for v in texts)):
+                    raise DataError(f"{where}: {key!r} is {value!r}", fix=f"give {_KINDS[kind]}")
             if entry["file"] not in known:
                 raise DataError(
                     f"{where} names {entry['file']!r}, which is not in {self.path}: "
@@ -140,6 +138,7 @@ class VideoFolderReader:
         episode = read_video_episode(path, texts, self.rate_hz)
         episode.id = name
         episode.plans = [entry["plan"]] if entry.get("plan") else []
+        episode.success = entry.get("success")
         return episode
 
     def __iter__(self) -> Iterator[Episode]:

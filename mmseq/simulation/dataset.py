@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mmseq.errors import DataError, require
 from mmseq.simulation.metaworld import ACTION_NAMES, PROPRIO_NAMES, ROBOT
 from mmseq.simulation.record import RecordedEpisode, embodiment
@@ -42,8 +44,10 @@ def write_lerobot(episodes: Iterable[RecordedEpisode], path: str | Path, *, repo
                 dataset = _create(path, repo_id, episode)
                 camera = f"observation.images.{episode.camera}"
             text = episode.texts[0]
+            reached = np.array([episode.success])
             for image, state, action in zip(episode.images, episode.proprio, episode.action, strict=True):
-                dataset.add_frame({camera: image, "observation.state": state, "action": action, "task": text})
+                seen = {camera: image, "observation.state": state, "action": action}
+                dataset.add_frame({**seen, "next.success": reached, "task": text})
             dataset.save_episode()
             tasks[text] = {"task": episode.task, "paraphrases": list(episode.texts), "plan": episode.plan}
             lightweight.append(replace(episode, images=episode.images[:1].copy()))
@@ -71,6 +75,7 @@ def _create(path: Path, repo_id: str, episode: RecordedEpisode):
         },
         "observation.state": {"dtype": "float32", "shape": (4,), "names": list(PROPRIO_NAMES)},
         "action": {"dtype": "float32", "shape": (4,), "names": list(ACTION_NAMES)},
+        "next.success": {"dtype": "bool", "shape": (1,), "names": None},  # of the episode
     }
     return LeRobotDataset.create(
         repo_id,

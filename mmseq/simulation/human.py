@@ -69,7 +69,9 @@ def write_human_videos(
         files.append(path / f"{episode.task}-{number % videos_per_task:04d}.mp4")
         write_video(files[-1], episode.images, rate_hz, crf=4)  # 49 dB: the small frames keep their colours
         caption = {"file": files[-1].name, "caption": episode.texts[0], "captions": list(episode.texts)}
-        lines.append(json.dumps({**caption, "plan": episode.plan, "task": episode.task}) + "\n")
+        lines.append(
+            json.dumps({**caption, "plan": episode.plan, "task": episode.task, "success": episode.success}) + "\n"
+        )
     (path / "captions.jsonl").write_text("".join(lines))
     return files
 

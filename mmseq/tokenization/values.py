@@ -23,7 +23,19 @@ import numpy as np
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import TaskError
-from mmseq.streams import IMAGE_PREFIX, LATENT, OUTCOME, SCALAR, TEXT, VECTOR, VISION, StreamRow, row_of, stream_row
+from mmseq.streams import (
+    IMAGE_PREFIX,
+    LATENT,
+    OUTCOME,
+    SCALAR,
+    STREAMS,
+    TEXT,
+    VECTOR,
+    VISION,
+    StreamRow,
+    row_of,
+    stream_row,
+)
 from mmseq.tokenization.pictures import psnr, strip
 
 if TYPE_CHECKING:
@@ -230,13 +242,12 @@ def join(key: str, values: list[Any]) -> Any:
 def episode_streams(episode: Episode, tokenizers: Tokenizers, texts: Mapping[str, Any]) -> list[str]:
     """What an episode can fill. texts: by text stream.
 
-    An episode whose outcome nobody knows is neither success nor failure; one that is known to fail goes nowhere.
+    An episode whose outcome nobody knows is neither success nor failure: it has no `success`, and no `progress`, which
+    is the share of a successful one.
     """
     names = [name for name, found in texts.items() if found]
-    if episode.success is not False:
-        names.append("progress")
-    if episode.success is not None:
-        names.append("success")
+    known = {SCALAR: episode.success is True, OUTCOME: episode.success is not None}
+    names += [name for name, row in STREAMS.items() if known.get(row.kind)]
     robot = tokenizers.embodiments.get(episode.embodiment or "")
     vectors = robot.vectors if robot is not None else {}
     return names + [name for name in episode.streams if name.startswith(IMAGE_PREFIX) or name in vectors]

@@ -52,6 +52,7 @@ from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
 from mmseq.training.row_length import fit_rows
 
+READING = ("map", "swap_colours", "assume_success")  # what its owner says of a dataset
 POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
 BEGUN = "begun.json"  # in its folder: what a fine-tuning is of
@@ -68,6 +69,7 @@ class FinetuneConfig:
     out: str = "runs/finetune"  # the folder of it all
     map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
     swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
+    assume_success: bool = False  # episodes that say nothing of their outcome reach their goal, so they have progress
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
     embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
     rate_hz: float | None = None  # steps per second; default: the dataset's
@@ -176,8 +178,7 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "data": hashlib.sha256(info.read_bytes()).hexdigest()[:16] if info.is_file() else "",
         "episodes": episodes,
         "robot": robot.to_dict(),
-        "map": config.map,
-        "swap_colours": config.swap_colours or None,
+        **{name: getattr(config, name) or None for name in READING},
         "tasks": config.tasks,
         "keep": config.keep,
         "lora": recipe.lora.rank,
@@ -204,7 +205,10 @@ def _contract(
 ) -> tuple[Embodiment, EpisodeSource]:
     """The contract of the dataset, and a reader that holds it to that."""
     open_as = partial(
-        open_episodes, config.dataset, rate_hz=config.rate_hz, map=config.map, swap_colours=config.swap_colours
+        open_episodes,
+        config.dataset,
+        rate_hz=config.rate_hz,
+        **{name: getattr(config, name) for name in READING},
     )
     source = open_as()
     robot = source.embodiment()
@@ -257,7 +261,7 @@ def _import(
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
-    identity = json.loads(json.dumps(identity | {"map": config.map, "swap_colours": config.swap_colours}))
+    identity = json.loads(json.dumps(identity | {name: getattr(config, name) for name in READING}))
     try:
         if episodes.is_dir() and json.loads(mark.read_text()) == identity:
             return
@@ -268,14 +272,13 @@ def _import(
         episodes,
         rate_hz=config.rate_hz,
         embodiment=robot,
-        map=config.map,
-        swap_colours=config.swap_colours,
         size=size,
         name=episodes.name,
         overwrite=True,
         skip_bad=config.skip_bad,
         say=lambda note: say(f"note: {note}"),
         on_progress=lambda done, total: on_progress("importing", done, total),
+        **{name: getattr(config, name) for name in READING},
     )
     mark.write_text(json.dumps(identity))
 

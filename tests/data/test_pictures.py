@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmseq.data.changed import SwappedColours
 from mmseq.data.hdf5 import Hdf5Reader
 from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episodes
-from mmseq.data.pictures import SwappedColours, as_bytes, decode_picture, is_encoded, to_rgb
+from mmseq.data.pictures import as_bytes, decode_picture, is_encoded, to_rgb
 from mmseq.data.sources import open_source, source_identity
 from mmseq.errors import DataError
 from mmseq.mp4 import write_video

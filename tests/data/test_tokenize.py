@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from mmseq.data.lint import lint_mix
+from mmseq.data.mixture import MixConfig, Mixture, SourceConfig, TaskConfig
 from mmseq.data.sources import open_source
 from mmseq.data.tokenize import tokenize_mix
-from mmseq.data.tokens import TokenShards
+from mmseq.data.tokens import TokenShards, write_token_shards
+from mmseq.episode import TextSpan
 from mmseq.errors import ConfigError, DataError, FingerprintError
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -157,3 +159,74 @@ def test_lint_reads_only_what_is_a_mix(place):
     (root / "mix.yaml").write_text("tasks: 3")
     with pytest.raises(ConfigError):
         lint_mix(root / "mix.yaml", root / "tokens", bundle)
+
+
+def test_the_texts_of_a_moment_are_those_of_its_step(place, tmp_path):
+    """An episode may hold several tasks: samples begin in the piece that their text belongs to, and say it."""
+    _, bundle = place
+    episode = tiny.episode(0, 20)
+    episode.spans = [
+        TextSpan("text", 0, 8, ("open the window", "open it")),
+        TextSpan("text", 8, 20, ("press the button",)),
+        TextSpan("plan", 4, 8, ("reach",)),
+    ]
+    write_token_shards([episode, tiny.episode(1, 20)], tmp_path / "robot", bundle, name="robot")
+    shards = TokenShards(tmp_path / "robot", bundle)
+    assert [(int(a), int(b)) for a, b in zip(shards.plan.starts, shards.plan.stops)][:3] == [(0, 4), (4, 8), (8, 20)]
+    assert shards.plan.pieces_of([0, 1]).tolist() == [0, 1, 2, 3]
+    stored, made = shards[0], EpisodeTokens(episode, bundle)
+    for step, variant, text in ((0, 0, "open the window"), (7, 1, "open it"), (8, 1, "press the button")):
+        codes = stored.codes("text", step, step + 1, variant)
+        assert bundle.text.decode(codes) == text
+        assert (codes == made.codes("text", step, step + 1, variant)).all()
+    task = TaskConfig(task="text, image -> action[2]", name="policy")
+    mix = MixConfig(sources={"robot": SourceConfig(path="robot")}, tasks=[task], holdout=0.0)
+    mixture = Mixture(mix, tmp_path, bundle, row_tokens=256, seed=0)
+    (moments,) = mixture.moments
+    assert len(moments) == 2 * 20
+    said = {}
+    for k in range(200):
+        sample = moments.sample(k, 0)
+        sequence = mixture.build(sample)
+        assert len(sequence) == sample.length
+        span = sequence.segments[0]
+        if sample.episode == 0:
+            text = bundle.text.decode(bundle.vocabulary.decode("text", sequence.ids[span.start : span.stop]))
+            said.setdefault(text, set()).add(sample.now)
+    assert set(said) == {"open the window", "open it", "press the button"}
+    assert max(said["open the window"] | said["open it"]) == 7
+    assert min(said["press the button"]) == 8
+
+
+def test_offsets_of_a_range_are_drawn_for_each_sample(place, tmp_path):
+    _, bundle = place
+    write_token_shards([tiny.episode(i, 12) for i in range(3)], tmp_path / "robot", bundle, name="robot")
+    task = TaskConfig(task="image, image@+2..6, image@-3..-1 -> action[2]", name="inverse")
+    mix = MixConfig(sources={"robot": SourceConfig(path="robot")}, tasks=[task], holdout=0.0)
+    mixture = Mixture(mix, tmp_path, bundle, row_tokens=256, seed=0)
+    (moments,) = mixture.moments
+    drawn = [moments.sample(k, 0) for k in range(400)]
+    assert {s.offsets[0] for s in drawn if s.now == 4} == {2, 3, 4, 5, 6}
+    assert {s.offsets[0] for s in drawn if s.now == 9} == {2}
+    assert {s.offsets[1] for s in drawn if s.now == 1} == {-1}
+    assert {s.offsets[1] for s in drawn if s.now >= 3} == {-3, -2, -1}
+    assert drawn[:50] == [moments.sample(k, 0) for k in range(50)]  # a function of the seed and the place
+    assert drawn[:50] != [moments.sample(k, 1) for k in range(50)]
+    for sample in drawn[:20]:
+        sequence = mixture.build(sample)
+        assert len(sequence) == sample.length
+        assert [s.step - sample.now for s in sequence.segments[1:3]] == list(sample.offsets)
+
+
+def test_an_outcome_that_nobody_knows_has_no_progress(place, tmp_path):
+    root, bundle = place
+    unknown = tiny.episode(0)
+    unknown.success = None
+    assert not {"progress", "success"} & set(EpisodeTokens(unknown, bundle).streams)
+    failed = tiny.episode(1)
+    failed.success = False
+    assert {"progress", "success"} & set(EpisodeTokens(failed, bundle).streams) == {"success"}
+    assert not EpisodeTokens(failed, bundle).codes("success", 0, 24).any()
+    tiny.write_episodes(tmp_path / "shards", [unknown, failed, tiny.episode(2)], (tiny.embodiment(),))
+    assert [e.success for e in open_source(tmp_path / "shards")] == [None, False, True]
+    assert [e.success for e in open_source(tmp_path / "shards", assume_success=True)] == [True, False, True]

@@ -107,7 +107,9 @@ def test_the_past_is_what_the_robot_saw(arrow, looks_back, execute, monkeypatch)
                 if placed.start is None:
                     continue
                 stream = placed.stream if camera is None else f"image.{camera}"
-                steps = [max(0, step + at) for at in range(placed.start, placed.stop)]  # before the beginning, the first
+                steps = [
+                    max(0, step + at) for at in range(placed.start, placed.stop)
+                ]  # before the beginning, the first
                 wanted = np.concatenate([episode.codes(stream, s, s + 1) for s in steps])
                 np.testing.assert_array_equal(found, wanted)
     assert model.tokenizers.embodiment("arm").rate_hz == 20

@@ -116,7 +116,7 @@ def test_human_videos_have_captions_and_no_actions(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == [file.name for file in files]
     for line in lines:
-        assert set(line) == {"file", "caption", "captions", "plan", "task"}
+        assert set(line) == {"file", "caption", "captions", "plan", "task", "success"}
         assert line["caption"] in line["captions"]
         with av.open(str(tmp_path / line["file"])) as container:
             assert [stream.type for stream in container.streams] == ["video"]

@@ -13,7 +13,7 @@ from mmseq.data.sources import open_source
 from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import Episode
-from mmseq.errors import ConfigError, DataError, EmbodimentError, EmbodimentError
+from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.testing import tiny
