@@ -117,7 +117,7 @@ class LeRobotReader:
         found: Streams = {}
         for name, column in self.columns.items():
             camera = camera_name(name) if name in self.features or name in self.layout.types else None
-            if column.kind == "image" and camera and f"{IMAGE_PREFIX}{camera}" not in found:
+            if column.kind == "picture" and camera and f"{IMAGE_PREFIX}{camera}" not in found:
                 if not name.endswith(camera) and camera != "main":
                     self.notes.append(f"camera {name!r} is called {camera!r}")
                 found[f"{IMAGE_PREFIX}{camera}"] = (name,)

@@ -72,7 +72,7 @@ def _kind(layout: Layout, name: str, feature: dict[str, Any], type_: pa.DataType
     stored = type_ is not None and (_holds_pictures(type_) or (said == "image" and is_text(type_)))
     if stored or (type_ is None and (said == "video" or name in layout.filmed)):
         flags = [truth((feature.get(part) or {}).get(flag)) for part, flag in _DEPTH_FLAGS]
-        return "depth" if any(flags) or _deep(layout, name, stored) else "image"
+        return "depth" if any(flags) or _deep(layout, name, stored) else "picture"
     if type_ is None:
         return "other"
     if is_text(type_):

@@ -203,7 +203,7 @@ def _episode(env: Any, controller: str, seed: int, client: Any, settings: dict, 
     rollout = Rollout(controller, env.task, seed, False, 0)
     frames: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
-    driver = None if client is None else Driver(env, client, settings, rng)
+    driver = None if client is None else Driver(env, client, settings, rng, seed)
     steps = settings["max_steps"]
     act = driver.next_action if driver else make_controller(controller, env, seed, rng, bins=bins, max_steps=steps)
     while not rollout.success and rollout.steps < steps:

@@ -40,6 +40,24 @@ def resting_action(contract: dict[str, Any], state: Any) -> np.ndarray:
     return action
 
 
+def expert_episode(env: Simulator, seed: int, layout: int, max_steps: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """The actions of the expert in a layout, and what was seen after each; `env` stands at the start of `seed` then.
+
+    Raises: ConfigError where a simulator has no expert.
+    """
+    expert = env.expert()
+    if expert is None:
+        raise ConfigError(f"the simulator has no expert for {env.task!r}", fix="evaluate another task")
+    env.reset(layout)
+    done: list[tuple[np.ndarray, dict[str, Any]]] = []
+    while not env.succeeded and len(done) < max_steps:
+        action = expert()
+        env.act(action)
+        done.append((action, env.observe()))
+    env.reset(seed)
+    return done
+
+
 def make_controller(
     name: str, env: Simulator, seed: int, rng: np.random.Generator, *, bins: int, max_steps: int
 ) -> Controller:
@@ -60,11 +78,6 @@ def make_controller(
         raise ConfigError(f"the simulator has no expert for {env.task!r}", fix=f"leave {name} out")
     if name == "expert_tokens":
         return lambda: quantise(expert(), bins, axes.low, axes.high)
-    recorded = []
-    env.reset(seed + OTHER_LAYOUT)
-    while not env.succeeded and len(recorded) < max_steps:
-        recorded.append(expert())
-        env.act(recorded[-1])
-    env.reset(seed)
+    recorded = [action for action, _ in expert_episode(env, seed, seed + OTHER_LAYOUT, max_steps)]
     actions = iter(recorded)
     return lambda: next(actions, rest)

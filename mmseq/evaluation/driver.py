@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import ServeError
-from mmseq.evaluation.controllers import resting_action
+from mmseq.evaluation.controllers import OTHER_LAYOUT, expert_episode, resting_action
 from mmseq.evaluation.splices import SpliceMeter
 from mmseq.simulation.base import Simulator, to_wire
+from mmseq.tasks import parse_offset
 
 
 class Driver:
     """One episode of the robots' control loop, in simulated time. Is the `mmseq_client.Robot` of the simulator too."""
 
-    def __init__(self, env: Simulator, client: Any, settings: Mapping[str, Any], rng: np.random.Generator):
+    def __init__(self, env: Simulator, client: Any, settings: Mapping[str, Any], rng: np.random.Generator, seed: int):
+        """`env` stands at the start of the episode of `seed`. What the policy is shown besides what the robot sees, the
+        expert makes: a demonstration in another layout, goals in this one."""
         from mmseq_client import Chunking, ControlLoop, SimulatedClock, SimulatedExecutor
 
         self.env, self.client = env, RecordingClient(client)
@@ -29,6 +32,7 @@ class Driver:
             self,
             Chunking(settings["chunking"], settings["execute"]),
             prompt=env.instructions[0],
+            shown=self._shown(seed, settings["max_steps"]),
             timeout_s=timeout_s,
             on_event=_fail,
             clock=self.clock,
@@ -49,7 +53,32 @@ class Driver:
         return served.get(self.env.contract().name) or next(iter(served.values()))
 
     def observe(self) -> dict[str, Any]:
-        return to_wire(self.env.observe(), [camera["name"] for camera in self.contract()["cameras"]])
+        at = self.env.steps
+        ahead = {key: self._goals[min(at + steps, len(self._goals)) - 1][key] for key, steps in self._wanted.items()}
+        goals = {f"{key}@+{self._wanted[key]}": frame for key, frame in ahead.items()}
+        return self._wire(self.env.observe()) | goals
+
+    def _wire(self, seen: dict[str, np.ndarray]) -> dict[str, Any]:
+        return to_wire(seen, [camera["name"] for camera in self.contract()["cameras"]])
+
+    def _shown(self, seed: int, max_steps: int) -> dict[str, Any]:
+        """What is sent once: the frames of a demonstration, and how it looks at the end. Goals on the way are kept."""
+        name, metadata = self.contract()["name"], self.client.metadata
+        required, kept = metadata["required_keys"][name], metadata.get("kept_keys", {}).get(name, ())
+        ahead = dict(key.split("@+") for key in required if "@+" in key)
+        rate_hz = self.contract()["rate_hz"]
+        self._wanted = {key: parse_offset(f"+{at}").steps(rate_hz) for key, at in ahead.items()}  # type: ignore[union-attr]
+        ends = [key for key in kept if key.endswith("@end")]
+        self._goals = self._expert(seed, seed, max_steps) if self._wanted or ends else []
+        shown: dict[str, Any] = {key: self._goals[-1][key.removesuffix("@end")] for key in ends}
+        demos = [key for key in kept if key not in ends]
+        clip = self._expert(seed, seed + OTHER_LAYOUT, max_steps) if demos else []
+        return shown | {
+            key: np.stack([seen[f"observation.images.{key.rpartition('.')[2]}"] for seen in clip]) for key in demos
+        }
+
+    def _expert(self, seed: int, layout: int, max_steps: int) -> list[dict[str, Any]]:
+        return [self._wire(seen) for _, seen in expert_episode(self.env, seed, layout, max_steps)]
 
     def act(self, action: np.ndarray) -> None:
         self.command = action

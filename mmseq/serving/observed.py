@@ -145,7 +145,8 @@ def check_servable(task: Task) -> None:
     """Raises: ConfigError when no observation can fill what the arrow is given."""
     task.require_fixed()
     for segment in task.given:
-        if segment.row.wire is None:
+        ahead = isinstance(segment.offset, Duration) and segment.offset.value > 0
+        if segment.row.wire is None or (ahead and segment.row.kind is VECTOR):
             raise ConfigError(
                 f"the arrow {task} cannot be served as the policy: it is given {segment}, which nobody sends",
                 fix="use an arrow that is given what a robot sees, states, or is told",

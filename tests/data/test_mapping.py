@@ -8,8 +8,8 @@ COLUMNS = {
     "observation.ft": Column("vector", "float32 (6,)"),
     "actions": Column("vector", "float32 (7,)"),
     "action.base": Column("vector", "float32 (2,)"),
-    "rgb": Column("image", "64 x 64"),
-    "observation.images.top": Column("image", "64 x 64"),
+    "rgb": Column("picture", "64 x 64"),
+    "observation.images.top": Column("picture", "64 x 64"),
     "depth": Column("depth", "16 bit"),
     "instruction": Column("text", "text"),
     "done": Column("flag", "bool"),
@@ -123,7 +123,7 @@ def test_everything_unused_is_named_with_the_entry_that_uses_it():
 
 def test_advice_joins_to_actions_and_takes_no_name_twice():
     columns = {"action.base": Column("vector"), "b.force": Column("vector"), "x.plan": Column("text")}
-    columns |= {"other.top": Column("image"), "next.success": Column("flag"), "obs.action_pose": Column("vector")}
+    columns |= {"other.top": Column("picture"), "next.success": Column("flag"), "obs.action_pose": Column("vector")}
     streams = FOUND | {"action": ("action",), "force": ("a.force",)}
     assert left_out(columns, streams) == {
         "action.base": "action=action+action.base",

@@ -11,8 +11,8 @@ import pytest
 
 from mmseq.errors import ServeError
 from mmseq.serving import ReplayPolicy, RequestError, codec
-from mmseq.serving.net import media
 from mmseq.serving.holds import MOST, NO_REASON, Holds, reason_of
+from mmseq.serving.net import media
 from mmseq.testing.wire import ask, dial, http
 
 

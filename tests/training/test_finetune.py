@@ -13,7 +13,7 @@ from mmseq.data.sources import open_source
 from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import Episode
-from mmseq.errors import ConfigError, DataError, EmbodimentError
+from mmseq.errors import ConfigError, DataError, EmbodimentError, EmbodimentError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.testing import tiny
@@ -273,7 +273,15 @@ def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_p
     assert len(open_source(tmp_path / "out/episodes/arm3")) == 5
     assert json.loads((tmp_path / "out/begun.json").read_text())["map"] == {"action": ["actions"]}
     with pytest.raises(ConfigError, match="begun with another"):
-        begin(map=mapped | {"force": ("observation.state",)}, skip_bad=1)
+        begin(map=mapped, skip_bad=1, swap_colours=["main"])
+    felt = {"map": mapped | {"force": ("observation.state",)}, "skip_bad": 1, "out": str(tmp_path / "felt")}
+    with pytest.raises(EmbodimentError, match=r"the units of force \(force.units\)"):
+        begin(**felt)
+    answers.write_text(answers.read_text() + "force: {units: N}\n")
+    assert begin(**felt, tasks=["image, force[2] -> action[4]"]) == "arm3"
+    bundle = Tokenizers.load(tmp_path / "felt/tokenizers")
+    assert bundle.embodiment("arm3").streams["force"].units == ("N",) * 3
+    assert "force" in bundle.vocabulary.ranges  # which the checkpoint did not have
 
 
 def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tmp_path):

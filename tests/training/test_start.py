@@ -70,8 +70,8 @@ def test_what_does_not_belong_together_is_refused(checkpoint):
     changed = tiny.embodiment("arm", size=32)
     with pytest.raises(FingerprintError, match=r"embodiment/arm.*give a changed embodiment another name"):
         build(checkpoint, (changed, HAND))
-    bundle = tiny.tokenizers((ARM,))
-    bundle.text = TextTokenizer.train(["other words"], vocab_size=290)
+    text = TextTokenizer.train(["other words"], vocab_size=290)
+    bundle = Tokenizers({**tiny.tokenizers(), "text": text}, embodiments=(ARM,))
     with pytest.raises(FingerprintError, match="text"):
         build_model(TrainConfig(init_from=str(checkpoint)), bundle)
 

@@ -8,6 +8,7 @@ A background thread waits for the server; the loop itself never does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from mmseq_client.errors import (
     require_seconds,
 )
 from mmseq_client.gate import ActionGate
+from mmseq_client.past import Past
 from mmseq_client.repeats import Repeats
 from mmseq_client.robot import Backoff, Pace, Robot, Steps, Tick, ended_by_sigterm
 from mmseq_client.stance import Stance
@@ -47,6 +49,7 @@ class ControlLoop:
     none. max_age_s: actions of an older observation are not executed; default, and at most, the horizon.
     timeout_s: the longest wait for a reply before the connection is opened anew; the first one, which may find a
     server that still compiles, gets at least `_FIRST_TIMEOUT_S`. out_of_range, max_step: see `ActionGate`.
+    shown: sent with the first observation of an episode, which the server keeps: a demonstration's frames, a goal.
     on_event(kind, detail): told of what also goes to the log: hold, resume, discarded, refused, withheld, blind,
     broke, contract, connected, clock, slow; they are counted in `counts`. clock, sleep, executor: of a simulation.
 
@@ -70,6 +73,7 @@ class ControlLoop:
         sleep: Callable[[float], None] = time.sleep,
         executor: Any = None,
         seed: int | None = None,
+        shown: dict[str, Any] | None = None,
     ):
         require_seconds("timeout_s", timeout_s)
         require_seconds("max_age_s", 0 if max_age_s is None else max_age_s)
@@ -87,6 +91,7 @@ class ControlLoop:
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.rules.grippers)
         given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
+        self._past, self._shown = Past(int(metadata.get("history", 1))), dict(shown or {})
         self._reads_text = "text" in given.replace(",", " ").split()
         self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
@@ -151,6 +156,7 @@ class ControlLoop:
 
     def _forget(self) -> None:
         self.buffer.restart()
+        self._past.clear()
         self._last = self._stands = None
         self._reset, self._rests, self._holding = True, True, False
 
@@ -175,6 +181,8 @@ class ControlLoop:
         if asked:
             step = self._after_observing()
             self._collect(step)  # in a simulation the answer may be there at once
+        elif self._past.steps > 1:
+            self._look(step)
         planned = self.buffer.action(step)
         action = None
         if planned is not None:
@@ -199,6 +207,11 @@ class ControlLoop:
         self._command(action)
         self.buffer.commanded(step)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
+
+    def _look(self, step: int) -> None:
+        """Observe a control step at which nothing is asked, for a policy that looks back."""
+        with contextlib.suppress(NoObservationError):
+            self._past.add(step, self.robot.observe())
 
     def _after_observing(self) -> int:
         """The control step that it is once the robot has observed: a camera that blocked has used up some."""
@@ -243,6 +256,7 @@ class ControlLoop:
             self._ask = None
             self._event("blind", str(error))
             return False
+        self._past.add(step, observation)
         if self._rests:
             self._stands = self._stance.stands(observation, self._last)
         elif self._last is not None:
@@ -267,8 +281,9 @@ class ControlLoop:
                 chunking="plain",  # the chunking is done here
             )
             if self._reset:
-                observation["reset"] = True
+                observation.update(self._shown, reset=True)
         timeout_s = self.timeout_s if self._answered else max(self.timeout_s, _FIRST_TIMEOUT_S)
+        observation = self._past.stacked(step, observation)
         self._job = self._executor.submit(self.client.infer, observation, timeout_s, False)
         self.counts["requests"] += 1
         return True

@@ -59,8 +59,8 @@ class ToyReader:
             for ours, theirs in STREAMS.items()
         }
         size = self._head["size"]
-        bare = Embodiment(name=self._head["robot"], rate_hz=10.0, cameras=(Camera(name="eye", height=size, width=size),))
-        return bare.with_vectors(axes)
+        eye = Camera(name="eye", height=size, width=size)
+        return Embodiment(name=self._head["robot"], rate_hz=10.0, cameras=(eye,)).with_vectors(axes)
 
     def frames(self, index: int, camera: str) -> Iterator[np.ndarray]:
         size = self._head["size"]
@@ -83,7 +83,7 @@ class ToyReader:
 
 
 class ForceLevels:
-    """Forces as levels that are finer near zero: codes of the square root. Keeps `mmseq.tokenization.base.Tokenizer`."""
+    """Forces as levels, finer near zero: codes of the square root. Keeps `mmseq.tokenization.base.Tokenizer`."""
 
     kind, readout = "force-levels", "median"
 
