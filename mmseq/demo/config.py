@@ -18,7 +18,7 @@ class DemoConfig:
     tasks: list[str] = field(default_factory=list)  # Meta-World tasks; default: six in which the image matters
     data: str | None = None  # your own dataset in place of the simulator
     episodes: int = 20  # closed-loop episodes per task
-    execute: int = 4  # control steps of each chunk before the next request
+    execute: int = 1  # control steps of each chunk before the next request
 
     @property
     def steps(self) -> int:
