@@ -170,8 +170,8 @@ def test_the_texts_of_a_moment_are_those_of_its_step(place, tmp_path):
         TextSpan("text", 8, 20, ("press the button",)),
         TextSpan("plan", 4, 8, ("reach",)),
     ]
-    write_token_shards([episode, tiny.episode(1, 20)], tmp_path / "robot", bundle, name="robot")
-    shards = TokenShards(tmp_path / "robot", bundle)
+    write_token_shards([episode, tiny.episode(1, 20)], tmp_path / "made/robot", bundle, name="robot")
+    shards = TokenShards(tmp_path / "made/robot", bundle)
     assert [(int(a), int(b)) for a, b in zip(shards.plan.starts, shards.plan.stops)][:3] == [(0, 4), (4, 8), (8, 20)]
     assert shards.plan.pieces_of([0, 1]).tolist() == [0, 1, 2, 3]
     stored, made = shards[0], EpisodeTokens(episode, bundle)
@@ -181,7 +181,7 @@ def test_the_texts_of_a_moment_are_those_of_its_step(place, tmp_path):
         assert (codes == made.codes("text", step, step + 1, variant)).all()
     task = TaskConfig(task="text, image -> action[2]", name="policy")
     mix = MixConfig(sources={"robot": SourceConfig(path="robot")}, tasks=[task], holdout=0.0)
-    mixture = Mixture(mix, tmp_path, bundle, row_tokens=256, seed=0)
+    mixture = Mixture(mix, tmp_path / "made", bundle, row_tokens=256, seed=0)
     (moments,) = mixture.moments
     assert len(moments) == 2 * 20
     said = {}
@@ -200,10 +200,10 @@ def test_the_texts_of_a_moment_are_those_of_its_step(place, tmp_path):
 
 def test_offsets_of_a_range_are_drawn_for_each_sample(place, tmp_path):
     _, bundle = place
-    write_token_shards([tiny.episode(i, 12) for i in range(3)], tmp_path / "robot", bundle, name="robot")
+    write_token_shards([tiny.episode(i, 12) for i in range(3)], tmp_path / "made/robot", bundle, name="robot")
     task = TaskConfig(task="image, image@+2..6, image@-3..-1 -> action[2]", name="inverse")
     mix = MixConfig(sources={"robot": SourceConfig(path="robot")}, tasks=[task], holdout=0.0)
-    mixture = Mixture(mix, tmp_path, bundle, row_tokens=256, seed=0)
+    mixture = Mixture(mix, tmp_path / "made", bundle, row_tokens=256, seed=0)
     (moments,) = mixture.moments
     drawn = [moments.sample(k, 0) for k in range(400)]
     assert {s.offsets[0] for s in drawn if s.now == 4} == {2, 3, 4, 5, 6}
@@ -219,7 +219,7 @@ def test_offsets_of_a_range_are_drawn_for_each_sample(place, tmp_path):
 
 
 def test_an_outcome_that_nobody_knows_has_no_progress(place, tmp_path):
-    root, bundle = place
+    _, bundle = place
     unknown = tiny.episode(0)
     unknown.success = None
     assert not {"progress", "success"} & set(EpisodeTokens(unknown, bundle).streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Deque
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ class Past:
 
     def __init__(self, steps: int):
         self.steps = steps
-        self._seen: Deque[tuple[int, dict[str, Any]]] = deque(maxlen=steps)
+        self._seen: deque[tuple[int, dict[str, Any]]] = deque(maxlen=steps)
 
     def clear(self) -> None:
         self._seen.clear()
