@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,8 @@ class ModelInput:
     @classmethod
     def of_ids(cls, ids: np.ndarray, slots: np.ndarray, *, merge: int, soft: int = 0) -> ModelInput:
         """A line of codes alone: ids (T,), slots (T, S)."""
-        none = np.zeros(0, dtype=np.int64)
-        patches, features = np.zeros((0, merge**2), dtype=np.int64), np.zeros((0, soft), dtype=np.float32)
-        return cls(ids, slots, np.arange(len(ids)), none, patches, none, none, none, features)
+        patches, features = _empty(merge**2, np.int64), _empty(soft, np.float32)
+        return cls(ids, slots, _counted(len(ids)), _NONE, patches, _NONE, _NONE, _NONE, features)
 
     @classmethod
     def join(cls, parts: Sequence[ModelInput]) -> ModelInput:
@@ -90,3 +90,19 @@ class ModelInput:
 
     def _each(self, change: Any) -> ModelInput:
         return ModelInput(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+@lru_cache(64)
+def _empty(width: int, dtype: Any) -> np.ndarray:
+    return np.zeros((0, width), dtype=dtype)
+
+
+@lru_cache(4096)
+def _counted(count: int) -> np.ndarray:
+    """0 .. count - 1, one array for all lines: copy, do not change."""
+    array = np.arange(count)
+    array.flags.writeable = False
+    return array

@@ -376,7 +376,7 @@ class Draft:
         self.now = now
         self.ids: list[np.ndarray] = []
         self.slots: list[np.ndarray] = []
-        self.copies: list[np.ndarray] = []  # the vision id that the *next* id may repeat, or NOTHING
+        self.copies: list[tuple[int, np.ndarray]] = []  # first position, and vision ids that the *next* ids may repeat
         self.length = 0
         self.patches: list[tuple[int, np.ndarray]] = []  # first position, and merged ids (positions, P)
         self.soft: list[tuple[int, np.ndarray]] = []  # first position, and features (positions, F)
@@ -389,25 +389,24 @@ class Draft:
         start = [vocabulary.structure("<bos>"), vocabulary.embodiment(tokens.embodiment)]
         self._add(np.array(start, dtype=np.int64))
 
-    def _add(self, ids: np.ndarray, slots: np.ndarray | None = None, copies: np.ndarray | None = None) -> int:
+    def _add(self, ids: np.ndarray, slots: np.ndarray | None = None) -> int:
         start = self.length
         self.ids.append(ids)
         self.slots.append(self.builder.layout.slots("none", 1, 0, len(ids)) if slots is None else slots)
-        self.copies.append(_constant(NOTHING, len(ids)) if copies is None else copies)
         self.length += len(ids)
         return start
 
     def header(self, segment: PlacedSegment, camera: str | None) -> None:
         """Add the header that a task supplies."""
         ids = np.array(self._header_ids(segment, camera), dtype=np.int64)
-        slots = copies = self._open = None
+        slots = self._open = None
         if segment.predicted:
             self._open = current = self._opened(segment, camera)
             slots = self.builder.layout.slots("none", 1, 0, len(ids)).copy()
             slots[-1] = self._slots_after(-1, 1)[0]
-            copies = np.full(len(ids), NOTHING, dtype=np.int64)
-            copies[-1] = NOTHING if current.before is None else current.before[0]
-        self._add(ids, slots, copies)
+            if current.before is not None:
+                self.copies.append((self.length + len(ids) - 1, current.before[:1]))
+        self._add(ids, slots)
 
     def _header_ids(self, segment: PlacedSegment, camera: str | None) -> list[int]:
         vocabulary, tokens = self.builder.vocabulary, self.tokens
@@ -475,18 +474,16 @@ class Draft:
             part, ids = ids[:room], ids[room:]
             first = current.written
             current.written += len(part)
-            slots = self._slots_after(first, len(part))
-            copies = np.full(len(part), NOTHING, dtype=np.int64)
             if current.before is not None:
                 place = first % current.period + 1
-                copies[: current.period - place] = current.before[place : place + len(part)]
-            self._add(part, slots, copies)
+                self.copies.append((self.length, current.before[place : place + len(part)]))
+            self._add(part, self._slots_after(first, len(part)))
             if current.camera is not None and current.written % current.period == 0:
                 whole = len(part) == current.period
                 current.before = part if whole else np.concatenate(self.ids)[-current.period :]
                 self._frames.setdefault(current.camera, {})[current.step] = current.before
                 current.step += 1
-                copies[-1] = current.before[0]
+                self.copies.append((self.length - 1, current.before[:1]))
 
     def _opened(self, segment: PlacedSegment, camera: str | None) -> _Open:
         layout, name = self.builder.layout, segment.row.range
@@ -528,22 +525,17 @@ class Draft:
     @property
     def may_repeat(self) -> int:
         """The vision id that the next id may repeat, or NOTHING."""
-        return int(self.copies[-1][-1])
+        at, ids = self.copies[-1] if self.copies else (0, ())
+        return int(ids[-1]) if at + len(ids) == self.length else NOTHING
 
     def input(self, start: int = 0) -> ModelInput:
         """What was written from position `start` on, counted from there."""
-        for parts in (self.ids, self.slots, self.copies):
+        for parts in (self.ids, self.slots):
             parts[:] = [np.concatenate(parts)]
         out = self._of_ids(self.ids[0][start:], self.slots[0][start:])
-        copies = self.copies[0][start:]
-        out.copy_at = (copies != NOTHING).nonzero()[0]
-        out.copy_ids = copies[out.copy_at]
-        for at, what, found in (("patch_at", "patch_ids", self.patches), ("soft_at", "soft", self.soft)):
-            later = [(first, values) for first, values in found if first >= start]
-            if later:
-                places = [np.arange(first - start, first - start + len(values)) for first, values in later]
-                setattr(out, at, np.concatenate(places))
-                setattr(out, what, np.concatenate([values for _, values in later]))
+        out.patch_at, out.patch_ids = _from(start, self.patches, out.patch_ids)
+        out.copy_at, out.copy_ids = _from(start, self.copies, out.copy_ids)
+        out.soft_at, out.soft = _from(start, self.soft, out.soft)
         return out
 
     def finish(self) -> TokenSequence:
@@ -551,6 +543,16 @@ class Draft:
         self._add(np.array([self.builder.vocabulary.structure("<eos>")], dtype=np.int64))
         join = lambda parts: np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
         return TokenSequence(self.input(), join(self.target_at), join(self.target_range), self.segments)
+
+
+def _from(start: int, parts: list[tuple[int, np.ndarray]], none: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of runs of values that begin at some position: those at `start` and after it, counted from there."""
+    later = [(max(first, start), values[max(0, start - first) :]) for first, values in parts]
+    later = [(first, values) for first, values in later if len(values)]
+    if not later:
+        return np.zeros(0, dtype=np.int64), none
+    at = [np.arange(first - start, first - start + len(values)) for first, values in later]
+    return np.concatenate(at), np.concatenate([values for _, values in later])
 
 
 def _says_its_rate(segment: PlacedSegment) -> bool:

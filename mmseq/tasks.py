@@ -22,6 +22,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 
 from mmseq.errors import TaskError
 from mmseq.streams import IMAGE_PREFIX, NAME, STREAMS, StreamRow, misspelt, stream_row
@@ -97,7 +98,7 @@ class Segment:
     offset: Offset = None
     repeat: int = 0
 
-    @property
+    @cached_property
     def row(self) -> StreamRow:
         return stream_row(self.stream)
 
@@ -139,11 +140,11 @@ class PlacedSegment:
     def stream(self) -> str:
         return self.segment.stream
 
-    @property
+    @cached_property
     def row(self) -> StreamRow:
         return self.segment.row
 
-    @property
+    @cached_property
     def predicted(self) -> bool:
         return self.segment.predicted
 
