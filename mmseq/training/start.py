@@ -211,7 +211,10 @@ def _ids_of(vocabulary: Vocabulary) -> dict[Any, int]:
 
 def _rows_of(layout: Layout) -> dict[Any, int]:
     """The rows of the slot table by what they mean."""
-    sizes = {use: (first, rows + columns) for use, (first, rows, columns) in layout.tables.items()}
+    sizes = {
+        use: (first, columns if layout.flat else rows + columns)
+        for use, (first, rows, columns) in layout.tables.items()
+    }
     return {(use, i): first + i for use, (first, count) in sizes.items() for i in range(count)} | {"none": 0}
 
 
