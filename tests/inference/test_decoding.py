@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmseq.episode import Episode
 from mmseq.errors import ConfigError, TaskError
 from mmseq.inference import decoding
 from mmseq.inference.compiled import CompiledExtend
@@ -57,9 +58,25 @@ def seen(monkeypatch) -> list:
 def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
     robot = tiny.embodiment("two", ("front", "wrist"))
     bundle = tiny.tokenizers((robot,), merge=merge)
+    decodes_as_it_forwards(arrow, bundle, tiny.episode(1, robot=robot), seen)
+
+
+def test_a_wide_robots_long_chunk_has_the_logits_of_a_full_forward_pass(seen):
+    names = tuple(f"joint_{i}" for i in range(26))
+    axes = replace(tiny.axes("a" * 26), names=names)
+    robot = replace(tiny.embodiment("wide"), proprio=axes, action=axes, grippers=())
+    rng, plain = np.random.default_rng(0), tiny.episode(1, length=40)
+    moves = {stream: rng.uniform(-1, 1, (40, 26)).astype(np.float32) for stream in ("proprio", "action")}
+    arrays = {"image.front": plain["image.front"], **moves}
+    episode = Episode.from_arrays("wide", 20.0, arrays, texts=["go"], embodiment="wide")
+    decodes_as_it_forwards("text, image, proprio -> action[32]", tiny.tokenizers((robot,)), episode, seen)
+    assert len(seen) == 32 * 26
+
+
+def decodes_as_it_forwards(arrow, bundle, episode, seen):
     model = tiny.model(bundle)
     task, builder = Task.parse(arrow), bundle.builder()
-    tokens = EpisodeTokens(tiny.episode(1, robot=robot), bundle)
+    tokens = EpisodeTokens(episode, bundle)
     decoded = Decoder(model).decode(task, [Request(tokens, 4)])[0]
     # the same sequence at once: what was given, and what was decoded where it was predicted
     left = list(decoded)
