@@ -61,7 +61,7 @@ def test_the_cache_gives_the_logits_of_a_full_forward_pass(arrow, merge, seen):
     decodes_as_it_forwards(arrow, bundle, tiny.episode(1, robot=robot), seen)
 
 
-def test_a_wide_robots_long_chunk_has_the_logits_of_a_full_forward_pass(seen):
+def test_a_wide_robots_long_chunk_is_the_same_cached_packed_and_guessed(seen):
     names = tuple(f"joint_{i}" for i in range(26))
     axes = replace(tiny.axes("a" * 26), names=names)
     robot = replace(tiny.embodiment("wide"), proprio=axes, action=axes, grippers=())
@@ -69,8 +69,13 @@ def test_a_wide_robots_long_chunk_has_the_logits_of_a_full_forward_pass(seen):
     moves = {stream: rng.uniform(-1, 1, (40, 26)).astype(np.float32) for stream in ("proprio", "action")}
     arrays = {"image.front": plain["image.front"], **moves}
     episode = Episode.from_arrays("wide", 20.0, arrays, texts=["go"], embodiment="wide")
-    decodes_as_it_forwards("text, image, proprio -> action[32]", tiny.tokenizers((robot,)), episode, seen)
+    arrow, bundle = "text, image, proprio -> action[32]", tiny.tokenizers((robot,))
+    decodes_as_it_forwards(arrow, bundle, episode, seen)
     assert len(seen) == 32 * 26
+    asked = [Request(EpisodeTokens(episode, bundle), 4, prefix=np.full((2, 26), 7))]
+    model, task = tiny.model(bundle), Task.parse(arrow)
+    (plain_chunk,), (guessed,) = (Decoder(model, speculate=s).decode(task, asked) for s in (False, True))
+    np.testing.assert_array_equal(guessed[-1].codes, plain_chunk[-1].codes)
 
 
 def decodes_as_it_forwards(arrow, bundle, episode, seen):
@@ -83,9 +88,11 @@ def decodes_as_it_forwards(arrow, bundle, episode, seen):
     original = builder.codes
     builder.codes = lambda segment, *rest: left.pop(0).codes if segment.predicted else original(segment, *rest)
     sequence = builder.build(task, tokens, 4)
+    builder.codes = original
+    before = builder.build(task, tokens, 6)
     may_copy = dict(zip(sequence.input.copy_at, sequence.input.copy_ids))
     with torch.inference_mode():
-        hidden = model.hidden(collate([sequence], bundle.vocabulary))
+        hidden = model.hidden(collate([before, sequence], bundle.vocabulary))[len(before) :]
         assert len(seen) == len(sequence.target_at)
         for at, (name, found) in zip(sequence.target_at, seen):
             ids = bundle.vocabulary.ranges[name]
