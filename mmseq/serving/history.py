@@ -8,6 +8,7 @@ what it sends counts.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 
 from mmseq.serving.errors import RequestError
 from mmseq.serving.keys import IMAGES
+
+log = logging.getLogger("mmseq.serving")
 
 
 class History:
@@ -29,7 +32,7 @@ class History:
         self._seen: deque[tuple[int, dict[str, np.ndarray]]] = deque()
         self._did: deque[tuple[int, np.ndarray]] = deque()  # first control step of a chunk, and its actions
         self._held: dict[str, Any] = {}
-        self._next = 0
+        self._next, self._said = 0, False
 
     def forget(self, *, episode: bool = False) -> None:
         """What was seen and done. episode: another one begins, so that what it was shown is over, too."""
@@ -56,6 +59,13 @@ class History:
         observation = {**observation, **{key: self._held[key] for key in self.kept}}
         if self.steps == 1:
             return observation
+        if step is None and not self._said:
+            self._said = True
+            log.warning(
+                "the policy looks %d control steps back, and a client does not say its 'step': its requests are taken "
+                "for one control step after the other; have it send 'step', or set chunking.execute",
+                self.steps - 1,
+            )
         now = self._next if step is None else step
         self._next = now + 1
         while self._seen and self._seen[-1][0] >= now:  # asked a second time

@@ -240,22 +240,23 @@ class ModelPolicy:
         encode = lambda values, what: self.tokenizers.encode_vector(
             "action", str(name), values, what=what, where="observation"
         )
-        prefix, done, now = observation.get("action_prefix"), {}, tokens.now
+        prefix, done, now, asked = observation.get("action_prefix"), {}, tokens.now, task
         prefix = encode(prefix, "action_prefix") if prefix is not None and len(prefix) else None
         if task.group is not None:
             task, done = self._group_so_far(task, observation, tokens, encode)
-            now -= (len(done)) * task.stride(tokens.rate_hz)
+            now -= len(done) * task.stride(tokens.rate_hz)
             done, prefix = done | ({len(done): prefix} if prefix is not None else {}), None
         placed = task.place(tokens.rate_hz)
         past = max((-p.start for p in placed if not p.predicted and p.start is not None), default=0)
         if past > now:
-            if task != self.arrow:
+            if asked != self.arrow:
                 raise TaskError(
                     f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
                     fix=f"send {IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
                 )
-            now = past  # the episode begins: what was seen first was seen before, too
-            tokens = ObservationTokens(prolonged(observation, past + 1), self.tokenizers, name)
+            # the episode begins: what was seen first was seen before, too
+            tokens = ObservationTokens(prolonged(observation, past + tokens.now - now + 1), self.tokenizers, name)
+            now = past
         seed = int((observation.get("options") or {}).get("seed", 0))
         return task, Request(tokens, now, prefix=prefix, done=done, seed=seed)
 

@@ -17,7 +17,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import ConfigError, TaskError
 from mmseq.serving.keys import DEMO, IMAGES
-from mmseq.streams import IMAGE_PREFIX, STREAMS, VECTOR, VISION, StreamRow, row_of, stream_row
+from mmseq.streams import IMAGE_PREFIX, STREAMS, VECTOR, VISION, StreamRow, of_kind, row_of, stream_row
 from mmseq.tasks import Duration, Segment, Task, parse_offset
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
@@ -36,7 +36,11 @@ class ObservationTokens:
         images = _frames_of(observation, IMAGES)
         self._demo = _frames_of(observation, DEMO)
         self._frames = {camera: frames for camera, frames in images.items() if "@" not in camera}
-        self.now = max((len(f) for f in self._frames.values()), default=1) - 1
+        stacks = [len(f) for f in self._frames.values()]
+        rows = [stream_row(name) for name in dict.fromkeys([*of_kind(VECTOR), *self._vectors])]
+        observed = [observation.get(row.wire) for row in rows if row.wire and row.clock == "observed"]
+        stacks += [len(values) for values in map(np.asarray, observed) if values.ndim == 2]
+        self.now = max(stacks, default=1) - 1
         self._elsewhere: dict[tuple[str, int], np.ndarray] = {}  # single frames by camera and step
         for name in (name for name in images if "@" in name):
             camera, _, at = name.partition("@")
@@ -146,7 +150,9 @@ def check_servable(task: Task) -> None:
     task.require_fixed()
     for segment in task.given:
         ahead = isinstance(segment.offset, Duration) and segment.offset.value > 0
-        if segment.row.wire is None or (ahead and segment.row.kind is VECTOR):
+        # nobody remembers a command from before an episode began, which a policy that looks back at one asks for first
+        behind = isinstance(segment.offset, Duration) and segment.offset.value < 0 and segment.row.clock == "commanded"
+        if segment.row.wire is None or behind or (ahead and segment.row.kind is VECTOR):
             raise ConfigError(
                 f"the arrow {task} cannot be served as the policy: it is given {segment}, which nobody sends",
                 fix="use an arrow that is given what a robot sees, states, or is told",

@@ -17,6 +17,7 @@ from mmseq_client import (
     SimulatedClock,
     SimulatedExecutor,
 )
+from mmseq_client.past import Past
 
 PERIOD_S = 1 / 50
 HORIZON = 16
@@ -476,3 +477,33 @@ def test_the_observation_reaches_the_server_with_the_prompt(server, robot):
     loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain", 8), prompt="pick up the cup")
     drive(loop, clock, 3)
     assert server.asked[0]["prompt"] == "pick up the cup"
+
+
+def test_a_camera_that_blocks_makes_no_old_action_run_while_nothing_is_asked(server, robot):
+    """A policy that looks back is observed for in every control step; what that takes counts."""
+    server.metadata["history"] = 4
+    loop, clock, _ = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    see = robot.observe
+
+    def observe():
+        clock.sleep(3 * PERIOD_S)
+        return see()
+
+    robot.observe = observe
+    for _ in range(40):
+        began = clock()
+        tick = loop.tick()
+        assert clock() - began >= 3 * PERIOD_S
+        if not tick.held:
+            assert tick.step == round((clock() - 100.0) / PERIOD_S)
+            assert tick.age_steps == tick.step - tick.action[0]
+        clock.sleep(PERIOD_S)
+
+
+def test_a_driver_that_fills_one_buffer_again_changes_no_past_frame():
+    past, frame = Past(3), np.zeros((2, 2, 3), np.uint8)
+    for step in range(3):
+        frame[:] = 10 * step
+        past.add(step, {"observation.images.front": frame})
+    stack = past.stacked(2, {"observation.images.front": frame})["observation.images.front"]
+    assert stack[:, 0, 0, 0].tolist() == [0, 10, 20]

@@ -13,6 +13,7 @@ from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.serving.observation import ObservationRules, check_observation, example_observation
+from mmseq.serving.observed import ObservationTokens
 from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
 from mmseq.testing.wire import http
@@ -272,3 +273,22 @@ def test_weights_that_are_not_finite_serve_nobody(checkpoint):
             client.infer(observe(tiny.episode(3), 5))
     with Server(good, ServerConfig(port=0), load=lambda: broken) as server, pytest.raises(ModelError):
         server.reload().result(20)
+
+
+def test_a_robot_without_cameras_looks_back_at_its_states():
+    blind = tiny.embodiment("blind", cameras=())
+    model = tiny.model(tiny.tokenizers((blind,)))
+    states = np.linspace(-0.9, 0.9, 4, dtype=np.float32)[:, None].repeat(3, 1)
+    tokens = ObservationTokens({"observation.state": states}, model.tokenizers, "blind")
+    bins = model.tokenizers.encode_vector("proprio", "blind", states, what="state", where="here")
+    assert tokens.now == 3
+    np.testing.assert_array_equal(tokens.codes("proprio", 1, 2), bins[1:2])
+    np.testing.assert_array_equal(tokens.codes("proprio", 0, 4), bins)
+    policy = ModelPolicy(model, arrow="text, proprio[4] -> action[4]")
+    for seen in (states[0], states[:2], states):  # an episode begins
+        assert policy.infer({"observation.state": seen, "prompt": "go"})["actions"].shape == (4, 4)
+
+
+def test_a_policy_that_is_given_past_commands_is_refused_before_it_is_asked():
+    with pytest.raises(ConfigError, match=r"given action\[2\]@-2, which nobody sends"):
+        ModelPolicy(tiny.model(), arrow="image, action[2]@-2 -> action[4]")

@@ -181,8 +181,10 @@ class ControlLoop:
         if asked:
             step = self._after_observing()
             self._collect(step)  # in a simulation the answer may be there at once
-        elif self._past.steps > 1:
-            self._look(step)
+        elif self._past.steps > 1:  # a policy that looks back
+            with contextlib.suppress(NoObservationError):
+                self._observe(step)
+            step = self._after_observing()
         planned = self.buffer.action(step)
         action = None
         if planned is not None:
@@ -208,10 +210,15 @@ class ControlLoop:
         self.buffer.commanded(step)
         return Tick(step, action.copy(), False, asked, planned.sequence, planned.age_steps)
 
-    def _look(self, step: int) -> None:
-        """Observe a control step at which nothing is asked, for a policy that looks back."""
-        with contextlib.suppress(NoObservationError):
-            self._past.add(step, self.robot.observe())
+    def _observe(self, step: int) -> dict[str, Any]:
+        """What the robot sees now; from its state also whether it follows its commands."""
+        observation = dict(self.robot.observe())
+        self._past.add(step, observation)
+        if self._rests:
+            self._stands = self._stance.stands(observation, self._last)
+        elif self._last is not None:
+            self._stance.moves(observation, self._last)
+        return observation
 
     def _after_observing(self) -> int:
         """The control step that it is once the robot has observed: a camera that blocked has used up some."""
@@ -250,17 +257,12 @@ class ControlLoop:
         if self._ask is None:
             return False
         try:
-            observation = dict(self.robot.observe())
+            observation = self._observe(step)
         except NoObservationError as error:
             self._give_up(self._ask, step, self._backoff.pause_s())
             self._ask = None
             self._event("blind", str(error))
             return False
-        self._past.add(step, observation)
-        if self._rests:
-            self._stands = self._stance.stands(observation, self._last)
-        elif self._last is not None:
-            self._stance.moves(observation, self._last)
         if self.prompt is not None:
             observation.setdefault("prompt", self.prompt)
         if self._reads_text and not str(observation.get("prompt") or "").strip():

@@ -19,9 +19,10 @@ class Past:
         self._seen.clear()
 
     def add(self, step: int, observation: dict[str, Any]) -> None:
-        """What was observed at a control step, later than those before."""
+        """What was observed at a control step, later than those before; copied, since drivers fill one buffer again."""
         if self.steps > 1:
-            self._seen.append((step, dict(observation)))
+            copied = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in observation.items()}
+            self._seen.append((step, copied))
 
     def stacked(self, step: int, observation: dict[str, Any]) -> dict[str, Any]:
         """The observation of `step`, which was added, with the frames and states of the steps before it: (n, ...).
