@@ -284,6 +284,11 @@ class SequenceBuilder:
         """What `image` stands for: the cameras of the contract that the episode has."""
         return [c for c in self.numbered(embodiment, streams) if f"{IMAGE_PREFIX}{c}" in streams]
 
+    def visible(self, embodiment: str | None, streams: Sequence[str]) -> list[str]:
+        """The streams of an episode, without cameras that its contract does not name."""
+        views = self.views(embodiment, streams)
+        return [s for s in streams if not s.startswith(IMAGE_PREFIX)] + [f"{IMAGE_PREFIX}{c}" for c in views]
+
     def axes(self, segment: PlacedSegment, embodiment: str | None) -> int:
         """Axes of a segment's stream; 1 of what is no vector.
 

@@ -25,7 +25,6 @@ from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
-from mmseq.streams import IMAGE_PREFIX
 from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -327,9 +326,7 @@ class Moments:
         return self._lengths[number]
 
     def _visible(self, kind: Kind) -> list[str]:
-        """The streams of an episode, without cameras that its contract does not name."""
-        views = self._builder.views(kind.embodiment, kind.streams)
-        return [s for s in kind.streams if not s.startswith(IMAGE_PREFIX)] + [f"{IMAGE_PREFIX}{c}" for c in views]
+        return self._builder.visible(kind.embodiment, kind.streams)
 
 
 def _mix64(x: int) -> int:

@@ -18,6 +18,7 @@ from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.sequence import TokenSource
+from mmseq.streams import TEXT
 from mmseq.tasks import Segment, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.values import stream_name
@@ -66,11 +67,27 @@ def passes(task: Task, tokens: EpisodeTokens, tokenizers: Tokenizers) -> int:
     return total
 
 
+def moments_of(task: Task, tokens: EpisodeTokens) -> np.ndarray:
+    """The steps (n,) of an episode at which the task can be filled whole, in order.
+
+    As in training, a text counts only at its own steps; the other segments may reach beyond these.
+    """
+    inside = task.moments(len(tokens), tokens.rate_hz)
+    found = [
+        range(max(inside.start, start), min(inside.stop, stop))
+        for start, stop, streams in tokens.pieces()
+        if not task.missing(streams)
+    ]
+    return np.array([step for steps in found for step in steps], dtype=np.int64)
+
+
 def why_not(task: Task, episodes: Sequence[EpisodeTokens]) -> str | None:
     """Why none of the episodes can fill the task; None when one can."""
     if not episodes:
         return "there are no held-out episodes of this kind"
-    lacking = [task.missing(tokens.streams) for tokens in episodes]
+    if any(len(moments_of(task, tokens)) for tokens in episodes):
+        return None
+    lacking = [task.missing(t.tokenizers.builder().visible(t.embodiment, t.streams)) for t in episodes]
     if all(lacking):
         reason = f"no episode has {', '.join(min(lacking, key=len))}"
         if "latent" in reason:
@@ -78,31 +95,31 @@ def why_not(task: Task, episodes: Sequence[EpisodeTokens]) -> str | None:
         unknown = sorted({str(t.episode.embodiment) for t in episodes if t.episode.embodiment and t.embodiment is None})
         return reason + (f" (the model does not know the embodiment {', '.join(unknown)})" if unknown else "")
     able = [tokens for tokens, missing in zip(episodes, lacking) if not missing]
-    if not any(len(task.moments(len(t), t.rate_hz)) for t in able):
-        return f"the longest episode has {max(map(len, able))} steps, which is too short for it"
-    return None
+    if any(len(task.moments(len(t), t.rate_hz)) for t in able):
+        texts = dict.fromkeys(s.stream for s in task.segments if s.row.kind is TEXT)
+        return f"no step with room for it has {' and '.join(texts)}"
+    return f"the longest episode has {max(map(len, able))} steps, which is too short for it"
 
 
 def draw(task: Task, episodes: Sequence[EpisodeTokens], count: int, rng: np.random.Generator) -> list[Case]:
     """`count` cases, or all there are: one moment of each episode, then another of each, and so on."""
-    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
-    moments = [rng.permutation(np.asarray(task.moments(len(t), t.rate_hz), dtype=np.int64)) for t in order]
+    order = [episodes[i] for i in rng.permutation(len(episodes))]
+    moments = [rng.permutation(moments_of(task, tokens)) for tokens in order]
     return _take_in_turn(order, moments, count, rng)
 
 
 def draw_curves(task: Task, episodes: Sequence[EpisodeTokens], count: int, rng: np.random.Generator) -> list[Case]:
     """Evenly spaced moments from the beginning to the end of some episodes, about `count` in all."""
-    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
     cases: list[Case] = []
-    for tokens in order:
-        moments = task.moments(len(tokens), tokens.rate_hz)
+    for tokens in (episodes[i] for i in rng.permutation(len(episodes))):
+        moments = moments_of(task, tokens)
         if len(moments) < 3:
             continue
         if len(cases) >= count:
             break
         variant = int(rng.integers(1 << 20))
-        at = np.unique(np.linspace(moments.start, moments.stop - 1, CURVE_MOMENTS).round().astype(int))
-        cases += [Case(tokens.episode, tokens, int(t), variant) for t in at]
+        places = np.unique(np.linspace(0, len(moments) - 1, CURVE_MOMENTS).round().astype(int))
+        cases += [Case(tokens.episode, tokens, int(t), variant) for t in moments[places]]
     return cases
 
 
@@ -110,12 +127,12 @@ def draw_balanced(
     task: Task, episodes: Sequence[EpisodeTokens], stream: str, count: int, rng: np.random.Generator
 ) -> list[Case]:
     """As many moments at which a yes/no stream is yes as moments at which it is no; [] when one is absent."""
-    order = [episodes[i] for i in rng.permutation(len(episodes)) if not task.missing(episodes[i].streams)]
-    stops = [p.stop for p in task.place(order[0].rate_hz) if p.stream == stream and p.predicted] if order else []
-    shift = stops[0] - 1 if stops and stops[0] is not None else 0
+    order = [episodes[i] for i in rng.permutation(len(episodes))]
     sides: list[list[np.ndarray]] = [[], []]
     for tokens in order:
-        moments = rng.permutation(np.asarray(task.moments(len(tokens), tokens.rate_hz), dtype=np.int64))
+        moments = rng.permutation(moments_of(task, tokens))
+        stop = next(p.stop for p in task.place(tokens.rate_hz) if p.stream == stream and p.predicted)
+        shift = 0 if stop is None else stop - 1
         truth = np.array([tokens.codes(stream, t + shift, t + shift + 1)[0] for t in map(int, moments)], dtype=np.int64)
         for outcome in (0, 1):
             sides[outcome].append(moments[truth == outcome])

@@ -54,8 +54,8 @@ class Driver:
 
     def observe(self) -> dict[str, Any]:
         at = self.env.steps
-        ahead = {key: self._goals[min(at + steps, len(self._goals)) - 1][key] for key, steps in self._wanted.items()}
-        goals = {f"{key}@+{self._wanted[key]}": frame for key, frame in ahead.items()}
+        reached = lambda steps: self._goals[min(at + steps, len(self._goals)) - 1]
+        goals = {key: reached(steps)[camera] for key, (camera, steps) in self._wanted.items()}
         return self._wire(self.env.observe()) | goals
 
     def _wire(self, seen: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -65,9 +65,11 @@ class Driver:
         """What is sent once: the frames of a demonstration, and how it looks at the end. Goals on the way are kept."""
         name, metadata = self.contract()["name"], self.client.metadata
         required, kept = metadata["required_keys"][name], metadata.get("kept_keys", {}).get(name, ())
-        ahead = dict(key.split("@+") for key in required if "@+" in key)
-        rate_hz = self.contract()["rate_hz"]
-        self._wanted = {key: parse_offset(f"+{at}").steps(rate_hz) for key, at in ahead.items()}  # type: ignore[union-attr]
+        # by the key that the server asks for, in which the offset may be in seconds: one camera may show several goals
+        self._wanted: dict[str, tuple[str, int]] = {}
+        for key in (key for key in required if "@+" in key):
+            camera, _, at = key.partition("@")
+            self._wanted[key] = camera, parse_offset(at).steps(self.contract()["rate_hz"])  # type: ignore[union-attr]
         ends = [key for key in kept if key.endswith("@end")]
         self._goals = self._expert(seed, seed, max_steps) if self._wanted or ends else []
         shown: dict[str, Any] = {key: self._goals[-1][key.removesuffix("@end")] for key in ends}

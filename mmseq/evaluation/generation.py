@@ -41,6 +41,7 @@ from mmseq.evaluation.cases import (
     groups,
     keys_of,
     last_seen,
+    moments_of,
     passes,
     predict_cases,
     readable,
@@ -165,8 +166,8 @@ class _Run:
             outcome = next(name for name, row in rows.items() if row.kind is OUTCOME)
             cases = draw_balanced(task, episodes, outcome, self.samples, rng)
         else:
-            able = next(t for t in episodes if not task.missing(t.streams))
-            share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers)
+            able = next((t for t in episodes if len(moments_of(task, t))), None)
+            share = FULL_COUNT_PASSES / passes(task, able, self.tokenizers) if able else 1.0
             cases = draw(task, episodes, max(min(FEWEST, self.samples), int(self.samples * min(1.0, share))), rng)
         if not cases:
             only = "every held-out moment has the same outcome" if OUTCOME in kinds else "the episodes are too short"
@@ -289,7 +290,7 @@ class _Run:
             **kept,
             "given": row["last"][0],
             "episode": case.episode.id,
-            "text": (case.episode.texts_of("text") or [""])[0],
+            "text": (case.episode.texts_of("text", case.now) or [""])[0],
             "step": case.now,
             "rate_hz": case.tokens.rate_hz,
         }
@@ -375,10 +376,10 @@ class _Run:
     ) -> None:
         phrasings = self._phrasings.setdefault(stream, Phrasings(self.everything, stream))
         said = [" ".join(p[stream]) if isinstance(p[stream], list) else p[stream] for p in predictions]
-        right = [phrasings.accepts(case.episode, text) for case, text in zip(cases, said)]
+        right = [phrasings.accepts(case.episode, text, case.now) for case, text in zip(cases, said)]
         same_kind = [e for e in self.train if (e.embodiment is None) == (kind == "human")]
         usual = phrasings.majority(same_kind) or phrasings.majority(self.train) or ""
-        by_usual = np.array([phrasings.accepts(case.episode, usual) for case in cases], dtype=float)
+        by_usual = np.array([phrasings.accepts(case.episode, usual, case.now) for case in cases], dtype=float)
         baselines = {"": (f"majority_{stream}", by_usual)}
         self._add(name, measure, kind, right, baselines, unit="share", better="higher", cases=cases)
         key = name + SUFFIX[kind] + (f".{stream}" if measure != "accuracy" else "")
@@ -389,8 +390,8 @@ class _Run:
                 "image": self._fit(case.episode[f"{IMAGE_PREFIX}{case.episode.cameras[0]}"][case.now][None])[0]
                 if case.episode.cameras
                 else None,
-                "asked": (case.episode.texts_of("question" if stream == "answer" else "text") or [""])[0],
-                "truth": (case.episode.texts_of(stream) or [""])[0],
+                "asked": (case.episode.texts_of("question" if stream == "answer" else "text", case.now) or [""])[0],
+                "truth": (case.episode.texts_of(stream, case.now) or [""])[0],
                 "predicted": text,
                 "right": ok,
             }
@@ -402,7 +403,7 @@ class _Run:
         text, stream = self.tokenizers.text, task.predicted[0].stream
         counts = np.ones(text.size)  # add one: no token is impossible
         for episode in self.train:
-            for line in episode.texts_of(stream):
+            for line in dict.fromkeys(t for _, _, texts in episode.pieces() for t in texts.get(stream, ())):
                 counts += np.bincount(text.encode(line), minlength=text.size)
         unigram = -np.log2(counts / counts.sum())
         builder, bits, by_unigram, tokens = self.tokenizers.builder(), [], [], []
@@ -436,7 +437,7 @@ class _Run:
             curves.append(
                 {
                     "episode": first.episode.id,
-                    "text": (first.episode.texts_of("text") or [""])[0],
+                    "text": (first.episode.texts_of("text", first.now) or [""])[0],
                     "seconds": steps / first.tokens.rate_hz,
                     "true": true,
                     "predicted": predicted,
@@ -470,8 +471,8 @@ class _Run:
         cases: Sequence[Case],
         predictions: Sequence[dict[str, Any]],
     ) -> None:
-        placed = next(p for p in task.place(cases[0].tokens.rate_hz) if p.stream == stream and p.predicted)
-        ends = [span(placed, case)[1] for case in cases]
+        placed = lambda case: next(p for p in task.place(case.tokens.rate_hz) if p.stream == stream and p.predicted)
+        ends = [span(placed(case), case)[1] for case in cases]
         true = np.array([case.tokens.codes(stream, end - 1, end)[0] for case, end in zip(cases, ends)])
         yes = np.array([float(np.mean(p[stream])) > 0.5 for p in predictions])
         share = float(true.mean())

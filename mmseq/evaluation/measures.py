@@ -46,18 +46,19 @@ def normalise(text: str) -> str:
 class Phrasings:
     """Which texts mean the same: those that were ever given to one episode, and what these share in turn.
 
-    "open the door" and "pull the door open" are one task because some episode carries both.
+    "open the door" and "pull the door open" are one task because some episode carries both. Where the texts of an
+    episode change on the way, what holds at the same steps belongs together.
     """
 
     def __init__(self, episodes: Iterable[Episode], stream: str = "text"):
         self.stream = stream
         self._parent: dict[str, str] = {}
         self._anchor: dict[str, set[str]] = {}
-        for episode in episodes:
-            texts = [normalise(t) for t in episode.texts_of("text")]
+        for known in (known for episode in episodes for _, _, known in episode.pieces()):
+            texts = [normalise(t) for t in known.get("text", ())]
             self._join(texts)
             if stream != "text":
-                own = [normalise(t) for t in episode.texts_of(stream)]
+                own = [normalise(t) for t in known.get(stream, ())]
                 for text in texts[:1]:
                     self._anchor.setdefault(text, set()).update(own)
         # a plan belongs to the task, whichever of its phrasings the plan was written under
@@ -75,26 +76,31 @@ class Phrasings:
             self._parent.setdefault(text, text)
             self._parent[self._root(text)] = self._root(texts[0])
 
-    def task(self, episode: Episode) -> str:
-        """A name for the task of an episode: one of its phrasings, the same for all that share it."""
-        texts = episode.texts_of("text")
+    def task(self, episode: Episode, step: int = 0) -> str:
+        """A name for the task of an episode at a step: one of its phrasings, the same for all that share it."""
+        texts = episode.texts_of("text", step)
         return self._root(normalise(texts[0])) if texts else ""
 
-    def accepts(self, episode: Episode, text: str) -> bool:
-        """Whether `text` is a known way to write this episode's text."""
+    def accepts(self, episode: Episode, text: str, step: int = 0) -> bool:
+        """Whether `text` is a known way to write this episode's text at a step."""
         text = normalise(text)
-        if text in {normalise(t) for t in episode.texts_of(self.stream)}:
+        if text in {normalise(t) for t in episode.texts_of(self.stream, step)}:
             return True
         if self.stream == "text":
-            return text in self._parent and self._root(text) == self.task(episode)
+            return text in self._parent and self._root(text) == self.task(episode, step)
         # answers depend on the question, so only texts of the whole task are shared
-        return self.stream == "plan" and text in self._of_task.get(self.task(episode), set())
+        return self.stream == "plan" and text in self._of_task.get(self.task(episode, step), set())
 
     def majority(self, episodes: Iterable[Episode]) -> str | None:
-        """The text with which one is right most often: a phrasing of the most frequent task; None without texts."""
+        """The text with which one is right most often: a phrasing of the most frequent task; None without texts.
+
+        An episode counts once for each text that it has on the way.
+        """
         counts = Counter()
         for episode in episodes:
-            texts = episode.texts_of(self.stream)
-            if texts:
-                counts[self.task(episode) if self.stream == "text" else normalise(texts[0])] += 1
+            found = [(start, texts[self.stream][0]) for start, _, texts in episode.pieces() if self.stream in texts]
+            if self.stream == "text":
+                counts.update({self.task(episode, start) for start, _ in found})
+            else:
+                counts.update({normalise(text) for _, text in found})
         return max(counts, key=lambda text: (counts[text], text)) if counts else None

@@ -48,10 +48,12 @@ def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[
             start, stop = len(episode) - 1 - t, len(episode) - t
         start, stop = (t, t + 1) if start is None or stop is None else (t + start, t + stop)
         stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
-        if stream not in tokens.streams or start < 0 or stop > len(episode):
+        inside = stream in tokens.streams and start >= 0 and stop <= len(episode)
+        value = values_of(stream).truth(tokens, stream, start, stop) if inside else None
+        if value is None:
             lacking.add(key)
         else:
-            found.setdefault(key, []).append(values_of(stream).truth(tokens, stream, start, stop))
+            found.setdefault(key, []).append(value)
     return {key: join(key, values) for key, values in found.items() if key not in lacking}
 
 

@@ -19,7 +19,7 @@ from mmseq.episode import Episode
 from mmseq.errors import CheckpointError, ConfigError, EpisodeError, FingerprintError, TaskError, did_you_mean
 from mmseq.plugins import find
 from mmseq.sequence import Layout, SequenceBuilder
-from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS, TEXT, VECTOR, kind_of_range, of_kind, stream_row
+from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS, TEXT, VECTOR, kind_of_range, of_kind, row_of, stream_row
 from mmseq.tokenization.base import READOUTS, Encoder, Tokenizer, tokenizer_class
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.text import TextTokenizer
@@ -271,6 +271,16 @@ class EpisodeTokens:
         spans = {span.stream for span in self.episode.spans}
         texts = {name: name in spans or self.texts_of(name, 0) for name in of_kind(TEXT)}
         return episode_streams(self.episode, self.tokenizers, texts)
+
+    def pieces(self) -> list[tuple[int, int, list[str]]]:
+        """The episode cut where texts change: first step, one past the last, and the streams that a sequence has there.
+
+        These leave out cameras that the robot's contract does not name.
+        """
+        every = self.tokenizers.builder().visible(self.embodiment, self.streams)
+        here = lambda stream, step: row_of(stream).kind is not TEXT or bool(self.texts_of(stream, step))
+        cut = [(start, stop) for start, stop, _ in self.episode.pieces()]
+        return [(start, stop, [s for s in every if here(s, start)]) for start, stop in cut]
 
     def axes(self, stream: str) -> Axes | None:
         """The axes of a vector stream; None where its robot is unknown or has no such stream."""

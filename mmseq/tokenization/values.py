@@ -70,7 +70,7 @@ class Values:
         raise TaskError(f"{row.name!r} has no decoder")
 
     def truth(self, source: EpisodeTokens, key: str, start: int, stop: int) -> Any:
-        """What the episode has, as `decode` would give it but for what tokenizing costs."""
+        """What the episode has, as `decode` would give it but for what tokenizing costs; None where it has nothing."""
         raise TaskError(f"{key!r} is in no episode")
 
     def measure(self, span: Span, tokenizers: Tokenizers) -> Sums:
@@ -93,8 +93,8 @@ class TextValues(Values):
     def decode(self, tokenizers: Tokenizers, row: StreamRow, codes: np.ndarray, robot: str | None, mean: float) -> str:
         return tokenizers[row.range].decode(codes)
 
-    def truth(self, source: EpisodeTokens, key: str, start: int, stop: int) -> str:
-        return source.texts_of(key, start)[0]
+    def truth(self, source: EpisodeTokens, key: str, start: int, stop: int) -> str | None:
+        return next(iter(source.texts_of(key, start)), None)  # a text may belong to other steps only
 
     def measure(self, span: Span, tokenizers: Tokenizers) -> Sums:
         same = (span.true == span.predicted).all()

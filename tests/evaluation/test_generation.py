@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from mmseq.data.mixture import MixConfig, Mixture, SourceConfig, TaskConfig
+from mmseq.data.tokens import write_token_shards
 from mmseq.embodiment import Embodiment
-from mmseq.episode import Episode
-from mmseq.evaluation.cases import draw, predict_cases, readable, shuffle_actions
+from mmseq.episode import Episode, TextSpan
+from mmseq.evaluation import generation
+from mmseq.evaluation.cases import draw, moments_of, predict_cases, readable, shuffle_actions
 from mmseq.evaluation.generation import evaluate_generation
 from mmseq.tasks import Task
 from mmseq.testing import tiny
@@ -203,6 +206,89 @@ def test_what_cannot_be_measured_is_said():
     assert {r.name.split(".")[0] for r in results} == {"success", "vision_tokenizer"}
     _, media = evaluate_generation(tiny.model(), [], [], arrows, train_episodes=[])
     assert set(media["skipped"]) == set(arrows)
+
+
+def by_step(seed: int = 1) -> Episode:
+    """24 steps: a plan at steps 0 to 7 and 18 to 21, another text from step 12 on."""
+    episode = tiny.episode(seed)
+    episode.plans = []
+    episode.spans = [
+        TextSpan("plan", 0, 8, ("reach",)),
+        TextSpan("plan", 18, 22, ("push",)),
+        TextSpan("text", 12, 24, ("lift it",)),
+    ]
+    return episode
+
+
+@pytest.mark.parametrize(
+    "arrow",
+    [
+        "image, plan -> proprio@+2",
+        "text, image@-3, plan -> image@+4",
+        "text, image -> plan",
+        "image -> image@+1",
+        "plan, image -> progress",
+    ],
+)
+def test_the_moments_are_those_of_training(arrow, tmp_path):
+    model = tiny.model()
+    write_token_shards([by_step()], tmp_path / "robot", model.tokenizers, name="robot")
+    mix = MixConfig(sources={"robot": SourceConfig(path="robot")}, tasks=[TaskConfig(task=arrow)], holdout=0.0)
+    (trained,) = Mixture(mix, tmp_path, model.tokenizers, row_tokens=512, seed=0).moments
+    task, (tokens,) = Task.parse(arrow), readable([by_step()], model.tokenizers)[0]
+    found = moments_of(task, tokens).tolist()
+    assert found == [trained.moment(i).now for i in range(len(trained))]
+    assert sorted(case.now for case in draw(task, [tokens], ALL, np.random.default_rng(0))) == found
+
+
+def test_texts_by_step_are_measured_at_their_steps():
+    episodes = [by_step(1), by_step(2), tiny.episode(3, 14)]
+    arrows = {
+        "by_plan": "image, plan -> action[4]",
+        "plan": "text, image -> plan",
+        "value": "image, plan -> progress",
+        "success": "image, plan -> success",
+        "language": "-> plan",
+    }
+    results, media = evaluate_generation(tiny.model(), episodes, [], arrows, train_episodes=episodes, samples=ALL)
+    found = {r.name: r for r in results}
+    assert found["by_plan.action_error"].n == 2 * (8 + 3) + 11
+    assert found["plan.accuracy"].n == found["language.bits_per_token"].n == 2 * (8 + 4) + 14
+    assert {"value.rank_correlation", "success.accuracy"} <= found.keys()
+    assert {e["truth"] for e in media["texts"]["plan"]} <= {"reach", "push", "reach for it, then move it"}
+    for example in media["texts"]["plan"]:
+        if example["episode"] != "tiny-3":
+            assert example["truth"] == ("reach" if example["step"] < 8 else "push")
+            assert (example["asked"] == "lift it") == (example["step"] >= 12)
+
+
+def test_a_text_of_its_step_is_right(monkeypatch):
+    said = lambda model, task, cases: [{"plan": case.episode.texts_of("plan", case.now)[0]} for case in cases]
+    monkeypatch.setattr(generation, "predict_cases", said)
+    arrows = {"plan": "image -> plan"}
+    ((row, *_), _) = evaluate_generation(tiny.model(), [by_step()], [], arrows, train_episodes=[by_step()], samples=ALL)
+    assert (row.name, row.value, row.n) == ("plan.accuracy", 1.0, 12)
+    assert row.baseline_value == pytest.approx(8 / 12)  # "reach": each of the two is once in the episode
+
+
+def test_texts_that_no_moment_has_are_said():
+    alone = tiny.episode(1)
+    alone.plans, alone.spans = [], [TextSpan("plan", 20, 24, ("push",))]
+    arrows = {"late": "text, image, plan -> action[8]", "question": "question, image -> answer"}
+    _, media = evaluate_generation(tiny.model(), [alone], [], arrows, train_episodes=[], samples=4)
+    assert media["skipped"]["late"] == "no step with room for it has text and plan"
+    assert media["skipped"]["question"] == "no episode has question, answer"
+
+
+def test_an_episode_without_the_cameras_of_its_robot_is_left_out():
+    other = tiny.episode(1, 12)
+    other.streams["image.side"] = other.streams.pop("image.front")
+    arrows = {"policy": "image -> action[4]", "side": "image.side -> action[4]"}
+    results, media = evaluate_generation(
+        tiny.model(), [other, tiny.episode(2, 12)], [], arrows, train_episodes=[], samples=ALL
+    )
+    assert {r.name: r.n for r in results}["policy.action_error"] == 9
+    assert media["skipped"]["side"] == "no episode has image.side"
 
 
 def test_progress_is_reported():

@@ -160,14 +160,24 @@ def test_a_demonstration_is_sent_once_and_kept(monkeypatch):
         np.testing.assert_array_equal(found[[0, 2]], wanted[[0, 2]])  # of ten frames the middle one is either of two
 
 
-def test_a_goal_is_what_the_expert_reaches(monkeypatch):
-    asked, _, model = drive("image, proprio, image@+4 -> action[2]", monkeypatch)
+@pytest.mark.parametrize(
+    ("arrow", "steps_ahead"),
+    [
+        ("image, proprio, image@+4 -> action[2]", [4]),
+        ("image, image@+0.2s -> action[2]", [4]),
+        ("image, image@+2, image.front@+0.3s, image@end -> action[2]", [2, 6, 10]),
+    ],
+)
+def test_a_goal_is_what_the_expert_reaches(arrow, steps_ahead, monkeypatch):
+    asked, _, model = drive(arrow, monkeypatch)
     builder = model.tokenizers.builder()
+    assert len(asked) == 8
     for step, (task, request) in enumerate(asked):
-        goal = [p for p in task.place(20.0) if p.stream == "image"][1]
-        frame = np.full((1, 16, 16, 3), (40 + 7 * min(step + 4, 10)) % 256, np.uint8)
-        found = builder.codes(goal, "front", request.tokens, request.now, 0)
-        np.testing.assert_array_equal(found, model.tokenizers.vision.encode(frame))
+        goals = [p for p in task.place(20.0) if p.stream == "image"][1:]
+        for goal, ahead in zip(goals, steps_ahead, strict=True):
+            frame = np.full((1, 16, 16, 3), (40 + 7 * min(step + ahead, 10)) % 256, np.uint8)
+            found = builder.codes(goal, "front", request.tokens, request.now, 0)
+            np.testing.assert_array_equal(found, model.tokenizers.vision.encode(frame))
 
 
 def test_a_client_that_shows_nothing_is_told_what_is_missing():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mmseq.episode import TextSpan
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action, normalise
 from mmseq.testing import tiny
 from mmseq.tokenization.pictures import psnr
@@ -53,6 +54,24 @@ def test_phrasings_of_one_task_are_joined_across_episodes():
     plans = Phrasings([first, second, third], "plan")
     assert plans.accepts(first, "grip the handle")
     assert not plans.accepts(first, "push it")
+
+
+def test_texts_that_change_on_the_way_belong_to_their_steps():
+    both = named(0, [])
+    both.spans = [
+        TextSpan("text", 0, 2, ("open the door", "pull it")),
+        TextSpan("text", 2, 4, ("close the drawer",)),
+        TextSpan("plan", 0, 2, ("reach",)),
+        TextSpan("plan", 3, 4, ("push",)),
+    ]
+    drawer = named(1, ["close the drawer"], ["lean on it"])
+    phrasings, plans = Phrasings([both, drawer]), Phrasings([both, drawer], "plan")
+    assert phrasings.accepts(both, "pull it", 1)
+    assert not phrasings.accepts(both, "pull it", 2)
+    assert phrasings.task(both, 0) != phrasings.task(both, 3) == phrasings.task(drawer)
+    assert [plans.accepts(both, "reach", step) for step in range(4)] == [True, True, False, False]
+    assert plans.accepts(both, "lean on it", 3)
+    assert phrasings.majority([both, drawer]) == "close the drawer"  # once in each, however often a plan cuts it
 
 
 def test_the_majority_text_names_the_most_frequent_task():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from mmseq.episode import TextSpan
 from mmseq.inference import decoding
-from mmseq.inference.output import to_json, truth
+from mmseq.inference.output import to_json, truth, write_prediction
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.pictures import strip
@@ -45,6 +46,18 @@ def test_truth_is_what_happened():
     assert real["text"] == episode.texts[0]
     assert truth(Task.parse("image -> image@+3, action[2]"), episode, 21, bundle).keys() == {"action"}
     assert truth(Task.parse("image -> action[2]"), tiny.video(1), 4, bundle) == {}
+
+
+def test_a_text_of_other_steps_is_no_truth(monkeypatch, tmp_path):
+    monkeypatch.setattr(decoding, "MAX_TEXT_TOKENS", 4)
+    model, episode = tiny.model(), tiny.episode(1)
+    episode.plans, episode.spans = [], [TextSpan("plan", 0, 8, ("reach",))]
+    records = [
+        write_prediction(model.predict("text, image -> plan", episode, t), episode, model.tokenizers, tmp_path)
+        for t in (7, 15)
+    ]
+    assert records[0]["streams"]["plan"]["real"] == "reach"
+    assert records[1]["streams"]["plan"].keys() == {"value"}
 
 
 def test_pictures_and_numbers():
