@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EpisodeError, did_you_mean
+from mmseq.reading import AS_IT_IS, Reading
 from mmseq.streams import IMAGE_PREFIX, TEXT, of_kind
 
 
@@ -106,11 +107,11 @@ class Episode:
         return cls(id=id, rate_hz=rate_hz, streams=streams, **fields)
 
     @classmethod
-    def from_lerobot(cls, path: str | Path, index: int = 0) -> Episode:
+    def from_lerobot(cls, path: str | Path, index: int = 0, reading: Reading = AS_IT_IS) -> Episode:
         """Episode `index` of the LeRobot dataset at `path`."""
-        from mmseq.data.lerobot import LeRobotReader
+        from mmseq.data.importing import open_episodes
 
-        return LeRobotReader(path)[index]
+        return open_episodes(path, reading, format="lerobot")[index]
 
     @classmethod
     def from_video(cls, path: str | Path, *, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:

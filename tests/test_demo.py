@@ -1,6 +1,7 @@
 """The demo: bad input is refused before anything is written, and the whole loop runs, small."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -21,10 +22,11 @@ from mmseq.testing import tiny
         (DemoConfig(data="nowhere"), "nowhere"),
         (DemoConfig(data="nowhere", tasks=["window-open"]), "do not go together"),
         (DemoConfig(episodes=0), "episodes is 0"),
+        (DemoConfig(swap_colours=["front"]), "swap_colours would change how data is read"),
     ],
 )
 def test_bad_input_leaves_nothing(tmp_path, config, message):
-    config.out = str(tmp_path / "out")
+    config = replace(config, out=str(tmp_path / "out"))
     with pytest.raises(MMSeqError, match=message):
         run_demo(config)
     assert not (tmp_path / "out").exists()

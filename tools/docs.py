@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -47,9 +48,10 @@ SCHEMAS = {  # section -> module, class, where it is written
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(key, type, default, text) of every setting, those of groups behind a dot."""
+    """(key, type, default, text) of every setting, those of groups behind a dot; what a schema inherits comes last."""
     hints, texts = get_type_hints(schema), field_texts(schema)
-    for field in fields(schema):
+    own = get_annotations(schema)
+    for field in sorted(fields(schema), key=lambda field: field.name not in own):
         key, hint = prefix + field.name, hints[field.name]
         parts = [hint, *get_args(hint)]
         group = next((part for part in parts if is_dataclass(part)), None)

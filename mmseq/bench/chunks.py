@@ -21,13 +21,14 @@ from mmseq.inference.predict import require_parallel
 from mmseq.inference.prefixes import Prefixes
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.reading import Reading
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
 
 
-@dataclass(kw_only=True)
-class Config:
-    """What `mmseq bench chunks` measures."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Reading):
+    """What `mmseq bench chunks` measures, and how its episodes are read."""
 
     checkpoint: str = "???"  # its directory
     data: str = "???"  # episodes of the robot
@@ -98,7 +99,7 @@ class Side:
 def _requests(config: Config, model: SequenceModel, task: Task) -> list[list[Request]]:
     """Batches of requests: each robot goes through an episode of its own, `moments` steps evenly over it."""
     assert model.tokenizers is not None
-    source, robots = open_source(config.data), []
+    source, robots = open_source(config.data, config), []
     for i in np.random.default_rng(config.seed).permutation(len(source)):
         tokens = EpisodeTokens(source[int(i)], model.tokenizers)
         if task.missing(tokens.streams, given_only=True) or tokens.embodiment is None:

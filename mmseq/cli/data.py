@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_foreign, filled, given
+from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_reading, filled, given
 from mmseq.errors import ConfigError
 from mmseq.plugins import names
+from mmseq.reading import Reading
 
 
 def add(commands: Group) -> None:
@@ -27,7 +28,8 @@ def _import_options(c: Parser) -> None:
     c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
     c.add_argument("--name", help="of the dataset; default: the name of SRC")
     c.add_argument("--embodiment", metavar="FILE", help="the contract to hold the data to (JSON)")
-    add_foreign(c)
+    add_reading(c)
+    c.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N bad episodes (default: 0)")
     c.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
@@ -66,7 +68,6 @@ def _root(c: Parser) -> None:
 
 def _data_import(args: argparse.Namespace) -> None:
     from mmseq.data.importing import import_episodes
-    from mmseq.data.mapping import read_map
     from mmseq.embodiment import Embodiment
     from mmseq.progress import progress
 
@@ -74,18 +75,16 @@ def _data_import(args: argparse.Namespace) -> None:
         manifest = import_episodes(
             args.src,
             args.out,
+            filled(Reading, args),
             format=args.format,
             rate_hz=args.rate_hz,
             embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
-            map=read_map(args.map),
-            swap_colours=args.swap_colours,
-            assume_success=args.assume_success,
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
+            skip_bad=args.skip_bad,
             say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
             on_progress=update,
-            **given(args, "skip_bad"),
         )
     robots = ", ".join(manifest["embodiments"]) or "no embodiment"
     skipped = f", {len(manifest['skipped'])} left out" if manifest["skipped"] else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmseq.cli.parser import Group, Parser, filled
+from mmseq.cli.parser import Group, Parser, add_reading, filled
 
 
 def add(commands: Group) -> None:
@@ -18,6 +18,7 @@ def _demo_options(c: Parser) -> None:
     from mmseq.demo.config import DemoConfig
 
     c.fields(DemoConfig, out="DIR", seed=None, minutes=None, tasks="A,B", data="LEROBOT_V3", episodes=None)
+    add_reading(c)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from mmseq.errors import MMSeqError, did_you_mean
 from mmseq.fields import default_of, field_texts
+from mmseq.reading import Reading
 
 EXIT_ERROR = 2
 
@@ -110,29 +111,9 @@ def add_recipe(command: Parser) -> None:
     add_overrides(command, "settings that replace the recipe's")
 
 
-def add_foreign(command: Parser) -> None:
-    """Options for datasets as others made them."""
-    command.add_argument(
-        "--map", metavar="STREAM=COLUMN,...", help="what other columns are, as action=actions,image.front=rgb; or YAML"
-    )
-    command.add_argument(
-        "--swap-colours",
-        type=_words,
-        default=[],
-        metavar="CAMERA,...",
-        help="cameras whose red and blue were exchanged when they were stored",
-    )
-    command.add_argument(
-        "--assume-success",
-        action="store_true",
-        help="episodes that say nothing of their outcome reach their goal, so they have progress",
-    )
-    command.add_argument(
-        "--skip-bad",
-        type=int,
-        metavar="N",
-        help="leave out up to N episodes that cannot be read (default: 0)",
-    )
+def add_reading(command: Parser) -> None:
+    """Options for datasets as others made them, at every command that opens one; `filled(Reading, args)` has them."""
+    command.fields(Reading, map="STREAM=COLUMN,...", swap_colours="CAMERA,...", assume_success=None)
 
 
 def file_to_write(text: str) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmseq.cli.parser import Group, Parser, file_to_write, filled, given
+from mmseq.cli.parser import Group, Parser, add_reading, file_to_write, filled, given
 from mmseq.errors import ConfigError, DataError
+from mmseq.reading import Reading
 
 
 def add(commands: Group) -> None:
@@ -26,6 +27,7 @@ def _predict_options(c: Parser) -> None:
     c.add_argument(
         "--episode", required=True, metavar="SRC:N", help="shards, a dataset, a video file or a folder of them"
     )
+    add_reading(c)
     c.add_argument("--t", type=int, default=0, help="the step that is now (default: 0)")
     c.add_argument("--text", help="in place of the episode's own")
     c.add_argument("--question")
@@ -54,10 +56,11 @@ def _predict(args: argparse.Namespace) -> None:
     from mmseq.model.device import default_device
     from mmseq.model.sequence_model import SequenceModel
 
+    reading = filled(Reading, args)  # its mistakes are told before anything is loaded
     model = SequenceModel.from_pretrained(args.checkpoint, device=args.device or default_device())
     assert model.tokenizers is not None
     path, index = _episode_address(args.episode)
-    source = open_source(path, rate_hz=args.rate_hz, embodiments=model.tokenizers.embodiments)
+    source = open_source(path, reading, rate_hz=args.rate_hz, embodiments=model.tokenizers.embodiments)
     if index >= len(source):
         raise DataError(f"{path} has {len(source)} episodes, numbered from 0: there is no {index}")
     episode = source[index]

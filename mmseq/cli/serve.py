@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from mmseq.cli.parser import Group, Parser, add_overrides, given
+from mmseq.cli.parser import Group, Parser, add_overrides, add_reading, given
+from mmseq.reading import Reading
 
 # the settings that are options too
 OPTIONS: dict[str, str | None] = {
@@ -38,13 +39,14 @@ def _serve_options(c: Parser) -> None:
     add_overrides(c, "settings, such as gate.too_fast=refuse")
     c.add_argument("--config", metavar="FILE", help="settings as YAML; serve/server.yaml has them all")
     c.fields(ServeSettings, **OPTIONS)
+    add_reading(c)
     c.add_argument("--chunking", metavar="MODE", help="plain, ensemble or realtime, for clients that do not do it")
     c.add_argument("--execute", type=int, help="control steps between two requests of such a client")
 
 
 def _serve(args: argparse.Namespace) -> None:
     import logging
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     from mmseq.config import load_config
     from mmseq.serving.launch import ServeSettings, launch
@@ -57,6 +59,7 @@ def _serve(args: argparse.Namespace) -> None:
         settings.checkpoint = None  # the file's settings, another thing to serve
     for name, value in given(args, "checkpoint", *OPTIONS).items():
         setattr(settings, name, value)
+    settings.reading = replace(settings.reading, **given(args, *(f.name for f in fields(Reading))))
     changes = {"mode": args.chunking, "execute": args.execute}
     changes = {name: value for name, value in changes.items() if value is not None}
     settings.chunking = replace(settings.chunking, **changes)

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmseq.cli.parser import Group, Parser, add_recipe
+from mmseq.cli.parser import Group, Parser, add_reading, add_recipe, filled
+from mmseq.reading import Reading
 
 
 def add(commands: Group) -> None:
@@ -19,6 +20,7 @@ def add(commands: Group) -> None:
 def _eval_options(c: Parser) -> None:
     c.add_argument("tokenizers", metavar="DIR")
     c.add_argument("--data", required=True, metavar="SRC", help="episode shards, LeRobot v3, HDF5 or videos")
+    add_reading(c)
     c.add_argument("--out", metavar="FILE", help="write the report there as JSON")
 
 
@@ -41,7 +43,7 @@ def _tokenizer_eval(args: argparse.Namespace) -> None:
     from mmseq.training.tokenizers import evaluate_tokenizers
 
     tokenizers = Tokenizers.load(args.tokenizers)
-    source = open_source(args.data, embodiments=tokenizers.embodiments)
+    source = open_source(args.data, filled(Reading, args), embodiments=tokenizers.embodiments)
     report = evaluate_tokenizers(tokenizers, {Path(args.data).name: source})
     _print_report(report)
     if args.out:

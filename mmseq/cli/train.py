@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_foreign, add_overrides, add_recipe, filled, given, rank_note
+from mmseq.cli.parser import EXIT_ERROR, Group, Parser, add_overrides, add_reading, add_recipe, filled, given, rank_note
 from mmseq.errors import ConfigError, MMSeqError
 
 
@@ -41,8 +41,8 @@ def _finetune_options(c: Parser) -> None:
 
     c.add_argument("checkpoint", metavar="CHECKPOINT")
     c.fields(FinetuneConfig, dataset="LEROBOT")
-    add_foreign(c)
-    c.fields(FinetuneConfig, embodiment="FILE", out="DIR", lora=None, lora_rank=None)
+    add_reading(c)
+    c.fields(FinetuneConfig, skip_bad="N", embodiment="FILE", out="DIR", lora=None, lora_rank=None)
     c.fields(FinetuneConfig, hours=None, steps=None)
     c.add_argument(
         "--task", action="append", dest="tasks", metavar="ARROW", help="instead of the checkpoint's; repeatable"
@@ -86,14 +86,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from mmseq.data.mapping import read_map
     from mmseq.progress import progress
     from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
     from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
     from mmseq.training.local import local_ranks, train_here
 
-    told = {"map": read_map(args.map), "settings": args.overrides, "ranks": args.ranks or local_ranks()}
-    config = filled(FinetuneConfig, args, **told)
+    config = filled(FinetuneConfig, args, settings=args.overrides, ranks=args.ranks or local_ranks())
     out = Path(config.out)
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}", fix="give at least 1")

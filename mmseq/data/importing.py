@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,6 @@ from PIL import Image
 
 from mmseq.data.changed import Successful, SwappedColours
 from mmseq.data.hdf5_files import HDF5_SUFFIXES
-from mmseq.data.mapping import Streams
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
@@ -41,6 +40,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.mp4 import encode_video
 from mmseq.plugins import every, find, names
+from mmseq.reading import AS_IT_IS, Reading
 
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -106,19 +106,14 @@ def detect_format(src: str | Path) -> str:
 
 def open_episodes(
     src: str | Path,
+    reading: Reading = AS_IT_IS,
     *,
     format: str | None = None,
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
-    map: Streams | None = None,
-    swap_colours: Sequence[str] = (),
-    assume_success: bool = False,
 ) -> EpisodeSource:
-    """A reader of the dataset at `src`; format: its name among the readers, default: what is found there. map: see
-    mapping.py.
+    """A reader of the dataset at `src`; format: its name among the readers, default: what is found there.
 
-    swap_colours: cameras whose red and blue are exchanged, as `cv2.imencode` leaves them of an RGB picture.
-    assume_success: of episodes that say nothing of their outcome.
     Raises: DataError for an unknown format, or what the reader finds wrong.
     """
     format = format or detect_format(src)
@@ -126,9 +121,9 @@ def open_episodes(
         raise DataError("RLDS is not supported yet", fix=_TO_LEROBOT)
     if format not in names("readers"):
         raise DataError(f"format {format!r} is unknown: {did_you_mean(format, names('readers'))}")
-    found = find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=map)
-    found = SwappedColours(found, swap_colours) if swap_colours else found
-    return Successful(found) if assume_success else found
+    found = find("readers", format)(src, rate_hz=rate_hz, embodiment=embodiment, map=reading.map)
+    found = SwappedColours(found, reading.swap_colours) if reading.swap_colours else found
+    return Successful(found) if reading.assume_success else found
 
 
 def square(frame: np.ndarray, size: int) -> np.ndarray:
@@ -148,13 +143,11 @@ def square(frame: np.ndarray, size: int) -> np.ndarray:
 def import_episodes(
     src: str | Path,
     out: str | Path,
+    reading: Reading = AS_IT_IS,
     *,
     format: str | None = None,
     rate_hz: float | None = None,
     embodiment: Embodiment | None = None,
-    map: Streams | None = None,
-    swap_colours: Sequence[str] = (),
-    assume_success: bool = False,
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -165,7 +158,7 @@ def import_episodes(
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
     rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the contract to hold the
-    data to, with the cameras of the source. map, swap_colours, assume_success: see `open_episodes`. size: crop
+    data to, with the cameras of the source. size: crop
     every frame to its largest centred square and scale it to size x size; the stored contract says so. name: of it;
     default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
     is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
@@ -179,8 +172,7 @@ def import_episodes(
     if skip_bad < 0:
         raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
     say = say or (lambda _: None)
-    how = {"map": map, "swap_colours": swap_colours, "assume_success": assume_success}
-    source = open_episodes(src, format=format, rate_hz=rate_hz, embodiment=embodiment, **how)
+    source = open_episodes(src, reading, format=format, rate_hz=rate_hz, embodiment=embodiment)
     manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
     with ShardWriter(out, manifest, overwrite=overwrite) as writer:
         robot = source.embodiment()
@@ -200,9 +192,9 @@ def import_episodes(
         bad.settle()
         writer.manifest |= {
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
-            "map": {stream: list(columns) for stream, columns in (map or {}).items()},
-            "swap_colours": list(swap_colours),
-            "assume_success": assume_success,
+            "map": {stream: list(columns) for stream, columns in reading.map.items()},
+            "swap_colours": reading.swap_colours,
+            "assume_success": reading.assume_success,
             "left_out": sorted(getattr(source, "left_out", ())),
             "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},

@@ -20,10 +20,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from mmseq.config import load_config
-from mmseq.data.mapping import read_map
 from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
+from mmseq.reading import Reading
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
 from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
@@ -31,18 +31,14 @@ from mmseq.tokenization.bundle import Tokenizers
 BLOCK_SAMPLES = 4096
 
 
-@dataclass(kw_only=True)
-class SourceConfig:
-    """Episodes that a mix draws from."""
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Reading):
+    """Episodes that a mix draws from, and how they are read."""
 
     path: str = "???"  # LeRobot, HDF5, a folder of videos or episode shards, relative to the mix's root
     weight: float = 1.0  # its share among the sources of a task
     rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
     holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
-    # which columns of a dataset fill which streams, such as {action: actions, image: {front: rgb}}
-    map: dict[str, Any] = field(default_factory=dict)
-    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
-    assume_success: bool = False  # episodes that say nothing of their outcome reach their goal, so they have progress
 
 
 @dataclass(kw_only=True)
@@ -89,7 +85,6 @@ class MixConfig:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
             if source.holdout is not None and not 0 <= source.holdout < 1:
                 raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
-            read_map(source.map)
         names = [task_name(t) for t in self.tasks]
         for name in names:
             if names.count(name) > 1:

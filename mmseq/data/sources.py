@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmseq.data.changed import Successful
 from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
-from mmseq.data.mapping import Streams
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError
+from mmseq.reading import AS_IT_IS, Reading
 
 
 def open_source(
     path: str | Path,
+    reading: Reading = AS_IT_IS,
     *,
     rate_hz: float | None = None,
     embodiments: Mapping[str, Embodiment] | None = None,
-    map: Streams | None = None,
-    swap_colours: Sequence[str] = (),
-    assume_success: bool = False,
 ) -> EpisodeSource:
     """Episode shards, a LeRobot dataset, HDF5 files or videos.
 
-    embodiments: contracts to hold the data to, by name. A dataset is read by the contract of its
-    robot's name; shards must have been written with the same one. map: columns of a dataset that fill streams.
-    swap_colours: cameras whose red and blue are exchanged. assume_success: of episodes that do not say how they end.
+    reading: what the owner says of a dataset; shards have it since they were imported, save the outcome. embodiments:
+    contracts to hold the data to, by name. A dataset is read by the contract of its robot's name; shards must have been
+    written with the same one.
     Raises: DataError, EmbodimentError, or FingerprintError that names the fields that differ.
     """
     embodiments = embodiments or {}
     if holds_shards(path):
-        if map or swap_colours:
-            what = "map" if map else "swap_colours"
+        if reading.map or reading.swap_colours:
+            what = "map" if reading.map else "swap_colours"
             raise DataError(f"{path} holds shards, which {what} does not change", fix="give it when importing")
         reader = EpisodeShardReader(path)
         for name, robot in reader.embodiments.items():
@@ -48,9 +46,8 @@ def open_source(
                 f"{path} holds episodes at {', '.join(f'{r:g}' for r in sorted(rates))} Hz, asked for {rate_hz:g}",
                 fix="import it again with --rate-hz, or leave rate_hz out",
             )
-        return Successful(reader) if assume_success else reader  # type: ignore[return-value]
-    changes = {"swap_colours": swap_colours, "assume_success": assume_success}
-    open_as = partial(open_episodes, path, rate_hz=rate_hz, map=map, **changes)
+        return Successful(reader) if reading.assume_success else reader  # type: ignore[return-value]
+    open_as = partial(open_episodes, path, reading, rate_hz=rate_hz)
     source = open_as()
     robot = source.embodiment()
     if robot is not None and robot.name in embodiments and robot.fingerprint != embodiments[robot.name].fingerprint:
@@ -66,16 +63,10 @@ def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
     return [robot] if robot is not None else []
 
 
-def source_identity(
-    path: str | Path,
-    rate_hz: float | None = None,
-    map: Streams | None = None,
-    swap_colours: Sequence[str] = (),
-    assume_success: bool = False,
-) -> dict[str, Any]:
+def source_identity(path: str | Path, reading: Reading = AS_IT_IS, *, rate_hz: float | None = None) -> dict[str, Any]:
     """What changes when the data does: the manifest of shards, else how it is read, and the files, sizes and times."""
     path = Path(path)
-    how = [given for given in (map, list(swap_colours), assume_success) if given]
+    how = list(reading.said().values())
     if holds_shards(path):
         data = (path / "manifest.json").read_bytes() + (json.dumps(how).encode() if how else b"")
     else:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.data.importing import EpisodeSource
-from mmseq.data.mapping import read_map
 from mmseq.data.mixture import SourceConfig, load_mix
 from mmseq.data.sources import open_source, source_identity
 from mmseq.data.tokens import TokenShards, token_fingerprints, write_token_shards
@@ -62,16 +61,14 @@ def _tokenize_source(
     on_progress: Progress | None,
 ) -> str:
     path = root / config.path
-    how: dict[str, Any] = {"map": read_map(config.map), "swap_colours": config.swap_colours}
-    how["assume_success"] = config.assume_success
-    identity = source_identity(path, config.rate_hz, **how)
+    identity = source_identity(path, config, rate_hz=config.rate_hz)
     if directory.is_dir() and any(directory.iterdir()):
         why = _outdated(directory, identity, tokenizers)
         if why is None:
             return "kept"
         if not overwrite:
             raise DataError(f"{directory} {why}", fix="pass --overwrite to replace it, or choose another folder")
-    reader = open_source(path, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments, **how)
+    reader = open_source(path, config, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments)
     write_token_shards(
         _episodes(reader),
         directory,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mmseq.errors import ConfigError
+from mmseq.reading import Reading
 
 
-@dataclass(kw_only=True)
-class DemoConfig:
-    """What `mmseq demo` is told."""
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Reading):
+    """What `mmseq demo` is told, and how your own dataset is read."""
 
     out: str = "runs/demo"  # the run's folder; what an earlier demo left there is replaced
     seed: int = 0  # of everything that is recorded, trained and measured
@@ -48,6 +49,10 @@ class DemoConfig:
             raise ConfigError(f"seed is {self.seed}", fix="give 0 to 2147483647")
         if self.episodes < 1:
             raise ConfigError(f"episodes is {self.episodes}", fix="give at least 1")
+        if self.said() and not self.data:
+            raise ConfigError(
+                f"{', '.join(self.said())} would change how data is read", fix="name your data with --data"
+            )
         if self.data and self.tasks:
             raise ConfigError(
                 "tasks are of the simulator and do not go together with data", fix="leave one of them out"

@@ -40,7 +40,7 @@ def run_demo(config: DemoConfig) -> Path:
     if config.data:
         from mmseq.data.sources import open_source
 
-        if len(open_source(config.data)) < 4:
+        if len(open_source(config.data, config)) < 4:
             raise DataError(f"{config.data} has fewer than four episodes", fix="one part is held out: give more")
         if Path(config.data).resolve().is_relative_to(out.resolve()):
             raise DataError(f"{config.data} lies in {out}, which this run replaces", fix="choose another --out")
@@ -56,7 +56,7 @@ def run_demo(config: DemoConfig) -> Path:
     for name, path in sources.items():
         with stages.stage(f"Importing {name} episodes", "episodes") as update:
             size = 64 if config.data else None
-            import_episodes(path, out / "data/episodes" / name, size=size, name=name, on_progress=update)
+            import_episodes(path, out / "data/episodes" / name, config, size=size, name=name, on_progress=update)
     mix = _mix(config, out, list(sources))
     _tokenize(config, out, mix, stages)
     _train(config, out, stages)

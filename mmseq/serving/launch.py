@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.plugins import find
+from mmseq.reading import AS_IT_IS, Reading
 from mmseq.serving.policy import Policy, ReplayPolicy
 from mmseq.serving.server import Listening, Server, ServerConfig, is_loopback, serve
 
@@ -27,6 +28,7 @@ class ServeSettings(Listening):
     checkpoint: str | None = None  # a checkpoint's folder; or replay
     replay: str | None = None  # send the recorded actions of an episode: a dry run
     replay_horizon: int = 16  # control steps of each chunk of a replay
+    reading: Reading = AS_IT_IS
     policy_class: str = "model"  # what answers, among the policies of plug-ins; `model` is a checkpoint as it is
     device: str | None = None  # default: cuda where there is one
     policy: str | None = None  # the arrow, or the mix's task, that answers `infer`; default: the one called policy
@@ -56,6 +58,11 @@ def loader(settings: ServeSettings) -> Callable[[], Policy]:
             "nothing to serve" if settings.checkpoint is None else "a checkpoint and a replay cannot both be served",
             fix="name a checkpoint, or an episode with --replay DATASET:EPISODE",
         )
+    if settings.reading.said() and settings.replay is None:
+        raise ConfigError(
+            f"{', '.join(settings.reading.said())} would change how a replay is read",
+            fix="leave it out, or name an episode with --replay DATASET:EPISODE",
+        )
     return lambda: _load(settings)
 
 
@@ -63,6 +70,7 @@ def _load(settings: ServeSettings) -> Policy:
     if settings.replay is not None:
         return replay_policy(
             settings.replay,
+            settings.reading,
             embodiment=settings.embodiment,
             horizon=settings.replay_horizon,
             execute=settings.chunking.execute,
@@ -82,9 +90,14 @@ def _load(settings: ServeSettings) -> Policy:
 
 
 def replay_policy(
-    address: str, *, embodiment: str | None = None, horizon: int = 16, execute: int | None = None
+    address: str,
+    reading: Reading = AS_IT_IS,
+    *,
+    embodiment: str | None = None,
+    horizon: int = 16,
+    execute: int | None = None,
 ) -> ReplayPolicy:
-    """The recorded actions of `DATASET:EPISODE`, or of a dataset's first episode.
+    """The recorded actions of `DATASET:EPISODE`, or of a dataset's first episode. reading: of the dataset.
 
     Raises: ConfigError for an address that is none, DataError for an episode that is not there.
     """
@@ -97,7 +110,7 @@ def replay_policy(
                 f"replay is {address!r}: {number!r} is no episode's number", fix="write DATASET:EPISODE, from 0"
             )
         path, number = address, "0"
-    source = open_source(path)
+    source = open_source(path, reading)
     if int(number) >= len(source):
         raise DataError(f"{path} has {len(source)} episodes, numbered from 0: there is no {number}")
     episode, robots = source[int(number)], {robot.name: robot for robot in embodiments_of(source)}

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mmseq.errors import ConfigError
+from mmseq.reading import Reading
 from mmseq.tokenization.vision import VisionConfig
 
 
-@dataclass(kw_only=True)
-class TokenizerSource:
-    """Episodes to train tokenizers on."""
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSource(Reading):
+    """Episodes to train tokenizers on, and how they are read."""
 
     path: str = "???"  # episode shards, LeRobot, HDF5 or videos
     weight: float = 1.0  # share of the vision batches
     rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
-    map: dict[str, Any] = field(default_factory=dict)  # which columns of a dataset fill which streams
-    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
 
 
 @dataclass(kw_only=True)

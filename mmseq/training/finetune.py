@@ -20,7 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from mmseq.data.importing import (
     stored_contract,
     survey,
 )
-from mmseq.data.mapping import Streams
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
@@ -46,13 +45,13 @@ from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError, MMSeqError
 from mmseq.model.sequence_model import SequenceModel
+from mmseq.reading import Reading
 from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
 from mmseq.training.row_length import fit_rows
 
-READING = ("map", "swap_colours", "assume_success")  # what its owner says of a dataset
 POLICY = "text, image, proprio -> action[16]"  # for a checkpoint that has never acted
 FULL_RATE = 0.3  # of the learning rates that the checkpoint was trained with
 BEGUN = "begun.json"  # in its folder: what a fine-tuning is of
@@ -60,16 +59,13 @@ KEPT = "kept."  # before the names of tasks that are rehearsed
 type Notes = list[dict[str, Any]]  # what an index of shards says of each episode
 
 
-@dataclass(kw_only=True)
-class FinetuneConfig:
-    """What `mmseq finetune` is told."""
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Reading):
+    """What `mmseq finetune` is told, and how the dataset is read."""
 
     checkpoint: str  # to start from
     dataset: str  # LeRobot of the new robot, or HDF5 files
     out: str = "runs/finetune"  # the folder of it all
-    map: Streams = field(default_factory=dict)  # which columns of the dataset fill which streams
-    swap_colours: list[str] = field(default_factory=list)  # cameras whose red and blue are exchanged
-    assume_success: bool = False  # episodes that say nothing of their outcome reach their goal, so they have progress
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
     embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
     rate_hz: float | None = None  # steps per second; default: the dataset's
@@ -178,7 +174,7 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "data": hashlib.sha256(info.read_bytes()).hexdigest()[:16] if info.is_file() else "",
         "episodes": episodes,
         "robot": robot.to_dict(),
-        **{name: getattr(config, name) or None for name in READING},
+        **{f.name: config.said().get(f.name) for f in fields(Reading)},
         "tasks": config.tasks,
         "keep": config.keep,
         "lora": recipe.lora.rank,
@@ -204,12 +200,7 @@ def _contract(
     config: FinetuneConfig, known: Tokenizers, out: Path, say: Callable[[str], None]
 ) -> tuple[Embodiment, EpisodeSource]:
     """The contract of the dataset, and a reader that holds it to that."""
-    open_as = partial(
-        open_episodes,
-        config.dataset,
-        rate_hz=config.rate_hz,
-        **{name: getattr(config, name) for name in READING},
-    )
+    open_as = partial(open_episodes, config.dataset, config, rate_hz=config.rate_hz)
     source = open_as()
     robot = source.embodiment()
     for note in notes_of(source):
@@ -261,7 +252,7 @@ def _import(
 ) -> None:
     mark = episodes.with_name(episodes.name + ".json")
     identity = {"dataset": str(Path(config.dataset).resolve()), "robot": robot.to_dict(), "size": size}
-    identity = json.loads(json.dumps(identity | {name: getattr(config, name) for name in READING}))
+    identity = json.loads(json.dumps(identity | {f.name: getattr(config, f.name) for f in fields(Reading)}))
     try:
         if episodes.is_dir() and json.loads(mark.read_text()) == identity:
             return
@@ -270,6 +261,7 @@ def _import(
     import_episodes(
         config.dataset,
         episodes,
+        config,
         rate_hz=config.rate_hz,
         embodiment=robot,
         size=size,
@@ -278,7 +270,6 @@ def _import(
         skip_bad=config.skip_bad,
         say=lambda note: say(f"note: {note}"),
         on_progress=lambda done, total: on_progress("importing", done, total),
-        **{name: getattr(config, name) for name in READING},
     )
     mark.write_text(json.dumps(identity))
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mmseq.data.importing import EpisodeSource
-from mmseq.data.mapping import read_map
 from mmseq.data.mixture import held_out
 from mmseq.data.shards import partial_folder, replace_folder
 from mmseq.data.sources import embodiments_of, open_source
@@ -48,10 +47,7 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
     out = Path(config.out)
     if out.exists() and any(out.iterdir()) and not (out / FILE).is_file():
         raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
-    sources = {
-        name: open_source(s.path, rate_hz=s.rate_hz, map=read_map(s.map), swap_colours=s.swap_colours)
-        for name, s in config.sources.items()
-    }
+    sources = {name: open_source(s.path, s, rate_hz=s.rate_hz) for name, s in config.sources.items()}
     robots = gather_embodiments({name: embodiments_of(source) for name, source in sources.items()})
     seen, unseen = {}, {}
     for name, source in sources.items():

@@ -11,6 +11,7 @@ from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episo
 from mmseq.data.mapping import read_map
 from mmseq.episode import TextSpan
 from mmseq.errors import DataError
+from mmseq.reading import Reading
 
 h5py = pytest.importorskip("h5py")
 PANDA = {"robots": ["Panda"], "control_freq": 20}
@@ -134,9 +135,8 @@ def test_a_map_reads_any_other_layout_as_an_episode_per_file(tmp_path):
     for k in range(2):
         with h5py.File(tmp_path / f"episode{k}.hdf5", "w") as root:
             fill(root, content)
-    reader = open_episodes(
-        tmp_path, rate_hz=30, map=read_map("action=joint_action/vector,image.top=observation/head/rgb")
-    )
+    given = read_map("action=joint_action/vector,image.top=observation/head/rgb")
+    reader = open_episodes(tmp_path, Reading(map=given), rate_hz=30)
     assert [sorted(e.streams) for e in reader] == [["action", "image.top"]] * 2
     assert reader.embodiment().name == "unknown"
 

@@ -14,8 +14,9 @@ from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episo
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.lerobot_video import is_depth, place
 from mmseq.data.mapping import read_map
-from mmseq.episode import TextSpan
+from mmseq.episode import Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, MMSeqError
+from mmseq.reading import Reading
 from mmseq.testing.lerobot_sets import Made, encode, picture, shown
 
 FRONT = "observation.images.front"
@@ -307,7 +308,9 @@ def test_names_of_others_are_mapped(tmp_path, version):
     ):
         LeRobotReader(path)
     given = read_map("proprio=joints+grip,action=actions+grip,image.front=image,image.wrist=wrist_image,force=ft")
-    import_episodes(path, tmp_path / "out", map=given)
+    swapped = Episode.from_lerobot(path, 1, Reading(map=given, swap_colours=["front"]))
+    np.testing.assert_array_equal(swapped["image.front"], LeRobotReader(path, map=given)[1]["image.front"][..., ::-1])
+    import_episodes(path, tmp_path / "out", Reading(map=given))
     shards = EpisodeShardReader(tmp_path / "out")
     robot = shards.embodiment()
     assert robot.proprio.names == ("joints_0", "joints_1", "joints_2", "grip")

@@ -15,9 +15,11 @@ from mmseq.data.pictures import as_bytes, decode_picture, is_encoded, to_rgb
 from mmseq.data.sources import open_source, source_identity
 from mmseq.errors import DataError
 from mmseq.mp4 import write_video
+from mmseq.reading import Reading
 
 h5py = pytest.importorskip("h5py")
 STEPS = 6
+SWAPPED = Reading(swap_colours=["top"])
 COLOURS = np.zeros((STEPS, 32, 48, 3), np.uint8)
 COLOURS[:, :, :16, 0], COLOURS[:, :, 16:32, 1], COLOURS[:, :, 32:, 2] = 220, 200, 180
 COLOURS += np.arange(STEPS, dtype=np.uint8)[:, None, None, None] * 4
@@ -148,31 +150,32 @@ def test_bytes_and_what_is_none():
 
 def test_colours_that_were_exchanged_are_put_right(tmp_path, psnr):
     path = store(tmp_path / "episode_0.hdf5", "top", COLOURS[..., ::-1])
-    reader = open_episodes(path, swap_colours=["top"])
+    reader = open_episodes(path, SWAPPED)
     np.testing.assert_array_equal(reader[0]["image.top"], COLOURS)
     np.testing.assert_array_equal(np.stack(list(reader.frames(0, "top"))), COLOURS)
     assert (len(reader), len(list(reader)), reader.notes) == (1, 1, open_episodes(path).notes)
-    manifest = import_episodes(path, tmp_path / "out", swap_colours=["top"])
+    manifest = import_episodes(path, tmp_path / "out", SWAPPED)
     assert manifest["swap_colours"] == ["top"]
     assert psnr(EpisodeShardReader(tmp_path / "out")[0]["image.top"], COLOURS) > 35
     with pytest.raises(DataError, match=r"swap_colours names the camera 'tip': did you mean 'top'"):
-        open_episodes(path, swap_colours=["tip"])
+        open_episodes(path, Reading(swap_colours=["tip"]))
     with pytest.raises(DataError, match="shards, which swap_colours does not change"):
-        open_source(tmp_path / "out", swap_colours=["top"])
+        open_source(tmp_path / "out", SWAPPED)
 
 
 def test_only_the_cameras_that_are_named_are_changed(tmp_path):
     path = store(tmp_path / "episode_0.hdf5", "top", COLOURS)
     with h5py.File(path, "a") as root:
         root["observations/images/wrist"] = COLOURS
-    (episode,) = open_source(path, swap_colours=["wrist"])
+    (episode,) = open_source(path, Reading(swap_colours=["wrist"]))
     np.testing.assert_array_equal(episode["image.top"], COLOURS)
     np.testing.assert_array_equal(episode["image.wrist"], COLOURS[..., ::-1])
 
 
 def test_videos_too(tmp_path, psnr):
     write_video(tmp_path / "a.mp4", COLOURS, 10)
-    reader = pickle.loads(pickle.dumps(open_source(tmp_path / "a.mp4", swap_colours=["main"])))  # workers get a copy
+    reader = open_source(tmp_path / "a.mp4", Reading(swap_colours=["main"]))
+    reader = pickle.loads(pickle.dumps(reader))  # workers get a copy
     assert isinstance(reader, SwappedColours)
     assert psnr(reader[0]["image.main"], COLOURS[..., ::-1]) > 35
 
@@ -180,5 +183,5 @@ def test_videos_too(tmp_path, psnr):
 def test_a_source_of_a_mix_with_other_colours_is_another_source(tmp_path):
     path = store(tmp_path / "episode_0.hdf5", "top", COLOURS)
     plain = source_identity(path)
-    assert plain == source_identity(path, swap_colours=[]) != source_identity(path, swap_colours=["top"])
+    assert plain == source_identity(path, Reading(swap_colours=[])) != source_identity(path, SWAPPED)
     assert json.loads(json.dumps(plain)) == plain

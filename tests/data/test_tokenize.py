@@ -12,6 +12,7 @@ from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import TokenShards, write_token_shards
 from mmseq.episode import TextSpan
 from mmseq.errors import ConfigError, DataError, FingerprintError
+from mmseq.reading import Reading
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
 
@@ -229,4 +230,4 @@ def test_an_outcome_that_nobody_knows_has_no_progress(place, tmp_path):
     assert not EpisodeTokens(failed, bundle).codes("success", 0, 24).any()
     tiny.write_episodes(tmp_path / "shards", [unknown, failed, tiny.episode(2)], (tiny.embodiment(),))
     assert [e.success for e in open_source(tmp_path / "shards")] == [None, False, True]
-    assert [e.success for e in open_source(tmp_path / "shards", assume_success=True)] == [True, False, True]
+    assert [e.success for e in open_source(tmp_path / "shards", Reading(assume_success=True))] == [True, False, True]

@@ -309,6 +309,6 @@ def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tm
     with pytest.raises(ConfigError, match=f"has {longest} tokens, more than data.row_tokens={longest - 1}"):
         prepare(config, say=print, on_progress=lambda *_: None)
     assert not (tmp_path / "no/episodes").exists()
-    config.settings = [f"data.row_tokens={longest}"]
+    config = replace(config, settings=[f"data.row_tokens={longest}"])
     prepare(config, say=print, on_progress=lambda *_: None)
     assert load_config(TrainConfig, tmp_path / "no/recipe.yaml").data.row_tokens == longest
