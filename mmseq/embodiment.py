@@ -21,11 +21,17 @@ import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
 from mmseq.statistics import extent
-from mmseq.streams import NAME, OWN_VECTORS, STREAMS, VECTOR, misspelt
+from mmseq.streams import NAME, OWN_VECTORS, RANGE_ORDER, STREAMS, VECTOR, misspelt
+from mmseq.tasks import ALIASES
+from mmseq.vocabulary import STRUCTURE
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# What names of further streams would be taken for: ranges and fields of the vocabulary, structural tokens, arrows that
+# have names, and openpi's spellings of what a robot sends.
+_NO_STREAMS = {*RANGE_ORDER, "streams", "embodiments", *ALIASES, "state", "image", "images", "prompt"}
+_NO_STREAMS |= {token.strip("<>") for token in STRUCTURE} - {*STREAMS}
 ACTION_FORMS = ("absolute", "delta", "velocity")
 
 
@@ -179,6 +185,8 @@ class Embodiment:
         for stream in self.streams:
             row, meant = STREAMS.get(stream), misspelt(stream)
             taken = row is not None and (row.kind is not VECTOR or row.header == "first")
+            taken |= stream in _NO_STREAMS
+            taken |= any(stream in (c.name, f"{c.name}_image") for c in self.cameras)  # spellings of its pictures
             if not NAME.fullmatch(stream) or taken or meant:
                 why = f"arrows would take it for a misspelt {meant!r}" if meant else "that is no free name of a stream"
                 raise EmbodimentError(
@@ -252,7 +260,9 @@ class Embodiment:
             for part in OWN_VECTORS:
                 if data.get(part) is not None:
                     data[part] = Axes(**data[part])
-            given = data.pop("gripper", None) or ()
+            if data.get("gripper") and data.get("grippers"):
+                raise EmbodimentError("a contract has both gripper and grippers", fix="write one of the two")
+            given = data.pop("gripper", None) or data.pop("grippers", None) or ()
             data["grippers"] = tuple(Gripper(**one) for one in ([given] if isinstance(given, Mapping) else given))
             data["streams"] = {name: Axes(**axes) for name, axes in (data.get("streams") or {}).items()}
             return cls(**data)

@@ -10,11 +10,14 @@ plug-in's name must be another. `register` does for one process what an entry po
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from mmseq.errors import ConfigError, DependencyError, did_you_mean
+
+log = logging.getLogger("mmseq")
 
 GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
     "tokenizers": {
@@ -69,8 +72,14 @@ def find(group: str, name: str) -> Any:
 
 
 def every(group: str) -> dict[str, Any]:
-    """All parts of a group by name, imported."""
-    return {name: find(group, name) for name in names(group)}
+    """All parts of a group by name, imported; those that cannot be are left out with a warning."""
+    found = {}
+    for name in names(group):
+        try:
+            found[name] = find(group, name)
+        except DependencyError as error:
+            log.warning("%s", error)
+    return found
 
 
 @cache
@@ -90,7 +99,7 @@ def _load(group: str, name: str) -> Any:
     point = EntryPoint(name, _targets(group)[name], f"mmseq.{group}")
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # whatever its code does when it is imported
         raise DependencyError(f"the plug-in {name!r} of {group} ({point.value}) cannot be imported: {error}") from error
 
 

@@ -146,8 +146,10 @@ class Layout:
         """Of each use of slots its first row in the table, then rows and columns of its places."""
         rows, columns = self.grid
         if self.flat:
-            names = ["vision", "merged", *self.vectors[:2], *(f"next {name}" for name in ("vision", *self.vectors[:2]))]
-            return {name: (1 + i * self.FLAT, 1, self.FLAT) for i, name in enumerate(names)}
+            first, later = self.vectors[:2], self.vectors[2:]  # those came when tables had their places already
+            names = ["vision", "merged", *first, *(f"next {name}" for name in ("vision", *first))]
+            names += [*later, *(f"next {name}" for name in later)]
+            return {name: (1 + i * self.FLAT, 0, self.FLAT) for i, name in enumerate(names)}
         merged = (1, self.soft) if self.soft else (rows // self.merge, columns // self.merge)
         sizes = {"vision": (rows, columns), "merged": merged, "next vision": (rows, columns)}
         for name in self.vectors:
@@ -159,7 +161,7 @@ class Layout:
     def slot_rows(self) -> int:
         """Rows of the slot table."""
         first, rows, columns = list(self.tables.values())[-1]
-        return first + (columns if self.flat else rows + columns)
+        return first + rows + columns
 
     def slots(self, use: str, columns: int, first: int, count: int) -> np.ndarray:
         """Slots (count, S) of places first .. first + count - 1, row by row of `columns`: copy, do not change."""
@@ -181,6 +183,8 @@ class Layout:
         if table is None:
             return np.zeros((count, 1 if self.flat else 2), dtype=np.int64)
         start, rows, _ = table
+        if use in self.vectors:
+            self._require(use, -(-(first + count) // columns), columns)
         if self.flat:
             return (start + index % self._flat_period(use))[:, None]
         return np.stack([start + index // columns % rows, start + rows + index % columns], 1)
@@ -192,13 +196,15 @@ class Layout:
 
     def require(self, placed: PlacedSegment, axes: int) -> None:
         """Raises: TaskError for a segment of a vector that has more places than there are slots."""
-        if placed.row.kind is not VECTOR:
-            return
-        fits = placed.steps * axes <= self.FLAT if self.flat else placed.steps <= self.STEPS and axes <= self.AXES
+        if placed.row.kind is VECTOR:
+            self._require(str(placed.segment), placed.steps, axes)
+
+    def _require(self, what: str, steps: int, axes: int) -> None:
+        fits = steps * axes <= self.FLAT if self.flat else steps <= self.STEPS and axes <= self.AXES
         if not fits:
             most = f"{self.FLAT} codes" if self.flat else f"{self.STEPS} steps of {self.AXES} axes"
             raise TaskError(
-                f"{placed.segment} has {placed.steps} steps of {axes} axes, at most {most} are told apart",
+                f"{what} has {steps} steps of {axes} axes, at most {most} are told apart",
                 fix="train tokenizers and a model anew, or shorten it" if self.flat else "shorten it",
             )
 

@@ -62,15 +62,7 @@ class StreamRow:
     header: Literal["first", "spare"] = "first"
 
 
-STREAMS: dict[str, StreamRow] = {}
-
-
-def add_stream(row: StreamRow) -> StreamRow:
-    """Make a stream known to every arrow of this process; a plug-in calls it when it is imported."""
-    return STREAMS.setdefault(row.name, row)
-
-
-for _row in (  # in the order of their header tokens, which checkpoints rely on
+_ROWS = (  # in the order of their header tokens, which checkpoints rely on
     StreamRow(name="text", kind=TEXT, range="text", timed=False, wire="prompt", column="task"),
     StreamRow(name="plan", kind=TEXT, range="text", timed=False, wire="plan", column="subtask"),
     StreamRow(name="question", kind=TEXT, range="text", timed=False, wire="question"),
@@ -111,9 +103,8 @@ for _row in (  # in the order of their header tokens, which checkpoints rely on
         column="motion",
         header="spare",
     ),
-):
-    add_stream(_row)
-
+)
+STREAMS = {row.name: row for row in _ROWS}
 
 # The vectors that every contract has a field for; further ones are declared.
 OWN_VECTORS = tuple(row.name for row in STREAMS.values() if row.kind is VECTOR and row.header == "first")

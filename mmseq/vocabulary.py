@@ -97,6 +97,11 @@ class Vocabulary:
         except KeyError:
             raise ConfigError(f"unknown structural token {token!r}: {did_you_mean(token, self._structure)}") from None
 
+    @property
+    def structural(self) -> list[str]:
+        """The structural tokens in the order of their ids."""
+        return list(self._structure)
+
     def header(self, stream: str) -> int:
         if f"<{stream}>" not in self._structure:
             known = [name for name, row in STREAMS.items() if row.header == "first"] + self.streams
@@ -164,15 +169,16 @@ class Vocabulary:
             return f"<unused {token_id}>"
         index = token_id - self.ranges[name].start
         if name == "structure":
-            names = list(self._structure)
-            return names[index] if index < len(names) else f"<spare {index}>"
+            return self.structural[index] if index < len(self.structural) else f"<spare {index}>"
         if name == "embodiment":
             return f"<{self.embodiments[index]}>" if index < len(self.embodiments) else f"<spare embodiment {index}>"
         return f"{name}:{index}"
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        later = [name for name in self.sizes if name not in RANGE_ORDER]  # which come in the order given
+        data = self.to_dict() | ({"order": later} if later else {})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict:
         data = {**self.sizes, "embodiments": list(self.embodiments)}

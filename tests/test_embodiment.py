@@ -155,3 +155,24 @@ def test_an_axis_is_one_gripper():
     robot = tiny.embodiment()
     with pytest.raises(EmbodimentError, match="an axis is a gripper twice"):
         dataclasses.replace(robot, grippers=robot.grippers * 2)
+
+
+@pytest.mark.parametrize("key", ["gripper", "grippers"])
+def test_both_spellings_of_a_gripper_are_read(key):
+    data = tiny.embodiment().to_dict()
+    one = data.pop("gripper")
+    assert Embodiment.from_dict({**data, key: [one]}).grippers == tiny.embodiment().grippers
+    with pytest.raises(EmbodimentError, match="both gripper and grippers"):
+        Embodiment.from_dict({**data, "gripper": one, "grippers": [one]})
+
+
+@pytest.mark.parametrize("name", ["mask", "camera_0", "past", "vision", "structure", "streams", "state", "policy"])
+def test_a_further_stream_takes_no_name_that_means_something_else(name):
+    with pytest.raises(EmbodimentError, match="is no free name of a stream"):
+        tiny.embodiment().with_vectors({name: tiny.axes("ab")})
+
+
+@pytest.mark.parametrize("name", ["front", "front_image"])
+def test_a_further_stream_is_not_called_as_a_camera(name):
+    with pytest.raises(EmbodimentError, match="is no free name of a stream"):
+        tiny.embodiment(cameras=("front",)).with_vectors({name: tiny.axes("ab")})

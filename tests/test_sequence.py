@@ -252,9 +252,15 @@ def test_slots_from_before_are_one_number_for_each_place():
     assert layout.slot_rows == 1 + 7 * 256
     assert layout.slots("vision", 4, 0, 18)[:, 0].tolist() == [*range(1, 17), 1, 2]
     assert layout.slots("merged", 4, 0, 5)[:, 0].tolist() == [257, 258, 259, 260, 257]
-    assert layout.slots("action", 4, 254, 3)[:, 0].tolist() == [1 + 2 * 256 + i for i in (254, 255, 0)]
+    assert layout.slots("next action", 4, 254, 3)[:, 0].tolist() == [1 + 5 * 256 + i for i in (254, 255, 0)]
+    with pytest.raises(TaskError, match="action has 65 steps of 4 axes, at most 256 codes"):
+        layout.slots("action", 4, 0, 260)
     assert layout.slots("next proprio", 3, 0, 1)[0, 0] == 1 + 6 * 256
     assert layout.slots("text", 1, 0, 2).tolist() == [[0], [0]]
+    more = Layout((4, 4), 2, ("action", "proprio", "force"), flat=True)  # which came later, after all others
+    assert more.tables | layout.tables == more.tables
+    assert more.slots("force", 3, 0, 2)[:, 0].tolist() == [1 + 7 * 256, 2 + 7 * 256]
+    assert more.slot_rows == 1 + 9 * 256
 
 
 @pytest.mark.parametrize(

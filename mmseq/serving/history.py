@@ -42,8 +42,9 @@ class History:
         if episode:
             self._held.clear()
 
-    def fill(self, observation: dict[str, Any], step: int | None) -> dict[str, Any]:
-        """The observation with what came before it. step: the control step of now; None for one after the other.
+    def fill(self, observation: dict[str, Any], step: int | None, passed: int = 1) -> dict[str, Any]:
+        """The observation with what came before it. step: the control step of now; None where a client does not say:
+        `passed` control steps after the one before, by the clock.
 
         Each past step has what was seen last before it, and those before the beginning what was seen first.
         Raises: RequestError for a key that was never sent.
@@ -62,11 +63,11 @@ class History:
         if step is None and not self._said:
             self._said = True
             log.warning(
-                "the policy looks %d control steps back, and a client does not say its 'step': its requests are taken "
-                "for one control step after the other; have it send 'step', or set chunking.execute",
+                "the policy looks %d control steps back, and a client does not say its 'step': the clock says when it "
+                "saw what; have it send 'step', or set chunking.execute",
                 self.steps - 1,
             )
-        now = self._next if step is None else step
+        now = step if step is not None else self._next - 1 + passed if self._seen else 0
         self._next = now + 1
         while self._seen and self._seen[-1][0] >= now:  # asked a second time
             self._seen.pop()
@@ -91,6 +92,8 @@ class History:
         """What the robot was sent for the control steps from `step` on."""
         if self.steps > 1:
             first = self._next - 1 if step is None else step
+            while self._did and self._did[-1][0] >= first:  # asked a second time
+                self._did.pop()
             self._did.append((first, actions))
             while len(self._did) > 1 and self._did[1][0] <= first - self.steps:
                 self._did.popleft()

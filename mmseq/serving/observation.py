@@ -37,6 +37,7 @@ from mmseq.serving.policy import Contract, image_keys, plan_keys, vector_keys
 
 ENLARGED = 8  # times, at most: what is smaller is no picture of such a camera
 MAX_SHOWN = 4096  # frames of a demonstration
+MAX_FITTED = 64 << 20  # bytes of pictures of one key once they are fitted: as many as a message may have
 MAX_TEXT = 20_000  # characters: tokenizing more holds up every robot
 
 
@@ -123,6 +124,14 @@ def check_image(value: Any, camera: Camera, *, key: str, frames: bool = False) -
         fix = f"send at least a {ENLARGED}th of the contract's size, or serve a policy of smaller pictures"
     if fix is not None:
         raise RequestError("wrong_shape", f"{key!r} is {_describe(given)}, expected {expected}", key=key, fix=fix)
+    many = len(value) if value.ndim == 4 else 1
+    if many * camera.height * camera.width * 3 > MAX_FITTED:  # enlarging them would keep other robots waiting
+        raise RequestError(
+            "too_large",
+            f"{key!r} has {many} pictures for a camera of {camera.height} x {camera.width}",
+            key=key,
+            fix=f"send at most {MAX_FITTED // (camera.height * camera.width * 3)}",
+        )
     if (height, width) == (camera.height, camera.width):
         return value
     fitted = [
@@ -198,12 +207,16 @@ def _check_given(key: str, value: Any, embodiment: Embodiment, rules: Observatio
             raise RequestError("too_large", f"{key!r} has {len(value)} frames, at most {MAX_SHOWN} are read", key=key)
         return check_image(value, cameras[camera], key=key, frames=frames or shown)
     if base in (plans := plan_keys(embodiment)):
-        return check_vectors(value, plans[base], key=key, ndim=2)
-    axes = vector_keys(embodiment).get(base)
-    if axes is None:
-        return None
-    many = frames and isinstance(value, np.ndarray) and value.ndim == 2
-    return check_vectors(value, axes, key=key, ndim=2 if many else 1, out_of_range=rules.state_range)
+        found = check_vectors(value, plans[base], key=key, ndim=2)
+    else:
+        axes = vector_keys(embodiment).get(base)
+        if axes is None:
+            return None
+        many = frames and isinstance(value, np.ndarray) and value.ndim == 2
+        found = check_vectors(value, axes, key=key, ndim=2 if many else 1, out_of_range=rules.state_range)
+    if not len(found):
+        raise RequestError("wrong_shape", f"{key!r} is {_describe(value)}, expected one step or more", key=key)
+    return found
 
 
 def check_observation(
@@ -233,6 +246,8 @@ def check_observation(
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key in cameras:
+            stacked = frames and isinstance(value, np.ndarray) and value.ndim == 4
+            value = value[-contract.history :] if stacked else value  # nobody looks farther back
             checked[key] = check_image(value, cameras[key], key=key, frames=frames)
         elif key not in known:
             if rules.unknown_keys == "refuse":

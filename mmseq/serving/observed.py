@@ -150,9 +150,11 @@ def check_servable(task: Task) -> None:
     task.require_fixed()
     for segment in task.given:
         ahead = isinstance(segment.offset, Duration) and segment.offset.value > 0
+        clip = segment.row.kind is VISION and segment.length is not None and segment.row.timed
+        clip_ahead = clip and segment.offset is not None and (ahead or not isinstance(segment.offset, Duration))
         # nobody remembers a command from before an episode began, which a policy that looks back at one asks for first
         behind = isinstance(segment.offset, Duration) and segment.offset.value < 0 and segment.row.clock == "commanded"
-        if segment.row.wire is None or behind or (ahead and segment.row.kind is VECTOR):
+        if segment.row.wire is None or behind or clip_ahead or (ahead and segment.row.kind is VECTOR):
             raise ConfigError(
                 f"the arrow {task} cannot be served as the policy: it is given {segment}, which nobody sends",
                 fix="use an arrow that is given what a robot sees, states, or is told",

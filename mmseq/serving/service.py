@@ -158,13 +158,16 @@ class Service:
         checked, embodiment = check_observation(observation, self.contract, self.rules)
         session.serves(embodiment.name, self.contract)
         memory = session.memory
-        if turn.step is None and quiet_s > self.contract.horizon / embodiment.rate_hz:
+        quiet_steps = quiet_s * embodiment.rate_hz
+        if turn.step is None and quiet_steps > self.contract.horizon:
             session.forget()  # all that was sent is executed: what this robot did since nobody knows
+        if turn.step is None and quiet_steps > 2 * max(self.contract.horizon, self.contract.history):
+            session.history.forget()  # nor is this what it saw just before
         session.standing |= turn.reset
         step = memory.begin(turn)
         if turn.reset:
             session.history.forget(episode=True)
-        checked = session.history.fill(checked, step)
+        checked = session.history.fill(checked, step, passed=max(1, round(quiet_steps)))
         mode = "plain" if turn.chunking == "plain" else self.chunking.mode
         if mode == "realtime" and step is not None and "action_prefix" not in checked:
             delay = math.ceil(self.delays.usual * embodiment.rate_hz) if turn.delay is None else turn.delay

@@ -34,7 +34,6 @@ class Session:
     def forget(self) -> None:
         """What the robot was to execute."""
         self.memory.forget()
-        self.history.forget()
         self.standing = True
 
     def serves(self, embodiment: str, contract: Contract) -> None:

@@ -97,9 +97,9 @@ class Tokenizers(Mapping[str, Tokenizer]):
         """Features float32 (N, positions, F) of frames. Raises: TaskError when there is no encoder, or it is wrong."""
         if self.encoder is None:
             raise TaskError("these tokenizers have no encoder")
-        found = self.encoder.encode(frames)
+        found = np.asarray(self.encoder.encode(frames))
         wanted = (len(frames), self.encoder.positions, self.encoder.features)
-        if found.shape != wanted or not np.isfinite(found).all():
+        if found.shape != wanted or found.dtype.kind != "f" or not np.isfinite(found).all():
             raise TaskError(f"the encoder {self.encoder.kind!r} gives {found.shape}, expected finite {wanted}")
         return found.astype(np.float32)
 
@@ -164,7 +164,19 @@ class Tokenizers(Mapping[str, Tokenizer]):
         """
         axes = self.axes(embodiment, stream)
         checked = axes.check(np.asarray(values), what=what or stream, where=where)
-        return self[stream_row(stream).range].encode(checked, axes)
+        tokenizer = self[stream_row(stream).range]
+        codes = np.asarray(tokenizer.encode(checked, axes))
+        if codes.shape != checked.shape or codes.dtype.kind not in "iu":
+            raise TaskError(
+                f"the tokenizer {tokenizer.kind!r} of {stream} gives {codes.dtype} {codes.shape}, "
+                f"expected whole numbers {checked.shape}"
+            )
+        if codes.size and not (codes.min() >= 0 and codes.max() < tokenizer.size):
+            raise TaskError(
+                f"the tokenizer {tokenizer.kind!r} of {stream} gives codes {codes.min()}..{codes.max()}, "
+                f"expected 0..{tokenizer.size - 1}"
+            )
+        return codes
 
     def with_embodiments(self, embodiments: Sequence[Embodiment]) -> Tokenizers:
         """The same tokenizers for other robots; those that are here should come first, in their order.

@@ -32,6 +32,7 @@ from mmseq.files import save_tensors
 from mmseq.training.distributed import agree
 from mmseq.training.fragments import WEIGHT, Fragment, base_optimizer, create_states, local_fragments, refresh_weights
 from mmseq.training.optimizer import AVERAGE
+from mmseq.training.start import in_todays_terms
 
 STATE_FILE = "state.json"
 FORMAT = 2  # of the state file and the fragments
@@ -358,7 +359,7 @@ def load(engine: Any, model: nn.Module, checkpoint: Path, identity: dict) -> Run
 def require_same(checkpoint: Path, identity: dict) -> RunState:
     """Where the run of a checkpoint is. Raises: CheckpointError when it is another run, or damaged."""
     state = read_state(checkpoint)
-    stored = _read(checkpoint).get("identity", {})
+    stored = in_todays_terms(_read(checkpoint).get("identity", {}))
     wrong = [_difference(k, stored.get(k), v) for k, v in identity.items() if stored.get(k) != v]
     if wrong:
         raise CheckpointError(

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, Mixture
@@ -25,7 +28,8 @@ from mmseq.training.distributed import agree
 from mmseq.training.lora import add_adapters
 from mmseq.vocabulary import EMBODIMENT_SLOTS, Vocabulary
 
-HOW = ("attention", "activation_checkpointing")  # of the model's settings: may change when a run goes on
+# Of the model's settings: may change when a run goes on; and what the tokenizers decide, which are compared.
+HOW = ("attention", "activation_checkpointing", "slots", "soft")
 
 
 def open_mixture(config: TrainConfig, mix: MixConfig, tokenizers: Tokenizers) -> Mixture:
@@ -62,6 +66,16 @@ def identity_of(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> di
         "lora": [config.lora.rank, config.lora.alpha],
         "rows": [config.data.row_tokens, config.data.rows_per_step],
     }
+
+
+def in_todays_terms(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it was stored, with settings that came after it at their defaults."""
+    try:
+        mix = OmegaConf.merge(OmegaConf.structured(MixConfig), OmegaConf.create(identity["mix"]))
+        model = ModelConfig.from_dict(identity["model"]).to_dict()
+    except (KeyError, OmegaConfBaseException, YAMLError, ConfigError):
+        return identity  # of a program after this one
+    return {**identity, "mix": to_yaml(OmegaConf.to_object(mix)), "model": {k: model[k] for k in model if k not in HOW}}
 
 
 def require_start(config: TrainConfig, tokenizers: Tokenizers) -> None:
@@ -205,16 +219,17 @@ def _ids_of(vocabulary: Vocabulary) -> dict[Any, int]:
     """The ids by what they mean: a range and a code, or a structural token; ids beyond all ranges by their place."""
     ranges = vocabulary.ranges.values()
     found: dict[Any, int] = {(r.name, i): r.start + i for r in ranges for i in range(r.size)}
+    for token in vocabulary.structural:  # their places depend on which streams there are
+        at = vocabulary.structure(token)
+        del found["structure", at - vocabulary.ranges["structure"].start]
+        found["structure", token] = at
     last = max(r.stop for r in ranges)
     return found | {("unused", i): last + i for i in range(len(vocabulary) - last)}
 
 
 def _rows_of(layout: Layout) -> dict[Any, int]:
     """The rows of the slot table by what they mean."""
-    sizes = {
-        use: (first, columns if layout.flat else rows + columns)
-        for use, (first, rows, columns) in layout.tables.items()
-    }
+    sizes = {use: (first, rows + columns) for use, (first, rows, columns) in layout.tables.items()}
     return {(use, i): first + i for use, (first, count) in sizes.items() for i in range(count)} | {"none": 0}
 
 

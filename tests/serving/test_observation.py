@@ -349,3 +349,26 @@ def test_odd_values_are_refused_and_nothing_else_is_raised(observation, contract
         for check_any in (check_observation, check_given):
             with contextlib.suppress(RequestError):
                 check_any(message, contract, ObservationRules())
+
+
+def test_pictures_that_would_fill_the_server_once_enlarged_are_refused(embodiment):
+    camera = Camera(name="front", height=224, width=224)
+    small = np.zeros((6000, 28, 28, 3), np.uint8)
+    with pytest.raises(RequestError, match="has 6000 pictures for a camera of 224 x 224") as caught:
+        check_image(small, camera, key="demo.images.front", frames=True)
+    assert caught.value.code == "too_large"
+    assert check_image(small[:8], camera, key="demo.images.front", frames=True).shape == (8, 224, 224, 3)
+
+
+def test_of_a_stack_a_policy_that_looks_back_reads_the_last_frames(observation, contract):
+    contract = dataclasses.replace(contract, history=3)
+    frames = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 24, 3), np.uint8)
+    checked = check({**observation, "observation.images.front": frames}, contract)
+    assert checked["observation.images.front"][:, 0, 0, 0].tolist() == [47, 48, 49]
+
+
+def test_a_stack_of_no_states_is_refused(observation, contract):
+    contract = dataclasses.replace(contract, history=3)
+    width = len(observation["observation.state"])
+    empty = refusal({**observation, "observation.state": np.zeros((0, width), np.float32)}, contract)
+    assert (empty.code, empty.key) == ("wrong_shape", "observation.state")

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from mmseq.embodiment import Axes
-from mmseq.errors import ConfigError
+from mmseq.errors import ConfigError, TaskError
+from mmseq.testing import tiny
+from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer, value_features
 
 AXES = Axes.from_values(np.array([[-1.0, 0.0, 5.0], [1.0, 10.0, 5.0]]))
@@ -70,3 +72,22 @@ def test_neighbouring_values_have_similar_features():
         [[2 * x - 1], np.sin(np.outer([1, 2, 4, 8], np.pi * x)), np.cos(np.outer([1, 2, 4, 8], np.pi * x))]
     )
     np.testing.assert_allclose(features, (raw / np.linalg.norm(raw, axis=0)).T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("codes", "says"),
+    [
+        (lambda n: np.full((n, 3), -5), r"gives codes -5\.\.-5, expected 0\.\.31"),
+        (lambda n: np.full((n, 3), 32), r"expected 0\.\.31"),
+        (lambda n: np.zeros((n, 6), np.int64), r"expected whole numbers \(2, 3\)"),
+        (lambda n: np.zeros((n, 3)), "gives float64"),
+    ],
+)
+def test_what_a_persons_own_tokenizer_gives_is_checked(codes, says):
+    class Own(BinTokenizer):
+        def encode(self, values, axes):
+            return codes(len(values))
+
+    bundle = Tokenizers({**tiny.tokenizers(), "proprio": Own(32)}, embodiments=(tiny.embodiment(),))
+    with pytest.raises(TaskError, match=says):
+        bundle.encode_vector("proprio", "arm", np.zeros((2, 3), np.float32))

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+import yaml
 
 from mmseq import SequenceModel
 from mmseq.config import load_config, to_yaml
+from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig
 from mmseq.errors import CheckpointError, ConfigError, FingerprintError
 from mmseq.model.config import ModelConfig, RopeScaling
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.text import TextTokenizer
 from mmseq.training.config import TrainConfig
-from mmseq.training.start import build_model, model_shape
+from mmseq.training.start import build_model, in_todays_terms, model_shape
+from mmseq.vocabulary import Vocabulary
 
 ARM, HAND, LEG = (tiny.embodiment(name) for name in ("arm", "hand", "leg"))
 ARROW = "text, image, proprio -> action[4]"
@@ -103,3 +106,32 @@ def test_ranks_end_together_when_the_model_cannot_be_built(trainer, tmp_path):
     assert finished.codes == [2, 2], finished.output[-2000:]
     assert "init_from" in finished.output
     assert not (tmp_path / "run").exists()
+
+
+def test_header_tokens_of_streams_keep_their_rows_whatever_comes_beside_them(tmp_path):
+    touch, push = ({name: tiny.axes("ab")} for name in ("tactile", "force"))
+    feeling, pushing = ARM.with_vectors(touch), LEG.with_vectors(push)
+    old = tiny.model(tiny.tokenizers((feeling,)))
+    old.save_pretrained(tmp_path / "checkpoint")
+    robots = (feeling, pushing)
+    bundle = Tokenizers({**tiny.tokenizers(robots), "text": old.tokenizers.text}, embodiments=robots)
+    assert bundle.vocabulary.header("tactile") != old.vocabulary.header("tactile")  # force comes before it
+    new = build_model(TrainConfig(init_from=str(tmp_path / "checkpoint")), bundle)
+    row = lambda model, name: model.transformer.embed.weight[model.vocabulary.header(name)]
+    assert torch.equal(row(new, "tactile"), row(old, "tactile"))
+    assert not torch.equal(row(new, "force"), row(old, "tactile"))
+    swapped = [Vocabulary({"text": 4, **dict.fromkeys(names, 8)}) for names in (("a", "b"), ("b", "a"))]
+    assert swapped[0].fingerprint != swapped[1].fingerprint
+
+
+def test_a_run_goes_on_under_a_program_that_knows_more_settings():
+    mix = MixConfig(sources={"arm": SourceConfig(path="data/arm")}, tasks=[TaskConfig(task=ARROW)])
+    stored = {"seed": 0, "mix": to_yaml(mix), "model": ModelConfig(width=64).to_dict()}
+    before = yaml.safe_load(stored["mix"])
+    del before["sources"]["arm"]["swap_colours"]
+    model = {k: v for k, v in stored["model"].items() if k not in ("slots", "soft", "z_loss")}
+    assert in_todays_terms({**stored, "mix": yaml.safe_dump(before), "model": model}) == in_todays_terms(stored)
+    before["tasks"][0]["task"] = "-> text"
+    assert in_todays_terms({**stored, "mix": yaml.safe_dump(before)}) != in_todays_terms(stored)
+    later = {**stored, "model": {**model, "of_tomorrow": 1}}
+    assert in_todays_terms(later) == later
