@@ -83,6 +83,8 @@ class History:
             observation[key] = np.stack(found)
         while len(self._seen) > 1 and self._seen[1][0] <= now - self.steps + 1:
             self._seen.popleft()
+        if "past_actions" in observation:  # a client that knows what its robot did
+            return observation
         did = [self._action(at) for at in range(first, now)]
         if did and all(action is not None for action in did):
             observation["past_actions"] = np.stack(did)  # type: ignore[arg-type]

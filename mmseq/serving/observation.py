@@ -242,7 +242,7 @@ def check_observation(
         if not _check_text(flat["prompt"], "prompt").strip():
             raise RequestError("out_of_range", "'prompt' is empty", key="prompt", fix="say what is to be done")
     cameras = {IMAGES + camera.name: camera for camera in embodiment.cameras}
-    known = {*cameras, *required, *kept, *vector_keys(embodiment), *OTHER_KEYS}
+    known = {*cameras, *required, *kept, *vector_keys(embodiment), *OTHER_KEYS, *(("past_actions",) if frames else ())}
     checked: dict[str, Any] = {}
     for key, value in flat.items():
         if key in cameras:
@@ -264,6 +264,11 @@ def check_observation(
             prefix = _check_prefix(value, embodiment, contract)
             if len(prefix):
                 checked[key] = prefix
+        elif key == "past_actions":
+            assert embodiment.action is not None
+            did = check_vectors(value, embodiment.action, key=key, ndim=2, out_of_range="clamp")
+            if len(did):
+                checked[key] = did[1 - contract.history :]
         elif key not in ("embodiment", "embodiment_fingerprint"):
             checked[key] = _check_given(key, value, embodiment, rules, frames=frames)
             if checked[key] is None:

@@ -507,3 +507,21 @@ def test_a_driver_that_fills_one_buffer_again_changes_no_past_frame():
         past.add(step, {"observation.images.front": frame})
     stack = past.stacked(2, {"observation.images.front": frame})["observation.images.front"]
     assert stack[:, 0, 0, 0].tolist() == [0, 10, 20]
+
+
+def test_a_policy_that_looks_back_is_told_what_was_done_also_in_a_hold(server, robot):
+    server.metadata["history"] = 6
+    loop, clock, _ = simulate(server, robot, lambda: 0.045, Chunking("plain", 1))
+    asked, infer = [], server.infer
+
+    def watch(observation, *rest):
+        asked.append((observation, len(robot.actions)))
+        return infer(observation, *rest)
+
+    server.infer = watch
+    ticks = drive(loop, clock, 60)
+    assert any(tick.held for tick in ticks)
+    told = [(observation["past_actions"], count) for observation, count in asked if "past_actions" in observation]
+    assert len(told) > 10
+    for past, count in told:
+        np.testing.assert_array_equal(past, np.stack(robot.actions[:count])[-5:])

@@ -37,3 +37,12 @@ def test_a_step_that_is_asked_for_again_is_kept_once():
         history.fill(state(0.0), 0)
         history.remember(0, np.zeros((8, 2), np.float32))
     assert len(history._did) == len(history._seen) == 1
+
+
+def test_what_a_client_says_that_its_robot_did_counts():
+    history = History(4)
+    history.fill(state(0.0), 0)
+    history.remember(0, np.ones((8, 2), np.float32))
+    assert history.fill(state(1.0), 1)["past_actions"].tolist() == [[1, 1]]
+    own = np.zeros((2, 2), np.float32)
+    assert history.fill({**state(2.0), "past_actions": own}, 2)["past_actions"] is own
