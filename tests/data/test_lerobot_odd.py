@@ -16,7 +16,7 @@ from mmseq.data.lerobot_video import is_depth, place
 from mmseq.data.mapping import read_map
 from mmseq.episode import TextSpan
 from mmseq.errors import DataError, EpisodeError, MMSeqError
-from mmseq.testing.lerobot_sets import Made, encode, picture, shown
+from mmseq.testing.lerobot_sets import TASKS, Made, encode, picture, shown
 
 FRONT = "observation.images.front"
 LENGTHS = (5, 3, 6)
@@ -204,6 +204,29 @@ def test_rows_of_an_episode_may_lie_in_several_files_and_not_together(tmp_path):
     for k, episode in enumerate(LeRobotReader(path)):
         np.testing.assert_array_equal(episode["action"], made.vectors["action"][1][k])
         assert numbers(episode) == made.episodes[k].tolist()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "png"])  # videos, and pictures that are shuffled with their rows
+@pytest.mark.parametrize("rows_a_file", [1000, 4])  # in one file, and across the files of an episode
+def test_rows_are_put_into_the_order_of_their_frames(tmp_path, codec, rows_a_file):
+    made = content(cameras={FRONT: codec}, tasks=[[TASKS[0]] + [TASKS[1]] * (n - 1) for n in LENGTHS])
+    path = made.write(tmp_path / "set", "v3")
+    whole = pa.concat_tables([pq.read_table(f) for f in sorted(path.glob("data/*/*.parquet"))])
+    rows = whole.take([3, 0, 4, 1, 2, 7, 5, 6, *range(8, 14)])
+    for k in range(0, len(whole), rows_a_file):
+        file = path / f"data/chunk-000/file-{k // rows_a_file:03d}.parquet"
+        pq.write_table(rows.slice(k, rows_a_file), file, row_group_size=2)
+    reader = LeRobotReader(path)
+    for k, episode in enumerate(reader):
+        assert numbers(episode) == made.episodes[k].tolist()
+        assert [shown(f) for f in reader.frames(k, "front", [1, 2])] == made.episodes[k][1:3].tolist()
+        np.testing.assert_array_equal(episode["action"], made.vectors["action"][1][k])
+        np.testing.assert_array_equal(episode["proprio"], made.vectors["observation.state"][1][k])
+        assert [(s.start, s.texts) for s in episode.spans] == [(0, (TASKS[0],)), (1, (TASKS[1],))]
+    assert [n for n in reader.notes if "frame_index" in n] == [
+        "rows of episodes 0, 1 are not in the order of their frame_index: put into that order"
+    ]
+    assert not any("timestamps" in n for n in reader.notes)
 
 
 def test_what_editors_hide_beside_the_data_is_not_data(tmp_path, version):
