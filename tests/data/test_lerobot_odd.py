@@ -1,5 +1,6 @@
 """LeRobot datasets that are odd: what the data hold is read, what is not used is named, what is bad costs itself."""
 
+import io
 import json
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image, ImageOps
 
 from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episodes
 from mmseq.data.lerobot import LeRobotReader
@@ -510,8 +512,6 @@ def test_a_camera_that_says_it_is_depth_is_left_out_by_name(tmp_path, version, f
 
 
 def test_pictures_of_sixteen_bits_are_depth_whatever_is_said(tmp_path, version):
-    from PIL import Image
-
     made = content(cameras={FRONT: "png", "observation.images.depth": "png"})
     path = made.write(tmp_path / "set", version)
     file = tmp_path / "deep.png"
@@ -520,6 +520,31 @@ def test_pictures_of_sixteen_bits_are_depth_whatever_is_said(tmp_path, version):
     edit(path, lambda table, _: put(table, "observation.images.depth", pa.array(deep * len(table))))
     reader = LeRobotReader(path)
     assert (reader.cameras, list(reader.left_out)) == (["front"], ["observation.images.depth"])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_pictures_are_turned_as_lerobot_turns_them(tmp_path, kind, orientation):
+    path = content(cameras={FRONT: "png"}).write(tmp_path / "set", "v3")
+    expected = []
+
+    def change(table, _):
+        stored = []
+        for row in table[FRONT].to_pylist():
+            image, exif, data = Image.open(io.BytesIO(row["bytes"])), Image.Exif(), io.BytesIO()
+            exif[ExifTags.Base.Orientation] = orientation
+            image.save(data, kind, exif=exif)
+            stored.append({"bytes": data.getvalue(), "path": None})
+            # what Hugging Face's datasets, by which LeRobot reads rows, makes of it
+            expected.append(np.asarray(ImageOps.exif_transpose(Image.open(data)).convert("RGB")))
+        return put(table, FRONT, pa.array(stored))
+
+    edit(path, change)
+    edit_info(path, lambda info: info["features"][FRONT].pop("shape", None))
+    reader = LeRobotReader(path)
+    np.testing.assert_array_equal(np.concatenate([e["image.front"] for e in reader]), expected)
+    (camera,) = reader.embodiment().cameras
+    assert (camera.height, camera.width) == ((48, 32) if orientation > 4 else (32, 48))
 
 
 @pytest.mark.parametrize("form", ["bytes", "path", "struct of a path"])
