@@ -77,9 +77,21 @@ def demos_of(file: Path, given: Streams) -> list[Demo]:
 
 def _demos(file: Path, root: Any, given: Streams) -> list[Demo]:
     data = root.get("data")
-    if groups := [n for n in sorted(data, key=natural) if is_group(data.get(n))] if is_group(data) else []:
+    items = {n: _item(data, n) for n in sorted(data, key=natural)} if is_group(data) else {}
+    if groups := {n: item for n, item in items.items() if item is None or is_group(item)}:
         facts = facts_of(data, root)
-        return [Demo(file, f"data/{n}", columns_of(data[n]), facts) for n in groups]
+        return [
+            Demo(
+                file,
+                f"data/{n}",
+                {},
+                Facts(),
+                DataError(f"{file}, data/{n} is a link to nothing, or damaged", fix=REPLACE),
+            )
+            if item is None
+            else Demo(file, f"data/{n}", columns_of(item), facts)
+            for n, item in groups.items()
+        ]
     entries = columns_of(root)
     aloha = any(name in root for name in ("observations", "obs", *ACTIONS))
     if not aloha and not any(name in entries for names in given.values() for name in names):
@@ -90,6 +102,14 @@ def _demos(file: Path, root: Any, given: Streams) -> list[Demo]:
         )
     facts = facts_of(root)  # whose texts are those of the one episode
     return [Demo(file, "/", entries, replace(facts, robot=facts.robot or ("aloha" if aloha else None), texts=()))]
+
+
+def _item(group: Any, name: str) -> Any:
+    """What a group holds under a name, None where it cannot be opened: mostly a link to nothing."""
+    try:
+        return group[name]
+    except (KeyError, OSError):
+        return None
 
 
 def is_group(item: Any) -> bool:

@@ -279,7 +279,13 @@ def _vectors(source: EpisodeSource, index: int, robot: Embodiment | None) -> tup
 
 def _check_one(source: EpisodeSource, index: int, robot: Embodiment | None) -> dict[str, Any]:
     """Everything that can be known of an episode without decoding its pictures, and what the index says of it."""
-    episode, where, _ = _vectors(source, index, robot)
+    episode, where, members = _vectors(source, index, robot)
+    acts = members or episode.embodiment is not None  # else it is video, of any rate
+    if robot and acts and abs(episode.rate_hz - robot.rate_hz) > 1e-6:  # the robot would move at another speed
+        raise EpisodeError(
+            f"{where} has {episode.rate_hz:g} steps per second, its embodiment {robot.name!r} says {robot.rate_hz:g}",
+            fix="let the reader resample it to that rate, or correct rate_hz in the embodiment",
+        )
     for camera in episode.cameras:
         if not _NAME.fullmatch(camera):
             raise DataError(

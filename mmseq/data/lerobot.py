@@ -17,9 +17,9 @@ any other column                        named in `left_out`, and taken by `map` 
 `meta/mmseq.json` (optional)            {"tasks": {"<task>": {"paraphrases": ["..."], "plan": "..."}}}
 ======================================  =============================================================
 
-Row k of an episode is frame k of its part of a video. At a lower `rate_hz`, a step takes the observation at its
-beginning. Of the actions within it, it takes the last (absolute targets, and every gripper axis), the sum (delta) or
-the mean (velocity).
+Row k of an episode, in the order of `frame_index`, is frame k of its part of a video. At a lower `rate_hz`, a step
+takes the observation at its beginning. Of the actions within it, it takes the last (absolute targets, and every gripper
+axis), the sum (delta) or the mean (velocity).
 """
 
 from __future__ import annotations

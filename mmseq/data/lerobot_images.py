@@ -19,10 +19,23 @@ from mmseq.errors import DataError
 
 
 def stored_images(root: Path, record: Record, feature: str, steps: np.ndarray) -> Iterator[np.ndarray]:
-    """The pictures of these rows of an episode; only the row groups in question are read."""
+    """The pictures of these frames of an episode; only the row groups in question are read."""
+    if record.order is None:
+        found = _values(record, feature, steps)
+    else:  # rows are read as they lie, so what is encoded waits for its turn
+        rows = record.order[steps]
+        lying = np.unique(rows)
+        held = dict(zip(lying.tolist(), _values(record, feature, lying)))
+        found = (held[row] for row in rows.tolist())
+    for value, where in found:
+        yield _decode(value, root, where)
+
+
+def _values(record: Record, feature: str, rows: np.ndarray) -> Iterator[tuple[Any, str]]:
+    """What these rows (not decreasing) of an episode hold, each with the place that errors name."""
     before = 0
     for path, start, end in record.parts:
-        inside = steps[(steps >= before) & (steps < before + end - start)] - before + start
+        inside = rows[(rows >= before) & (rows < before + end - start)] - before + start
         before += end - start
         try:
             file = pq.ParquetFile(path)
@@ -33,7 +46,7 @@ def stored_images(root: Path, record: Record, feature: str, steps: np.ndarray) -
                 if len(wanted):
                     column = file.read_row_group(group, columns=[feature])[feature]
                     for row in wanted:
-                        yield _decode(column[int(row)].as_py(), root, f"{path}: {feature} of row {first + int(row)}")
+                        yield column[int(row)].as_py(), f"{path}: {feature} of row {first + int(row)}"
                 first += count
         except (OSError, pa.ArrowException) as error:
             raise unreadable(path, error) from error

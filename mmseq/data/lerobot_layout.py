@@ -5,7 +5,8 @@ meta/episodes.jsonl  tasks.jsonl                  meta/episodes/chunk-000/file-0
 data/chunk-000/episode_000000.parquet             data/chunk-000/file-000.parquet
 videos/chunk-000/<key>/episode_000000.mp4         videos/<key>/chunk-000/file-000.mp4
 
-An episode is the rows that carry its index, in the order of the files, as LeRobot reads them. What metadata says
+An episode is the rows that carry its index, in the order of the files, as LeRobot reads them; where `frame_index`
+numbers them in another order, in that one, which is the order of time and of the frames of videos. What metadata says
 otherwise (lengths, totals, which file) is passed on as a note; what cannot be read is the problem of the episodes
 that need it, and of no others.
 """
@@ -61,11 +62,15 @@ _TEMPLATES = {
 
 @dataclass
 class Record:
-    """One episode: its index, what metadata says of it, and where its rows are: (file, first row, end row)."""
+    """One episode: its index, what metadata says of it, and where its rows are: (file, first row, end row).
+
+    order: the row of each frame, where the rows do not lie in the order of frames.
+    """
 
     index: int
     meta: dict[str, Any] = field(default_factory=dict)
     parts: list[tuple[Path, int, int]] = field(default_factory=list)
+    order: np.ndarray | None = None
     problem: str | None = None
 
     def __len__(self) -> int:
@@ -84,6 +89,7 @@ class Layout:
         self.broken: dict[Path, DataError] = {}  # files that cannot be read
         self.types: dict[str, pa.DataType] = {}
         self.steps: list[float] = []  # seconds between rows, of each episode whose timestamps are even
+        self.orders: dict[int, np.ndarray] = {}  # of the episodes whose rows lie in another order than their frames
         self.info = self._read_info()
         self.version = self._version()
         self.features = self._features()
@@ -194,6 +200,7 @@ class Layout:
     def _scan(self) -> dict[int, list[tuple[Path, int, int]]]:
         """Which rows of which files carry which episode's index, in the order of the files."""
         rows: dict[int, list[tuple[Path, int, int]]] = {}
+        numbered: dict[int, list[np.ndarray | range | None]] = {}  # the frames of each part; a range takes no room
         uneven: list[int] = []
         types: dict[str, Counter[pa.DataType]] = {}
         for path in self._data_files():
@@ -201,7 +208,7 @@ class Layout:
                 file = pq.ParquetFile(path)
                 for found in file.schema_arrow:
                     types.setdefault(found.name, Counter())[found.type] += 1
-                names = [n for n in ("episode_index", "timestamp") if n in file.schema_arrow.names]
+                names = [n for n in ("episode_index", "timestamp", "frame_index") if n in file.schema_arrow.names]
                 table = file.read(names) if names else None
             except (OSError, pa.ArrowException) as error:
                 self.broken[path] = unreadable(path, error)
@@ -209,15 +216,30 @@ class Layout:
             numbers = self._indices(path, table, file.metadata.num_rows)
             if numbers is None or not len(numbers):
                 continue
-            timed = table is not None and "timestamp" in names and is_number(table.schema.field("timestamp").type)
-            times = scalars(joined(table["timestamp"])) if timed else None  # type: ignore[index]
+            times, frames = _numbers(table, "timestamp"), _numbers(table, "frame_index")
             cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
             for start, end in pairwise(cuts):
                 index = int(numbers[start])
-                if times is not None and not self._even(times[start:end], continued=index in rows):
+                part = None if frames is None else frames[start:end]
+                order = _order(part)
+                said = times[start:end] if times is not None else None
+                said = said[order] if said is not None and order is not None else said
+                if said is not None and not self._even(said, continued=index in rows):
                     uneven.append(index)
                 rows.setdefault(index, []).append((path, start, end))
+                numbered.setdefault(index, []).append(_short(part))
         self.types = {name: commonest(found) for name, found in types.items()}
+        for index, parts in numbered.items():
+            known = [np.asarray(part) for part in parts if part is not None]
+            order = _order(np.concatenate(known)) if len(known) == len(parts) else None
+            if order is not None:
+                self.orders[index] = order
+        if self.orders:
+            self.notes.append(
+                f"rows of episodes {listed(self.orders)} are not in the order of their frame_index: put into that order"
+            )
+        # of rows shuffled across files, the timestamps of one part say nothing
+        uneven = [index for index in uneven if index not in self.orders or len(rows[index]) == 1]
         if uneven:
             self.notes.append(
                 f"timestamps of episodes {listed(dict.fromkeys(uneven))} are not frame / fps: row k is frame k, "
@@ -282,7 +304,7 @@ class Layout:
         needs_list = self.version == "v3" and any(f.get("dtype") == "video" for f in self.features.values())
         records = []
         for index in sorted(set(rows) | set(known)):
-            record = Record(index, known.get(index, {}), rows.get(index, []))
+            record = Record(index, known.get(index, {}), rows.get(index, []), self.orders.get(index))
             length, file = whole(record.meta.get("length")), self._data_file(record)
             if not record.parts:
                 if file in self.broken:
@@ -376,3 +398,27 @@ class Layout:
             return self.path / template.format(**values)
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(f"{self.path}/meta/info.json: {key} is {template!r}", fix=f"write {default}") from error
+
+
+def _numbers(table: pa.Table | None, name: str) -> np.ndarray | None:
+    """A column of one number per row, None where there is no such column."""
+    if table is None or name not in table.column_names or not is_number(table.schema.field(name).type):
+        return None
+    return scalars(joined(table[name]))
+
+
+def _order(frames: np.ndarray | None) -> np.ndarray | None:
+    """The row of each frame, where these numbers of frames are 0 to n - 1 in another order than that; else None."""
+    if frames is None or frames.dtype.kind not in "iuf":
+        return None
+    order = np.argsort(frames, kind="stable")
+    count = np.arange(len(frames))
+    return order if np.array_equal(frames[order], count) and not np.array_equal(order, count) else None
+
+
+def _short(frames: np.ndarray | None) -> np.ndarray | range | None:
+    """Numbers of frames that follow each other as a range, so that millions of rows in order take no memory."""
+    if frames is None or frames.dtype.kind not in "iu" or not len(frames):
+        return frames
+    first = int(frames[0])
+    return range(first, first + len(frames)) if np.array_equal(frames, first + np.arange(len(frames))) else frames

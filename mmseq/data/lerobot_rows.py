@@ -50,7 +50,10 @@ class Rows:
         return all(name in self._table(path).column_names for path, _, _ in record.parts)
 
     def column(self, record: Record, name: str) -> pa.Array:
-        """A column's rows of an episode. Raises: EpisodeError when one of its files has no such column."""
+        """A column's rows of an episode, in the order of its frames.
+
+        Raises: EpisodeError when one of its files has no such column.
+        """
         chunks: list[pa.Array] = []
         for path, start, end in record.parts:
             table = self._table(path)
@@ -58,11 +61,12 @@ class Rows:
                 raise EpisodeError(f"{self.called(record)}: {path} lacks the column {name!r}", fix=REFETCH)
             chunks += table[name].slice(start, end - start).chunks
         try:
-            return pa.concat_arrays([c if c.type == chunks[0].type else c.cast(chunks[0].type) for c in chunks])
+            rows = pa.concat_arrays([c if c.type == chunks[0].type else c.cast(chunks[0].type) for c in chunks])
         except pa.ArrowException as error:
             raise EpisodeError(
                 f"{self.called(record)}: its files disagree on {name!r}: {error}", fix=REFETCH
             ) from error
+        return rows if record.order is None else rows.take(pa.array(record.order))
 
     def matrix(self, record: Record, name: str) -> np.ndarray:
         """A column of numbers, float32 (rows, axes). Raises: EpisodeError for rows of unequal widths."""

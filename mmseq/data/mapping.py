@@ -29,7 +29,6 @@ type Streams = dict[str, tuple[str, ...]]  # a stream, and the columns that fill
 
 KINDS = ("picture", "vector", "text", "flag", "depth", "other")
 _OF_KIND = {VISION.name: "picture", VECTOR.name: "vector", TEXT.name: "text", OUTCOME.name: "flag"}
-_TARGETS = [row.name for row in STREAMS.values() if row.column and row.header == "first" and row.kind is not VISION]
 _CAMERA = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _VECTOR = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _FORM = "write STREAM=COLUMN, such as action=actions or proprio=joints+gripper, or name a YAML file"
@@ -73,6 +72,11 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def _targets() -> list[str]:
+    """The streams of the table that a column may fill, cameras aside; a plug-in may have added vectors to it."""
+    return [row.name for row in STREAMS.values() if row.kind is VECTOR or (row.column and row.kind is not VISION)]
+
+
 def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
     if columns is None:
         columns = ""
@@ -83,11 +87,12 @@ def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
     camera = stream.removeprefix(IMAGE_PREFIX)
     if stream == "image" or (stream.startswith(IMAGE_PREFIX) and not _CAMERA.fullmatch(camera)):
         raise ConfigError(f"the map has {stream!r}", fix="name the camera: image.NAME, of letters, digits, '_' and '-'")
-    known = stream.startswith(IMAGE_PREFIX) or stream in _TARGETS
+    targets = _targets()
+    known = stream.startswith(IMAGE_PREFIX) or stream in targets
     if not known and (stream in STREAMS or not _VECTOR.fullmatch(stream)):
         raise ConfigError(
             f"the map fills {stream!r}, which no column can",
-            fix=f"fill image.NAME, {', '.join(_TARGETS)} or a vector stream of your own, as force",
+            fix=f"fill image.NAME, {', '.join(targets)} or a vector stream of your own, as force",
         )
     if len(names) > 1 and kind_of(stream) != "vector":
         raise ConfigError(f"the map joins {'+'.join(names)} to {stream}", fix="only vectors can be joined")
@@ -103,9 +108,15 @@ def fill(found: Streams, given: Streams, columns: Mapping[str, Column], where: s
     """What fills each stream: what the reader found by itself, with what the owner says laid over it.
 
     A camera's column that is given another name leaves the one it had; a vector may fill several streams.
-    Raises: DataError naming a column that is not there, or not of the kind that the stream takes.
+    Raises: DataError naming a column that is not there, or not of the kind that the stream takes, or a stream that is
+    left out though nothing fills it.
     """
     for stream, names in given.items():
+        if not names and stream not in found:
+            raise DataError(
+                f"{where}: the map leaves out {stream!r}, which nothing fills",
+                fix=f"name its column, {stream}=COLUMN, or leave out one of {', '.join(found) or 'none'}",
+            )
         kind = kind_of(stream)
         for name in names:
             if name not in columns:

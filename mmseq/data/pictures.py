@@ -3,8 +3,9 @@
 ==========================================  ==================================================================
 stored as                                   read as
 ==========================================  ==================================================================
-JPEG, PNG, ... in a row of bytes            decoded; padding behind it does not matter. Rows of uint8, of any
-                                            length, numpy's `S<n>` and `V<n>`, byte strings
+JPEG, PNG, ... in a row of bytes            decoded, and turned as its EXIF orientation says; padding behind it does
+                                            not matter. Rows of uint8, of any length, numpy's `S<n>` and `V<n>`,
+                                            byte strings
 integers 0 to 255                           as they are, (H, W, 3) or (3, H, W); grey is repeated
 floats 0 to 1, or whole floats 0 to 255     scaled to 0 to 255; which of the two it is, the whole episode says
 a fourth channel that hides nothing         without it
@@ -17,11 +18,12 @@ Whether red and blue were swapped (OpenCV's order given to an encoder that wants
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmseq.errors import DataError
 
@@ -64,15 +66,24 @@ def decode_picture(data: bytes, where: str) -> np.ndarray:
                     f"{where} is a picture of mode {stored.mode}, more than 8 bits of one channel",
                     fix="leave this camera out if it is depth; else store it as 8-bit colour",
                 )
-            if "A" in stored.getbands() or "transparency" in stored.info:
-                return _opaque(np.asarray(stored.convert("RGBA")), where)
-            return np.asarray(stored.convert("RGB"))
+            turned = _turned(stored, where)
+            if "A" in turned.getbands() or "transparency" in turned.info:
+                return _opaque(np.asarray(turned.convert("RGBA")), where)
+            return np.asarray(turned.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         begins = data[:8].hex(" ")
         raise DataError(
             f"{where} is no picture ({len(data)} bytes that begin with {begins or 'nothing'})",
             fix="record the episode again, or take it out",
         ) from error
+
+
+def _turned(stored: Image.Image, where: str) -> Image.Image:
+    """A picture as its EXIF orientation says, which is how LeRobot and OpenCV read it."""
+    try:
+        return ImageOps.exif_transpose(stored)
+    except (struct.error, TypeError, AttributeError) as error:  # what PIL raises for other tags that are damaged
+        raise DataError(f"{where} has EXIF data that are damaged", fix="store it without EXIF, turned") from error
 
 
 def to_rgb(values: Callable[[], Iterator[Any]], where: str) -> Iterator[np.ndarray]:

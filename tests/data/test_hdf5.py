@@ -130,6 +130,18 @@ def test_a_file_that_cannot_be_read_is_one_bad_episode(tmp_path):
         open_episodes(tmp_path / "in/episode_9.hdf5")
 
 
+@pytest.mark.parametrize("link", [h5py.SoftLink("/data/absent"), h5py.ExternalLink("absent.hdf5", "/data/demo_1")])
+def test_a_demonstration_that_is_a_broken_link_is_one_bad_episode(tmp_path, link):
+    file = robomimic(tmp_path / "a.hdf5", {f"demo_{k}": demo(seed=k) for k in (0, 1, 3)})
+    with h5py.File(file, "a") as root:
+        root["data/demo_2"] = link
+    assert len(open_episodes(file)) == 4
+    with pytest.raises(DataError, match=r"1 of 4 episodes .*data/demo_2 is a link to nothing.*--skip-bad 1"):
+        import_episodes(file, tmp_path / "out")
+    manifest = import_episodes(file, tmp_path / "out", skip_bad=1)
+    assert (manifest["samples"], list(manifest["skipped"])) == (3, ["2"])
+
+
 def test_a_map_reads_any_other_layout_as_an_episode_per_file(tmp_path):
     content = {"joint_action/vector": np.ones((9, 14)), "observation/head/rgb": np.zeros((9, 16, 16, 3), np.uint8)}
     for k in range(2):

@@ -1,15 +1,17 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmseq import Embodiment
+from mmseq import Embodiment, plugins
 from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader
 from mmseq.errors import DataError, FingerprintError
 from mmseq.mp4 import write_video
+from mmseq.testing import tiny
 
 
 def test_a_lerobot_dataset_becomes_episode_shards(written, tmp_path, psnr):
@@ -139,3 +141,34 @@ def test_wrong_arguments_are_named(tmp_path, textured):
     with pytest.raises(DataError, match="size is 2"):
         import_episodes(tmp_path, tmp_path / "out", size=2)
     assert len(open_episodes(tmp_path / "a.mp4")) == 1
+
+
+class Dots:
+    """A reader of others, whose episodes have the rates that its file lists."""
+
+    def __init__(self, path, rate_hz=None, embodiment=None, map=None):
+        self.rates = json.loads(path.read_text())
+
+    @staticmethod
+    def detects(path):
+        return path.suffix == ".dots"
+
+    def __len__(self):
+        return len(self.rates)
+
+    def embodiment(self):
+        return tiny.embodiment()
+
+    def frames(self, index, camera):
+        return iter(tiny.episode(index)[f"image.{camera}"])
+
+    def __getitem__(self, index):
+        return replace(tiny.episode(index), rate_hz=self.rates[index])
+
+
+def test_an_episode_of_another_rate_than_its_contract_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(plugins._registered["readers"], "dots", Dots)
+    (tmp_path / "a.dots").write_text("[20.0, 10.0, 20.0]")
+    with pytest.raises(DataError, match=r"tiny-1.* has 10 steps per second, its embodiment 'arm' says 20.*resample"):
+        import_episodes(tmp_path / "a.dots", tmp_path / "out")
+    assert import_episodes(tmp_path / "a.dots", tmp_path / "out", skip_bad=1)["samples"] == 2

@@ -1,5 +1,6 @@
 """LeRobot datasets that are odd: what the data hold is read, what is not used is named, what is bad costs itself."""
 
+import io
 import json
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image, ImageOps
 
 from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episodes
 from mmseq.data.lerobot import LeRobotReader
@@ -17,7 +19,7 @@ from mmseq.data.mapping import read_map
 from mmseq.episode import Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, MMSeqError
 from mmseq.reading import Reading
-from mmseq.testing.lerobot_sets import Made, encode, picture, shown
+from mmseq.testing.lerobot_sets import TASKS, Made, encode, picture, shown
 
 FRONT = "observation.images.front"
 LENGTHS = (5, 3, 6)
@@ -205,6 +207,29 @@ def test_rows_of_an_episode_may_lie_in_several_files_and_not_together(tmp_path):
     for k, episode in enumerate(LeRobotReader(path)):
         np.testing.assert_array_equal(episode["action"], made.vectors["action"][1][k])
         assert numbers(episode) == made.episodes[k].tolist()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "png"])  # videos, and pictures that are shuffled with their rows
+@pytest.mark.parametrize("rows_a_file", [1000, 4])  # in one file, and across the files of an episode
+def test_rows_are_put_into_the_order_of_their_frames(tmp_path, codec, rows_a_file):
+    made = content(cameras={FRONT: codec}, tasks=[[TASKS[0]] + [TASKS[1]] * (n - 1) for n in LENGTHS])
+    path = made.write(tmp_path / "set", "v3")
+    whole = pa.concat_tables([pq.read_table(f) for f in sorted(path.glob("data/*/*.parquet"))])
+    rows = whole.take([3, 0, 4, 1, 2, 7, 5, 6, *range(8, 14)])
+    for k in range(0, len(whole), rows_a_file):
+        file = path / f"data/chunk-000/file-{k // rows_a_file:03d}.parquet"
+        pq.write_table(rows.slice(k, rows_a_file), file, row_group_size=2)
+    reader = LeRobotReader(path)
+    for k, episode in enumerate(reader):
+        assert numbers(episode) == made.episodes[k].tolist()
+        assert [shown(f) for f in reader.frames(k, "front", [1, 2])] == made.episodes[k][1:3].tolist()
+        np.testing.assert_array_equal(episode["action"], made.vectors["action"][1][k])
+        np.testing.assert_array_equal(episode["proprio"], made.vectors["observation.state"][1][k])
+        assert [(s.start, s.texts) for s in episode.spans] == [(0, (TASKS[0],)), (1, (TASKS[1],))]
+    assert [n for n in reader.notes if "frame_index" in n] == [
+        "rows of episodes 0, 1 are not in the order of their frame_index: put into that order"
+    ]
+    assert not any("timestamps" in n for n in reader.notes)
 
 
 def test_what_editors_hide_beside_the_data_is_not_data(tmp_path, version):
@@ -490,8 +515,6 @@ def test_a_camera_that_says_it_is_depth_is_left_out_by_name(tmp_path, version, f
 
 
 def test_pictures_of_sixteen_bits_are_depth_whatever_is_said(tmp_path, version):
-    from PIL import Image
-
     made = content(cameras={FRONT: "png", "observation.images.depth": "png"})
     path = made.write(tmp_path / "set", version)
     file = tmp_path / "deep.png"
@@ -500,6 +523,31 @@ def test_pictures_of_sixteen_bits_are_depth_whatever_is_said(tmp_path, version):
     edit(path, lambda table, _: put(table, "observation.images.depth", pa.array(deep * len(table))))
     reader = LeRobotReader(path)
     assert (reader.cameras, list(reader.left_out)) == (["front"], ["observation.images.depth"])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_pictures_are_turned_as_lerobot_turns_them(tmp_path, kind, orientation):
+    path = content(cameras={FRONT: "png"}).write(tmp_path / "set", "v3")
+    expected = []
+
+    def change(table, _):
+        stored = []
+        for row in table[FRONT].to_pylist():
+            image, exif, data = Image.open(io.BytesIO(row["bytes"])), Image.Exif(), io.BytesIO()
+            exif[ExifTags.Base.Orientation] = orientation
+            image.save(data, kind, exif=exif)
+            stored.append({"bytes": data.getvalue(), "path": None})
+            # what Hugging Face's datasets, by which LeRobot reads rows, makes of it
+            expected.append(np.asarray(ImageOps.exif_transpose(Image.open(data)).convert("RGB")))
+        return put(table, FRONT, pa.array(stored))
+
+    edit(path, change)
+    edit_info(path, lambda info: info["features"][FRONT].pop("shape", None))
+    reader = LeRobotReader(path)
+    np.testing.assert_array_equal(np.concatenate([e["image.front"] for e in reader]), expected)
+    (camera,) = reader.embodiment().cameras
+    assert (camera.height, camera.width) == ((48, 32) if orientation > 4 else (32, 48))
 
 
 @pytest.mark.parametrize("form", ["bytes", "path", "struct of a path"])

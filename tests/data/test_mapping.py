@@ -27,6 +27,7 @@ FOUND = {"proprio": ("observation.state",), "image.top": ("observation.images.to
         (" action = actions , proprio=a + b", {"action": ("actions",), "proprio": ("a", "b")}),
         ("image.front=rgb,image.top=", {"image.front": ("rgb",), "image.top": ()}),
         ({"image": {"front": "rgb"}, "force": ["f+t", "g"]}, {"image.front": ("rgb",), "force": ("f+t", "g")}),
+        ("motion=actions", {"motion": ("actions",)}),  # a vector of the table that no reader takes by itself
         ({"image.front": "rgb", "action": None}, {"image.front": ("rgb",), "action": ()}),
     ],
 )
@@ -83,6 +84,7 @@ def test_a_camera_moves_a_vector_is_shared_and_nothing_leaves_out():
     assert shared["proprio"] == shared["action"] == ("observation.state",)
     assert fill(FOUND, read_map("image.top="), COLUMNS, "here") == {"proprio": ("observation.state",)}
     assert fill(FOUND, read_map("grip=done"), COLUMNS, "here")["grip"] == ("done",)  # one number is a vector too
+    assert fill(FOUND, read_map("motion=actions+done"), COLUMNS, "here")["motion"] == ("actions", "done")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,9 @@ def test_a_camera_moves_a_vector_is_shared_and_nothing_leaves_out():
         ("text=actions", "a column that holds a text"),
         ("success=actions", "a column that holds a truth value"),
         ("force=blob", r"which is float32 \(3, 3\)"),
+        ("motion=rgb", "fills motion from 'rgb', which is 64 x 64. Name a column that holds numbers"),
+        ("force=", "leaves out 'force', which nothing fills. Name its column, force=COLUMN, or leave out one of prop"),
+        ("image.tpo=", "leaves out 'image.tpo', which nothing fills"),
     ],
 )
 def test_a_column_that_does_not_fit_is_named(given, message):

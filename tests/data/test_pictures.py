@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mmseq.data.changed import SwappedColours
 from mmseq.data.hdf5 import Hdf5Reader
@@ -94,6 +94,23 @@ def test_numbers_of_which_nothing_is_lost(tmp_path, values):
     (episode,) = Hdf5Reader(store(tmp_path / "episode_0.hdf5", "top", values))
     np.testing.assert_array_equal(episode["image.top"], COLOURS)
     assert episode["image.top"].dtype == np.uint8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of the damage
+def test_damaged_exif_is_named_or_does_not_matter():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make], exif[ExifTags.Base.XResolution] = 6, "Maker", 72.0
+    (data,) = encoded(images=COLOURS[:1], exif=exif)
+    assert decode_picture(data, "it").shape == (48, 32, 3)
+    begin, problems = data.index(b"Exif") + 6, set()
+    for at in range(begin, begin + int.from_bytes(data[begin - 8 : begin - 6], "big") - 8):
+        for value in (0, 2, 3, 5, 7, 12):
+            try:
+                image = decode_picture(data[:at] + bytes([value]) + data[at + 1 :], "it")
+                assert image.shape in ((48, 32, 3), (32, 48, 3))
+            except DataError as error:
+                problems.add(str(error))
+    assert problems == {"it has EXIF data that are damaged. Store it without EXIF, turned."}
 
 
 @pytest.mark.parametrize("values", [COLOURS[..., :1], COLOURS[..., 0], COLOURS[:, None, :, :, 0]])
