@@ -69,7 +69,8 @@ class Hdf5Reader:
         found = [demo for file in find_files(self.path) for demo in demos_of(file, map or {})]
         if all(demo.problem for demo in found):
             raise_all([demo.problem for demo in found if demo.problem][:1])
-        self._demos = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
+        found = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
+        self._demos = self._of_one_rate(found)
         columns = {name: entry.column for demo in reversed(self._demos) for name, entry in demo.entries.items()}
         self.streams = fill(find_streams([d.entries for d in self._sound]), map or {}, columns, str(path))
         unused = left_out(columns, self.streams)
@@ -98,6 +99,19 @@ class Hdf5Reader:
         if dropped:
             self.notes.append(f"left out, {why}: {some(dropped)}")
         return kept
+
+    def _of_one_rate(self, demos: list[Demo]) -> list[Demo]:
+        """The same, where those of another rate than more than half have are bad; a rate that is in doubt stays so."""
+        rates = Counter(demo.facts.rate_hz for demo in demos if demo.facts.rate_hz is not None)
+        usual, count = rates.most_common(1)[0] if rates else (None, 0)
+        if 2 * count <= rates.total():
+            return demos
+        odd = lambda demo: DataError(
+            f"{demo} runs at {demo.facts.rate_hz:g} Hz, most of {self.path} at {usual:g}",
+            fix="import it separately: HDF5 is not resampled",
+        )
+        of_it = lambda demo: demo.facts.rate_hz in (None, usual)
+        return [d if of_it(d) else Demo(d.file, d.group, {}, Facts(), odd(d)) for d in demos]
 
     @property
     def _sound(self) -> list[Demo]:

@@ -142,6 +142,19 @@ def test_a_demonstration_that_is_a_broken_link_is_one_bad_episode(tmp_path, link
     assert (manifest["samples"], list(manifest["skipped"])) == (3, ["2"])
 
 
+def test_a_file_of_another_rate_than_most_is_one_bad_episode(tmp_path):
+    for k in range(4):
+        aloha(tmp_path / f"in/episode_{k}.hdf5", **{"@fps": 30 if k == 1 else 50})
+    assert open_episodes(tmp_path / "in").embodiment().rate_hz == 50
+    with pytest.raises(DataError, match=r"1 of 4 episodes .*episode_1\.hdf5 runs at 30 Hz, most of .* at 50.*bad 1"):
+        import_episodes(tmp_path / "in", tmp_path / "out")
+    assert import_episodes(tmp_path / "in", tmp_path / "out", skip_bad=1)["samples"] == 3
+    with h5py.File(tmp_path / "in/episode_2.hdf5", "a") as root:
+        root.attrs["fps"] = 30
+    with pytest.raises(DataError, match="mixes rates"):  # half and half: nothing says which is meant
+        open_episodes(tmp_path / "in")
+
+
 def test_a_map_reads_any_other_layout_as_an_episode_per_file(tmp_path):
     content = {"joint_action/vector": np.ones((9, 14)), "observation/head/rgb": np.zeros((9, 16, 16, 3), np.uint8)}
     for k in range(2):
