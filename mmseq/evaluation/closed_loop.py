@@ -40,11 +40,10 @@ CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_t
 class ClosedLoopConfig:
     """What is driven and how."""
 
-    tasks: list[str] = field(
-        default_factory=list
-    )  # default: all of the simulator's; the demo's in Meta-World
+    tasks: list[str] = field(default_factory=list)  # default: all of the simulator's; the demo's in Meta-World
     episodes: int = 20  # unseen layouts per task
     seed: int = 100_000  # of the first layout; episode i of a task uses seed + i
+    policy: str | None = None  # the arrow, or the mix's task, that drives; default: the one called policy
     chunking: str = "plain"  # how chunks become actions: plain, ensemble or realtime
     execute: int = 1  # control steps of each chunk before the next request
     delay_ms: float = 0.0  # of an answer, in the simulator's time
@@ -52,9 +51,7 @@ class ClosedLoopConfig:
     passes: int | None = None  # forward passes per chunk, of a policy trained for it
     max_steps: int = 90  # control steps after which an episode has failed
     simulator: str = "metaworld"  # a name among the simulators, built in or a plug-in's
-    spread: float | None = (
-        None  # how far layouts vary, where the simulator takes it; default: the demo's in Meta-World
-    )
+    spread: float | None = None  # how far layouts vary, where the simulator takes it; default: the demo's in Meta-World
     keep: int = 1  # episodes per task whose frames are returned
     workers: int = 2  # simulators at once, each in a process of its own
     controllers: tuple[str, ...] = ("policy",)  # among `CONTROLLERS`
@@ -117,7 +114,7 @@ def evaluate_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
-        policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
+        policy = ModelPolicy.from_pretrained(checkpoint, device=device, arrow=config.policy, passes=config.passes)
         return _serve_and_drive(policy, simulator, config, on_progress)
     finally:
         torch.set_num_threads(threads)

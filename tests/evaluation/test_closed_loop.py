@@ -134,6 +134,20 @@ def test_a_plug_ins_simulator_is_driven_in_its_own_tasks(simulator, tmp_path, ca
     assert "has no task 'left'" in capsys.readouterr().err
 
 
+def test_a_policy_of_another_name_is_evaluated(simulator, tmp_path, capsys):
+    from mmseq.cli import main
+
+    made = tiny.model(tiny.tokenizers())
+    made.tasks = {"goal": "image, image@end -> action[2]"}
+    made.save_pretrained(tmp_path / "checkpoint")
+    where = ["eval", str(tmp_path / "checkpoint"), "--simulator", simulator, "--episodes", "1", "--max-steps", "6"]
+    assert main(where) == 2
+    assert "was trained on no policy. Name one with --policy" in capsys.readouterr().err
+    for policy in ("goal", "image, image@end -> action[2]"):
+        assert not main([*where, "--policy", policy])
+        assert "0% of 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
