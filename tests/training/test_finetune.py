@@ -308,7 +308,15 @@ def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tm
     config = FinetuneConfig(**options, out=str(tmp_path / "no"), tasks=[arrow, "image -> action[4]"], settings=settings)
     with pytest.raises(ConfigError, match=f"has {longest} tokens, more than data.row_tokens={longest - 1}"):
         prepare(config, say=print, on_progress=lambda *_: None)
-    assert not (tmp_path / "no/episodes").exists()
+    assert not (tmp_path / "no").exists()
+    prepare(replace(config, tasks=["image -> action[4]"]), say=print, on_progress=lambda *_: None)  # as it says
+    with pytest.raises(ConfigError, match=r"begun with another tasks.* or remove this one"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+    (tmp_path / "no/embodiment.yaml").write_text("# completed by hand")
+    with pytest.raises(ConfigError, match=r"begun with another tasks.*embodiment\.yaml stays of use") as refused:
+        prepare(config, say=print, on_progress=lambda *_: None)
+    assert "remove" not in str(refused.value)
+    config.out = str(tmp_path / "longer")
     config.settings = [f"data.row_tokens={longest}"]
     prepare(config, say=print, on_progress=lambda *_: None)
-    assert load_config(TrainConfig, tmp_path / "no/recipe.yaml").data.row_tokens == longest
+    assert load_config(TrainConfig, tmp_path / "longer/recipe.yaml").data.row_tokens == longest
