@@ -419,7 +419,7 @@ def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfi
         init_from=str(config.checkpoint),
         lora=LoraConfig(rank=config.lora_rank if config.lora else 0),
         data=data,
-        model=old.config,
+        model=replace(old.config, slots=0, soft=0, vocabulary=0),  # the tokenizers decide: a further stream has more
         optimizer=replace(o, **rates),
         validate_every=recipe.validate_every or 500,
         deepspeed=replace(recipe.deepspeed, settings=None, sequence_parallel=1),

@@ -21,7 +21,7 @@ from mmseq.testing.ranks import run_ranks
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
-from mmseq.training.start import open_mixture
+from mmseq.training.start import build_model, open_mixture
 
 SIZE = 16
 
@@ -282,6 +282,9 @@ def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_p
     bundle = Tokenizers.load(tmp_path / "felt/tokenizers")
     assert bundle.embodiment("arm3").streams["force"].units == ("N",) * 3
     assert "force" in bundle.vocabulary.ranges  # which the checkpoint did not have
+    model = build_model(load_config(TrainConfig, tmp_path / "felt/recipe.yaml"), bundle)
+    assert model.config.slots == bundle.layout.slot_rows > SequenceModel.from_pretrained(base).config.slots
+    assert model.config.vocabulary == len(bundle.vocabulary)
 
 
 def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tmp_path):
