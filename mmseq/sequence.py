@@ -536,8 +536,8 @@ class Draft:
     @property
     def may_repeat(self) -> int:
         """The vision id that the next id may repeat, or NOTHING."""
-        at, ids = self.copies[-1] if self.copies else (0, ())
-        return int(ids[-1]) if at + len(ids) == self.length else NOTHING
+        at, ids = self.copies[-1] if self.copies else (0, np.zeros(0, np.int64))
+        return int(ids[-1]) if len(ids) and at + len(ids) == self.length else NOTHING
 
     def input(self, start: int = 0) -> ModelInput:
         """What was written from position `start` on, counted from there."""

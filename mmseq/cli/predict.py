@@ -44,7 +44,7 @@ def _eval_options(c: Parser) -> None:
 
     c.add_argument("checkpoint", metavar="CHECKPOINT")
     c.fields(ClosedLoopConfig, tasks="A,B", episodes=None, seed=None, execute=None, chunking="MODE", delay_ms=None)
-    c.fields(ClosedLoopConfig, jitter_ms=None, passes="N", spread=None)
+    c.fields(ClosedLoopConfig, policy="ARROW", jitter_ms=None, passes="N", max_steps="N", simulator="NAME", spread=None)
     c.add_argument("--baselines", action="store_true", help="also blanked images, random actions and the expert")
     c.add_argument("--device", help="default: cuda where there is one")
     c.add_argument("--json", type=file_to_write, metavar="FILE", help="write the results there")

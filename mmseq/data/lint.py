@@ -108,6 +108,25 @@ def _open_shards(
     return shards
 
 
+def _why_not_all(moments: Moments) -> str:
+    """Which steps of its episodes a task never begins at: those before its first moment, those after its last."""
+    plan, used = moments._plan, moments._pieces
+    total = int((plan.stops[used] - plan.starts[used]).sum())
+    early = int((moments._first - plan.starts[used]).sum())
+    late = total - len(moments) - early
+    reasons = []
+    if early:
+        reasons.append(
+            f"the first ones ({early / total:.0%}) have too little before them for what it is given; look back less far"
+        )
+    if late:
+        reasons.append(
+            f"the last ones ({late / total:.0%}) are too near the end for what it predicts; record on for a while "
+            "after the success"
+        )
+    return ", and ".join(reasons)
+
+
 def _check_task(
     index: int,
     config: Any,
@@ -136,8 +155,8 @@ def _check_task(
             )
         if len(moments) and moments.share_of_steps < MOST_STEPS:
             lint.notes.append(
-                f"task {config.task!r} begins at {moments.share_of_steps:.0%} of the steps of {name}: the last ones "
-                "are too near the end for what it predicts; record on for a while after the success"
+                f"task {config.task!r} begins at {moments.share_of_steps:.0%} of the steps of {name}: "
+                f"{_why_not_all(moments)}"
             )
         if not len(moments) and config.sources:
             lint.notes.append(f"task {config.task!r} finds nothing in {name}: {moments.why_empty()}")

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mmseq.evaluation.driver import Driver
 from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
 from mmseq.plugins import find
-from mmseq.simulation.experts import DEMO_SPREAD
+from mmseq.simulation.experts import DEMO_SPREAD, DEMO_TASKS
 
 CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_tokens")
 
@@ -40,9 +40,10 @@ CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_t
 class ClosedLoopConfig:
     """What is driven and how."""
 
-    tasks: list[str] = field(default_factory=list)  # of the simulator; default: the demo's
+    tasks: list[str] = field(default_factory=list)  # default: all of the simulator's; the demo's in Meta-World
     episodes: int = 20  # unseen layouts per task
     seed: int = 100_000  # of the first layout; episode i of a task uses seed + i
+    policy: str | None = None  # the arrow, or the mix's task, that drives; default: the one called policy
     chunking: str = "plain"  # how chunks become actions: plain, ensemble or realtime
     execute: int = 1  # control steps of each chunk before the next request
     delay_ms: float = 0.0  # of an answer, in the simulator's time
@@ -50,7 +51,7 @@ class ClosedLoopConfig:
     passes: int | None = None  # forward passes per chunk, of a policy trained for it
     max_steps: int = 90  # control steps after which an episode has failed
     simulator: str = "metaworld"  # a name among the simulators, built in or a plug-in's
-    spread: float = DEMO_SPREAD  # how far layouts vary, 1 as in Meta-World
+    spread: float | None = None  # how far layouts vary, where the simulator takes it; default: the demo's in Meta-World
     keep: int = 1  # episodes per task whose frames are returned
     workers: int = 2  # simulators at once, each in a process of its own
     controllers: tuple[str, ...] = ("policy",)  # among `CONTROLLERS`
@@ -90,6 +91,7 @@ def evaluate_checkpoint(
 
     simulator = find("simulators", config.simulator)
     known = simulator.tasks()
+    config = _with_defaults(config, known)
     for task in config.tasks:
         if task not in known:
             raise ConfigError(f"{config.simulator} has no task {task!r}: {did_you_mean(task, known)}")
@@ -112,10 +114,19 @@ def evaluate_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - config.workers))  # the simulators need the cores more than small products do
     try:
-        policy = ModelPolicy.from_pretrained(checkpoint, device=device, passes=config.passes)
+        policy = ModelPolicy.from_pretrained(checkpoint, device=device, arrow=config.policy, passes=config.passes)
         return _serve_and_drive(policy, simulator, config, on_progress)
     finally:
         torch.set_num_threads(threads)
+
+
+def _with_defaults(config: ClosedLoopConfig, known: Sequence[str]) -> ClosedLoopConfig:
+    """The config with what its simulator decides. Meta-World's tasks are too many, and too alike in their layouts, to
+    be driven by default; another simulator need not know of a spread."""
+    if config.simulator != "metaworld":
+        return replace(config, tasks=config.tasks or list(known))
+    spread = DEMO_SPREAD if config.spread is None else config.spread
+    return replace(config, tasks=config.tasks or list(DEMO_TASKS), spread=spread)
 
 
 def _serve_and_drive(
@@ -173,7 +184,7 @@ _environments: dict[tuple, Any] = {}
 def _drive(job: tuple) -> list[Rollout]:
     """A few episodes of one task under one controller, in a worker process."""
     simulator, controller, task, start, stop, settings, port, bins = job
-    scene = {} if settings["spread"] == 1.0 else {"spread": settings["spread"]}
+    scene = {} if settings["spread"] is None else {"spread": settings["spread"]}
     key = (simulator, task, settings["spread"])
     if key not in _environments:
         for env in _environments.values():

@@ -133,13 +133,18 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
     needs_robot = [s.stream for s in task.segments if s.row.kind is VECTOR]
     if needs_robot and tokens.embodiment is None:
         raise TaskError(f"{where} is of no embodiment that the model knows, so it has no {needs_robot[0]!r}")
-    for p in task.place(tokens.rate_hz):
-        if p.predicted or p.start is None or p.stop is None:
-            continue
-        if t + p.start < 0 or t + p.stop > len(tokens):
-            low, high = max(0, -p.start), len(tokens) - p.stop
+    given = [
+        (p.segment, p.start, p.stop)
+        for p in task.place(tokens.rate_hz)
+        if not p.predicted and p.start is not None and p.stop is not None
+    ]
+    for segment, start, stop in given:
+        if t + start < 0 or t + stop > len(tokens):
+            # where all that is given lies inside, and now too: else the next try is refused for another segment
+            low = max(0, *(-first for _, first, _ in given))
+            high = len(tokens) - max(1, *(end for _, _, end in given))
             raise TaskError(
-                f"{where} has {len(tokens)} steps: {p.segment} at t={t} needs steps {t + p.start} to {t + p.stop - 1}",
+                f"{where} has {len(tokens)} steps: {segment} at t={t} needs steps {t + start} to {t + stop - 1}",
                 fix=f"choose t from {low} to {high}" if high >= low else "use a longer episode or a shorter segment",
             )
 

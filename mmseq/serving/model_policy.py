@@ -79,7 +79,7 @@ class ModelPolicy:
             or next((a for a in self.tasks.values() if Task.parse(a).alias == "policy"), None)
         )
         if chosen is None:
-            raise CheckpointError(f"{name} was trained on no policy", fix="name one with arrow=")
+            raise CheckpointError(f"{name} was trained on no policy", fix="name one with --policy, or arrow=")
         if "->" not in chosen and chosen not in {*self.tasks, *ALIASES}:
             raise ConfigError(f"{name} was trained on no task {chosen!r}: {did_you_mean(chosen, self.tasks)}")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))

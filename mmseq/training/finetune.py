@@ -119,15 +119,19 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
     _new_tasks(config, old, _old_mix(checkpoint), notes, name)
-    _begin(config, robot, len(notes), recipe, out)
-    mix = _mix(config, old, notes, name, out, say)
-    plans = {key: TokenShards(out / "tokens" / key, old.tokenizers).plan for key in mix.sources if key != name}
+    identity = _identity(config, robot, len(notes), recipe)
+    _refuse_begun(identity, out)
+    mix = _mix(config, old, notes, name, say)
+    shards = _old_tokens(config)
+    folders = {key: shards / key for key in mix.sources if shards is not None and key != name}
+    plans = {key: TokenShards(folder, old.tokenizers).plan for key, folder in folders.items()}
     plans[name] = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
     recipe = fit_rows(recipe, mix, plans, tokenizers, settings=config.settings, say=say)
+    _begin(identity, folders, out)  # only now: what was refused until here may be tried again with other tasks
     _import(config, robot, episodes, size, say, on_progress)
     kept = EpisodeShardReader(episodes).metadata
     if len(kept) < len(notes):  # pictures of some could not be decoded
-        mix = _mix(config, old, kept, name, out, say)
+        mix = _mix(config, old, kept, name, say)
     tokenizers.save(out / "tokenizers")
     save_mix(mix, out / "mix.yaml")
     new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
@@ -165,8 +169,8 @@ def _refuse_another(config: FinetuneConfig, out: Path) -> None:
         )
 
 
-def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: TrainConfig, out: Path) -> None:
-    """Write down what this folder is for. Raises: ConfigError when it was begun for something else."""
+def _identity(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: TrainConfig) -> dict[str, Any]:
+    """What a fine-tuning is of, as `BEGUN` has it."""
     info = Path(config.dataset) / "meta/info.json"
     identity = {
         "checkpoint": str(Path(config.checkpoint).resolve()),
@@ -180,8 +184,12 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
         "lora": recipe.lora.rank,
         "optimizer": recipe.optimizer.kind,
     }
-    identity = json.loads(json.dumps(identity))
-    path = out / BEGUN
+    return json.loads(json.dumps(identity))
+
+
+def _refuse_begun(identity: dict[str, Any], out: Path) -> None:
+    """Raises: ConfigError when `out` was begun for something else."""
+    path, form = out / BEGUN, out / "embodiment.yaml"
     if path.is_file():
         try:
             before = json.loads(path.read_text())
@@ -189,11 +197,21 @@ def _begin(config: FinetuneConfig, robot: Embodiment, episodes: int, recipe: Tra
             before = identity
         changed = [key for key, value in identity.items() if before.get(key) != value]
         if changed:
-            raise ConfigError(
-                f"--out {out} was begun with another {', '.join(changed)}", fix="name a new folder, or remove this one"
+            # a form that somebody completed is not to be lost with the folder
+            fix = (
+                f"name a new folder; {form} stays of use" if form.exists() else "name a new folder, or remove this one"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(identity, indent=1) + "\n")
+            raise ConfigError(f"--out {out} was begun with another {', '.join(changed)}", fix=fix)
+
+
+def _begin(identity: dict[str, Any], rehearsed: dict[str, Path], out: Path) -> None:
+    """Write down what this folder is for, and link the token shards that are rehearsed into it."""
+    (out / "tokens").mkdir(parents=True, exist_ok=True)
+    (out / BEGUN).write_text(json.dumps(identity, indent=1) + "\n")
+    for key, folder in rehearsed.items():
+        link = out / "tokens" / key
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.resolve(), target_is_directory=True)
 
 
 def _contract(
@@ -274,12 +292,10 @@ def _import(
     mark.write_text(json.dumps(identity))
 
 
-def _mix(
-    config: FinetuneConfig, old: SequenceModel, notes: Notes, name: str, out: Path, say: Callable[[str], None]
-) -> MixConfig:
+def _mix(config: FinetuneConfig, old: SequenceModel, notes: Notes, name: str, say: Callable[[str], None]) -> MixConfig:
     """The arrows for the new robot, and beside them what is rehearsed."""
     before = _old_mix(Path(config.checkpoint))
-    rehearsed = _rehearsed(config, before, name, out, say)
+    rehearsed = _rehearsed(config, before, name, say)
     share = config.keep if rehearsed else 0.0
     tasks = _new_tasks(config, old, before, notes, name)
     total = sum(t.weight for t in tasks)
@@ -334,15 +350,20 @@ def _new_tasks(
     return chosen
 
 
-def _rehearsed(
-    config: FinetuneConfig, before: MixConfig | None, name: str, out: Path, say: Callable[[str], None]
-) -> list[TaskConfig]:
-    """The tasks of the old mix whose token shards are still there, linked into this run's. With keep=0 they have no
-    weight and show what is forgotten."""
+def _old_tokens(config: FinetuneConfig) -> Path | None:
+    """Where the checkpoint's own token shards are, or were."""
     recipe = Path(config.checkpoint) / "train.yaml"
-    folder = Path(config.tokens) if config.tokens else None
-    if folder is None and recipe.is_file():
-        folder = Path(load_config(TrainConfig, recipe).data.tokens)
+    if config.tokens or not recipe.is_file():
+        return Path(config.tokens) if config.tokens else None
+    return Path(load_config(TrainConfig, recipe).data.tokens)
+
+
+def _rehearsed(
+    config: FinetuneConfig, before: MixConfig | None, name: str, say: Callable[[str], None]
+) -> list[TaskConfig]:
+    """The tasks of the old mix whose token shards are still there. With keep=0 they have no weight and show what is
+    forgotten."""
+    folder = _old_tokens(config)
     if before is None or folder is None or not folder.is_dir():
         if config.tokens:
             raise DataError(f"--tokens {config.tokens} is not a folder of token shards of the checkpoint's mix")
@@ -354,11 +375,6 @@ def _rehearsed(
     there = [key for key in before.sources if (folder / key / "manifest.json").is_file()]
     if name in there:
         raise EmbodimentError(f"the old mix has a source named {name!r}", fix="give the new robot another name")
-    (out / "tokens").mkdir(parents=True, exist_ok=True)
-    for key in there:
-        link = out / "tokens" / key
-        link.unlink(missing_ok=True)
-        link.symlink_to((folder / key).resolve(), target_is_directory=True)
     kept = []
     for task in before.tasks:
         sources = [key for key in task.sources or list(before.sources) if key in there]
@@ -394,7 +410,7 @@ def _recipe(config: FinetuneConfig, old: SequenceModel, out: Path) -> TrainConfi
         init_from=str(config.checkpoint),
         lora=LoraConfig(rank=config.lora_rank if config.lora else 0),
         data=data,
-        model=old.config,
+        model=replace(old.config, slots=0, soft=0, vocabulary=0),  # the tokenizers decide: a further stream has more
         optimizer=replace(o, **rates),
         validate_every=recipe.validate_every or 500,
         deepspeed=replace(recipe.deepspeed, settings=None, sequence_parallel=1),

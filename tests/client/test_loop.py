@@ -465,6 +465,25 @@ def test_a_policy_that_reads_an_instruction_is_not_run_without_one(server, robot
     assert not drive(loop, clock, 3)[-1].held
 
 
+@pytest.mark.parametrize("key", ["demo.images.front", "observation.images.front@end"])
+def test_a_policy_that_is_to_be_shown_something_is_not_run_without_it(server, robot, key):
+    name, see = robot.contract()["name"], robot.observe
+    server.metadata |= {"kept_keys": {name: [key]}, "required_keys": {name: ["observation.state", key]}}
+    start = lambda **options: simulate(server, robot, lambda: 0.0, Chunking("plain"), **options)[:2]
+    loop, _ = start()
+    with pytest.raises(ClientError, match=r"ControlLoop.shown=") as refused:
+        loop.run(seconds=1)
+    assert key in str(refused.value)
+    assert (robot.actions, server.asked) == ([], [])
+    goal = np.zeros((8, 8, 3), np.uint8)
+    assert not drive(*start(shown={key: goal}), 3)[-1].held
+    seen = [see() | {key: goal}]
+    robot.observe = lambda: seen.pop() if seen else see()  # once, as the server keeps it
+    assert not drive(*start(), 40)[-1].held
+    robot.observe = lambda: see() | {"clip": goal}  # what the server's aliases say this is, nobody knows here
+    assert not drive(*start(), 3)[-1].held
+
+
 def test_waiting_for_the_first_chunk_is_no_warning_and_counted_apart(server, robot, caplog):
     loop, clock, _ = simulate(server, robot, lambda: 0.1, Chunking("plain"))
     with caplog.at_level("INFO", "mmseq_client"):

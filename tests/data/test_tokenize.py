@@ -110,9 +110,22 @@ def test_lint_says_which_steps_a_task_never_sees(place):
     root, bundle = place
     tokenize_mix(root / "mix.yaml", root / "tokens", bundle)
     settings = yaml.safe_load((root / "mix.yaml").read_text())
-    (root / "long.yaml").write_text(yaml.safe_dump({**settings, "tasks": [{"task": "image, action[8] -> image@+7"}]}))
-    (note,) = [n for n in lint_mix(root / "long.yaml", root / "tokens", bundle).notes if "of the steps" in n]
-    assert "begins at 30% of the steps of robot" in note  # 3 of 10
+
+    def note(task):
+        (root / "long.yaml").write_text(yaml.safe_dump({**settings, "tasks": [{"task": task}]}))
+        (found,) = [n for n in lint_mix(root / "long.yaml", root / "tokens", bundle).notes if "of the steps" in n]
+        return found
+
+    ahead = note("image, action[8] -> image@+7")
+    assert "begins at 30% of the steps of robot: the last ones (70%) are too near the end" in ahead  # 3 of 10
+    assert "the first ones" not in ahead
+    for arrow in ("image, image@-4 -> action[4]", "image, proprio[5] -> action[4]"):
+        behind = note(arrow)
+        assert "begins at 60% of the steps of robot: the first ones (40%) have too little before them" in behind
+        assert "the last ones" not in behind
+    both = note("image, proprio[3] -> image@+4")
+    assert "begins at 40% of the steps of robot: the first ones (20%)" in both
+    assert ", and the last ones (40%)" in both
 
 
 def test_lint_says_everything_at_once(place):

@@ -1,10 +1,15 @@
 """The closed loop with delays: an untrained policy, the real server, the real client and the real simulator."""
 
+import importlib
+import re
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmseq import plugins
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.errors import ConfigError
 from mmseq.evaluation.closed_loop import ClosedLoopConfig, _drive, evaluate_checkpoint, splice_results
@@ -94,6 +99,53 @@ def test_the_command_measures_a_delay(model, tmp_path, capsys):
     assert rows["splice.committed_identical"].value == 1
     assert rows["splice.committed_identical"].n > 10
     assert "splice.change_p99" in capsys.readouterr().out
+
+
+@pytest.fixture
+def simulator(tmp_path, monkeypatch):
+    """The simulator of docs/extending.md, in a module of its own as a plug-in's is: workers import it anew."""
+    page = Path(__file__).parents[2] / "docs/extending.md"
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "class Line:" in b]
+    before = "import numpy as np\n\nfrom mmseq import plugins\nfrom mmseq.testing import tiny\n\n"
+    code = code.replace('"line"', '"documented"')  # the page itself registers the other, where both run
+    (tmp_path / "documented_simulator.py").write_text(before + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("documented_simulator")
+    yield "documented"
+    plugins._registered["simulators"].pop("documented")
+    sys.modules.pop("documented_simulator")
+
+
+def test_a_plug_ins_simulator_is_driven_in_its_own_tasks(simulator, tmp_path, capsys):
+    from mmseq.cli import main
+
+    made = tiny.model(tiny.tokenizers())
+    made.tasks = {"policy": "image, proprio -> action[2]"}
+    made.save_pretrained(tmp_path / "checkpoint")
+    where = ["eval", str(tmp_path / "checkpoint"), "--simulator", simulator, "--episodes", "1"]
+    assert not main([*where, "--max-steps", "7", "--baselines", "--json", str(tmp_path / "results.json")])
+    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    assert "policy.success.right" in rows
+    assert rows["expert_tokens.success.right"].value == 1
+    assert not main([*where, "--max-steps", "3", "--baselines", "--json", str(tmp_path / "results.json")])
+    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    assert rows["expert_tokens.success.right"].value == 0  # it takes six
+    assert main([*where, "--tasks", "left"]) == 2
+    assert "has no task 'left'" in capsys.readouterr().err
+
+
+def test_a_policy_of_another_name_is_evaluated(simulator, tmp_path, capsys):
+    from mmseq.cli import main
+
+    made = tiny.model(tiny.tokenizers())
+    made.tasks = {"goal": "image, image@end -> action[2]"}
+    made.save_pretrained(tmp_path / "checkpoint")
+    where = ["eval", str(tmp_path / "checkpoint"), "--simulator", simulator, "--episodes", "1", "--max-steps", "6"]
+    assert main(where) == 2
+    assert "was trained on no policy. Name one with --policy" in capsys.readouterr().err
+    for policy in ("goal", "image, image@end -> action[2]"):
+        assert not main([*where, "--policy", policy])
+        assert "0% of 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmseq.episode import TextSpan
+from mmseq.errors import TaskError
 from mmseq.inference import decoding
 from mmseq.inference.output import to_json, truth, write_prediction
 from mmseq.tasks import Task
@@ -58,6 +59,25 @@ def test_a_text_of_other_steps_is_no_truth(monkeypatch, tmp_path):
     ]
     assert records[0]["streams"]["plan"]["real"] == "reach"
     assert records[1]["streams"]["plan"].keys() == {"value"}
+
+
+@pytest.mark.parametrize(
+    ("arrow", "t", "fix"),
+    [
+        ("image@-4 -> action[2]", 2, "t from 4 to 9"),  # not to 13, which the episode does not have
+        ("image@-4, image@+2 -> action[2]", 2, "t from 4 to 7"),
+        ("image@-4, image@+2 -> action[2]", 8, "t from 4 to 7"),
+        ("image@+3 -> action[2]", 8, "t from 0 to 6"),
+        ("image@-6, image@+5 -> action[2]", 2, "[Uu]se a longer episode"),
+    ],
+)
+def test_a_moment_that_is_advised_can_be_predicted_at(arrow, t, fix):
+    model, episode = tiny.model(), tiny.episode(1, length=10)
+    with pytest.raises(TaskError, match=fix):
+        model.predict(arrow, episode, t)
+    bounds = [int(word) for word in fix.split() if word.isdigit()]
+    for advised in bounds:
+        assert model.predict(arrow, episode, advised)["action"].shape == (2, 4)
 
 
 def test_pictures_and_numbers():

@@ -21,7 +21,7 @@ from mmseq.testing.ranks import run_ranks
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
-from mmseq.training.start import open_mixture
+from mmseq.training.start import build_model, open_mixture
 
 SIZE = 16
 
@@ -282,6 +282,9 @@ def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_p
     bundle = Tokenizers.load(tmp_path / "felt/tokenizers")
     assert bundle.embodiment("arm3").streams["force"].units == ("N",) * 3
     assert "force" in bundle.vocabulary.ranges  # which the checkpoint did not have
+    model = build_model(load_config(TrainConfig, tmp_path / "felt/recipe.yaml"), bundle)
+    assert model.config.slots == bundle.layout.slot_rows > SequenceModel.from_pretrained(base).config.slots
+    assert model.config.vocabulary == len(bundle.vocabulary)
 
 
 def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tmp_path):
@@ -308,7 +311,14 @@ def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tm
     config = FinetuneConfig(**options, out=str(tmp_path / "no"), tasks=[arrow, "image -> action[4]"], settings=settings)
     with pytest.raises(ConfigError, match=f"has {longest} tokens, more than data.row_tokens={longest - 1}"):
         prepare(config, say=print, on_progress=lambda *_: None)
-    assert not (tmp_path / "no/episodes").exists()
-    config = replace(config, settings=[f"data.row_tokens={longest}"])
+    assert not (tmp_path / "no").exists()
+    prepare(replace(config, tasks=["image -> action[4]"]), say=print, on_progress=lambda *_: None)  # as it says
+    with pytest.raises(ConfigError, match=r"begun with another tasks.* or remove this one"):
+        prepare(config, say=print, on_progress=lambda *_: None)
+    (tmp_path / "no/embodiment.yaml").write_text("# completed by hand")
+    with pytest.raises(ConfigError, match=r"begun with another tasks.*embodiment\.yaml stays of use") as refused:
+        prepare(config, say=print, on_progress=lambda *_: None)
+    assert "remove" not in str(refused.value)
+    config = replace(config, out=str(tmp_path / "longer"), settings=[f"data.row_tokens={longest}"])
     prepare(config, say=print, on_progress=lambda *_: None)
-    assert load_config(TrainConfig, tmp_path / "no/recipe.yaml").data.row_tokens == longest
+    assert load_config(TrainConfig, tmp_path / "longer/recipe.yaml").data.row_tokens == longest

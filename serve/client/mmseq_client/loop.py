@@ -55,7 +55,8 @@ class ControlLoop:
 
     The robot's contract is compared with the server's here, before any motion, and after each reconnection.
     Raises: ContractError that names the fields that differ, ClientError for chunking that the server cannot give;
-    the first control step ClientError, before any motion, when the policy reads an instruction and there is none.
+    the first control step ClientError, before any motion, when the policy reads an instruction and there is none, or
+    is to be shown something that is neither in `shown` nor observed.
     """
 
     def __init__(
@@ -93,6 +94,10 @@ class ControlLoop:
         given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
         self._past, self._shown = Past(int(metadata.get("history", 1))), dict(shown or {})
         self._reads_text = "text" in given.replace(",", " ").split()
+        of_robot = lambda key: (metadata.get(key) or {}).get(embodiment.get("name"), ())
+        self._kept = tuple(of_robot("kept_keys"))  # what is shown once: a demonstration, a goal
+        cameras = [f"observation.images.{camera['name']}" for camera in embodiment.get("cameras", ())]
+        self._known = {"observation.state", "prompt", *cameras, *of_robot("required_keys")}
         self._holds_position = holds_position(embodiment)
         self.counts: Counter[str] = Counter()
         self._on_event, self._sleep = on_event, sleep
@@ -271,6 +276,8 @@ class ControlLoop:
                 "the policy reads an instruction, and there is none: give ControlLoop(prompt=...), or the robot's "
                 "observe() a 'prompt'"
             )
+        if not self.counts["requests"]:
+            self._require_shown(observation)
         if len(self._ask.prefix):
             observation["action_prefix"] = self._ask.prefix
         if self._extended:
@@ -290,6 +297,17 @@ class ControlLoop:
         self._job = self._executor.submit(self.client.infer, observation, timeout_s, False)
         self.counts["requests"] += 1
         return True
+
+    def _require_shown(self, observation: dict[str, Any]) -> None:
+        """Raises: ClientError when the policy is to be shown what nobody shows. A key that only the server knows, by
+        its aliases, may be just that: then the server decides."""
+        missing = [key for key in self._kept if key not in observation and key not in self._shown]
+        if missing and self._extended and self._known.issuperset(observation):
+            what = "frames (n, H, W, 3)" if missing[0].startswith("demo.") else "a frame (H, W, 3)"
+            raise ClientError(
+                f"the policy is to be shown {', '.join(missing)}, and nobody shows it: give "
+                f"ControlLoop(shown={{{missing[0]!r}: ...}}), {what}, or let the robot's observe() have it"
+            )
 
     def _reconnect(self) -> None:
         self.client.close()
