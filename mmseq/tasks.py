@@ -497,18 +497,19 @@ class _Parser:
         if self.peek != "..":
             return low
         self.take()
-        high = self.signed(past=low.value < 0)
+        high = self.signed(plain=low.value > 0)
         if low.seconds != high.seconds or low.value >= high.value or (low.value < 0) != (high.value < 0):
             self._fail(
                 f"{DurationRange(low, high)} is no range of offsets", at, "write +1..10, +0.1s..1s or -10..-1, in order"
             )
         return DurationRange(low, high)
 
-    def signed(self, *, past: bool = False) -> Duration:
-        """A duration with its sign; the second of a range ahead may leave it out."""
+    def signed(self, *, plain: bool = False) -> Duration:
+        """A duration with its sign. plain: it may do without, as the second of a range ahead."""
+        past = False
         if self.peek in ("+", "-"):
             past = self.take() == "-"
-        elif not self.i or self.tokens[self.i - 1][0] != "..":
+        elif not plain:
             self._fail(f"expected '+' or '-', found {self.peek or 'the end'!r}", None, "write @+8 or @-8")
         duration = self.duration()
         return Duration(-duration.value, duration.seconds) if past else duration
