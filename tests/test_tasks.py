@@ -103,8 +103,8 @@ def test_the_same_shape_with_other_lengths_keeps_its_name():
         ("image@3 -> text", 7, "expected '+' or '-'"),
         ("image@+5..2 -> text", 7, "no range of offsets"),
         ("image@+2..2 -> text", 7, "no range of offsets"),
-        ("image@-1..3 -> text", 10, "expected '+' or '-'"),  # +3 or -3: nobody knows
-        ("image@-10..1 -> text", 11, "expected '+' or '-'"),
+        ("image@-1..3 -> text", 11, "expected '+' or '-'"),  # +3 or -3: nobody knows
+        ("image@-10..1 -> text", 12, "expected '+' or '-'"),
         ("image@+1..0.5s -> text", 7, "no range of offsets"),
         ("(image@+1..3 -> action[1]) * 2", 28, "range of offsets inside a group"),
         ("actions -> text", 1, "Did you mean 'action'"),
