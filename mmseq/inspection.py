@@ -100,7 +100,7 @@ def print_checkpoint(found: dict[str, Any]) -> None:
         for stream, axes in {**robot, **robot.get("streams", {})}.items():
             if isinstance(axes, dict) and "names" in axes:
                 rows = zip(axes["names"], axes["units"], axes["low"], axes["high"], axes["minimum"], axes["maximum"])
-                say(f"  {stream}: mostly (1 % to 99 %), and at most")
+                say(f"  {stream}: in the data, and at most")
                 for n, u, low, high, least, most in rows:
                     say(f"    {n:<16} {low:g} to {high:g} {u}, {least:g} to {most:g}")
     if found["mix"]:

@@ -247,6 +247,24 @@ class Task:
                 fix=f"choose one, such as {replace(segment, offset=segment.offset.low)}",  # type: ignore[union-attr]
             )
 
+    def covers(self, other: Task) -> bool:
+        """Whether `other` is this task, with an offset out of each range or the same range."""
+        if len(self.parts) != len(other.parts):
+            return False
+        return all(
+            mine == theirs
+            or (
+                isinstance(mine, Segment)
+                and isinstance(theirs, Segment)
+                and isinstance(mine.offset, DurationRange)
+                and isinstance(theirs.offset, Duration)
+                and mine.offset.low.seconds == theirs.offset.seconds
+                and mine.offset.low.value <= theirs.offset.value <= mine.offset.high.value
+                and replace(mine, offset=theirs.offset) == theirs
+            )
+            for mine, theirs in zip(self.parts, other.parts)
+        )
+
     def with_length(self, stream: str, steps: int) -> Task:
         """The task with `steps` control steps in place of every length of a stream."""
         sized = lambda s: replace(s, length=Duration(float(steps))) if s.stream == stream and s.length else s

@@ -219,3 +219,19 @@ def test_missing_names_what_an_episode_lacks():
     task = Task.parse("text, image.wrist, proprio -> action[4]")
     assert task.missing(["text", "image.front"]) == ["image.wrist", "proprio", "action"]
     assert task.missing(["text", "image.wrist", "proprio"], given_only=True) == []
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "covered"),
+    [
+        ("image@-3..-1, image -> action[2]", "image@-2, image -> action[2]", True),
+        ("image@-3..-1, image -> action[2]", "image@-3..-1, image -> action[2]", True),
+        ("image@-3..-1, image -> action[2]", "image@-4, image -> action[2]", False),
+        ("image@-3..-1, image -> action[2]", "image@-2, image -> action[4]", False),
+        ("image@+0.1s..1s -> text", "image@+0.5s -> text", True),
+        ("image@+0.1s..1s -> text", "image@+1 -> text", False),
+        ("image@+1..9 -> text", "image, image@+2 -> text", False),
+    ],
+)
+def test_an_offset_out_of_a_range_is_the_same_task(trained, asked, covered):
+    assert Task.parse(trained).covers(Task.parse(asked)) == covered

@@ -85,7 +85,7 @@ class ModelPolicy:
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
         check_servable(self.arrow)
         trained = [f"{task} ({arrow})" for task, arrow in self.tasks.items()]
-        if trained and self.arrow not in [Task.parse(a) for a in self.tasks.values()]:
+        if trained and not any(Task.parse(a).covers(self.arrow) for a in self.tasks.values()):
             log.warning("%s was not trained on %s; it was trained on %s", name, self.arrow, ", ".join(trained))
         self.checkpoint = checkpoint
         self.passes, self.speculate = passes, speculate and passes is None
