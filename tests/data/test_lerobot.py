@@ -253,6 +253,13 @@ def test_a_truncated_video_is_named(dataset):
         [episode["image.top"] for episode in LeRobotReader(dataset)]
 
 
+def test_where_no_picture_can_be_read_the_first_reason_is_told(dataset):
+    for file in sorted(dataset.rglob("*.mp4")):
+        file.unlink()
+    with pytest.raises(DataError, match=r"file-000\.mp4 is missing\. Fetch"):
+        LeRobotReader(dataset).embodiment()
+
+
 def test_nan_is_named_with_axis_and_step(dataset):
     def poison(table):
         values = np.array(table["action"].to_pylist(), dtype=np.float32)

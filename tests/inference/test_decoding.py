@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmseq.episode import Episode
-from mmseq.errors import ConfigError, TaskError
+from mmseq.errors import ConfigError, ModelError, TaskError
 from mmseq.inference import decoding
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
@@ -374,3 +374,15 @@ def test_guessing_is_for_the_best_chunk_only(model):
     for more in ({"temperature": 1.0}, {"passes": 2}):
         with pytest.raises(ConfigError, match="temperature 0"):
             Decoder(model, speculate=True, **more)
+
+
+def test_nothing_of_a_pass_that_failed_is_used_again(model, monkeypatch):
+    task, prefixes = Task.parse(POLICY), Prefixes()
+    Decoder(model, prefixes=prefixes).decode(task, [request(model)])
+    assert prefixes._kept
+    for known in (prefixes, None):
+        decoder = Decoder(model, prefixes=known)
+        monkeypatch.setattr(decoder, "_decode", lambda *_: (_ for _ in ()).throw(ModelError("not finite")))
+        with pytest.raises(ModelError, match="not finite"):
+            decoder.decode(task, [request(model)])
+    assert not prefixes._kept

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from mmseq.serving.errors import RequestError
-from mmseq.serving.scheduler import Job, Scheduler, SchedulerConfig
+from mmseq.serving.scheduler import Job, Scheduler, SchedulerConfig, make_job
 
 
 class Model:
@@ -179,3 +179,24 @@ def test_whatever_the_model_raises_reaches_its_caller():
             await model.ask("b").future
 
     run(scenario)
+
+
+def test_a_prediction_waits_behind_what_robots_ask_for():
+    class Policy:
+        def batch_key(self, observation):
+            return observation["embodiment"]
+
+    async def scenario():
+        arm = {"embodiment": "arm"}
+        first, second = (make_job(Policy(), "infer", (arm,), 100.0) for _ in range(2))
+        arrow, timed = make_job(Policy(), "predict", (arm,), 100.0), make_job(Policy(), "infer", (arm,), 100.0, 50.0)
+        assert not first.background
+        assert first.key == second.key == "arm"
+        assert arrow.background
+        assert arrow.key not in ("arm", make_job(Policy(), "predict", (arm,), 100.0).key)
+        assert 100.0 < first.order < arrow.order
+        assert timed.order == timed.expires == pytest.approx(100.05)
+        assert first.expires is None
+        assert make_job(object(), "infer", (arm,), 100.0).key != make_job(object(), "infer", (arm,), 100.0).key
+
+    asyncio.run(scenario())
