@@ -266,3 +266,21 @@ def test_chunks_say_together_what_each_says_of_a_step():
     np.testing.assert_array_equal(mean[:, 1], 10)
     np.testing.assert_array_equal(ensemble([(3, old)], 4, 0.5), old[1:])
     assert mean.dtype == np.float32
+
+
+def test_unless_told_half_a_chunk_is_executed_and_of_an_ensemble_one_step():
+    assert [Chunking(mode).steps(16) for mode in ("plain", "realtime", "ensemble")] == [8, 8, 1]
+    assert [Chunking(mode).steps(1) for mode in ("plain", "realtime", "ensemble")] == [1, 1, 1]
+    assert Chunking("plain", 16).steps(16) == 16
+
+
+@pytest.mark.parametrize(("off", "says"), [(0.5e-5, None), (2e-5, "without its prefix")])
+def test_a_prefix_may_differ_by_rounding_only(off, says):
+    buffer = ChunkBuffer(Chunking("realtime", 4), H)
+    play(buffer, 4, 0)
+    [buffer._delays.add(2) for _ in range(52)]
+    ask, actions = buffer.ask(4), chunk(4)
+    actions[: len(ask.prefix)] = ask.prefix
+    actions[len(ask.prefix) - 1, 0] += off
+    assert len(ask.prefix) == 2
+    assert buffer.accept(ask.sequence, actions, 5) == says

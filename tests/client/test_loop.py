@@ -544,3 +544,16 @@ def test_a_policy_that_looks_back_is_told_what_was_done_also_in_a_hold(server, r
     assert len(told) > 10
     for past, count in told:
         np.testing.assert_array_equal(past, np.stack(robot.actions[:count])[-5:])
+
+
+def test_the_first_answer_may_take_long_and_later_ones_may_not(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    waits, infer = [], server.infer
+    server.infer = lambda observation, timeout_s, *rest: (
+        waits.append(timeout_s),
+        infer(observation, timeout_s, *rest),
+    )[1]
+    drive(loop, clock, 40)
+    assert waits[0] == 10.0  # a server that still compiles
+    assert len(waits) > 3
+    assert set(waits[1:]) == {0.5}

@@ -200,3 +200,7 @@ def test_a_prediction_waits_behind_what_robots_ask_for():
         assert make_job(object(), "infer", (arm,), 100.0).key != make_job(object(), "infer", (arm,), 100.0).key
 
     asyncio.run(scenario())
+
+
+def test_what_never_started_has_stopped():
+    assert Scheduler(lambda batch: None, SchedulerConfig()).stop(1)
