@@ -245,3 +245,12 @@ def test_what_msgpack_numpy_would_pickle_or_has_cut_off_is_refused(change, words
 def test_a_map_that_only_looks_like_an_array_stays_one():
     assert codec.unpack(msgpack.packb({"nd": 1, "type": "x"})) == {"nd": 1, "type": "x"}
     assert codec.unpack(msgpack.packb({"nd": 1, "type": "x", "data": "y"})) == {"nd": 1, "type": "x", "data": "y"}
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 31, 32, 255, 256, 65535, 65536])
+def test_every_width_of_a_length_is_read(size):
+    """Where one form of MessagePack ends and the next begins: texts, bytes, lists and maps."""
+    text, items = "k" * size, list(range(min(size, 5000)))
+    value = {"text": text, text or "key": True, "items": items, "map": {f"{i}": i for i in items}}
+    assert codec.unpack(codec.pack(value)) == value
+    assert codec.unpack(msgpack.packb(value)) == value
