@@ -152,12 +152,11 @@ def _say_doubts(robot: Embodiment, say: Callable[[str], None]) -> None:
     them and a server want them."""
     if units := unknown_units(robot):
         say(f"note: units of {robot.name} that are spelled as no other: {', '.join(units)}")
-    for stream, axes in (("proprio", robot.proprio), ("action", robot.action)):
-        if axes is not None:
-            rows = zip(axes.names, axes.units, axes.low, axes.high)
-            still = [f"{name} ({low:g} {unit})" for name, unit, low, high in rows if low == high]
-            if still:
-                say(f"note: {stream} {', '.join(still)} never moves in this dataset; limits in the embodiment widen it")
+    for stream, axes in robot.vectors.items():
+        rows = zip(axes.names, axes.units, axes.low, axes.high)
+        still = [f"{name} ({low:g} {unit})" for name, unit, low, high in rows if low == high]
+        if still:
+            say(f"note: {stream} {', '.join(still)} never moves in this dataset; limits in the embodiment widen it")
 
 
 def _refuse_another(config: FinetuneConfig, out: Path) -> None:

@@ -193,6 +193,17 @@ def test_a_wrong_rate_is_settled_by_timestamps_and_videos_together(tmp_path, ver
     assert numbers(reader[0]) == [0, 1, 2, 3, 4]
 
 
+def test_a_rate_beside_a_whole_number_stays_where_it_is(tmp_path):
+    made = content()
+    path = made.write(tmp_path / "set", "v2")
+    rate = np.float32(29.5)  # 30 would drift by a step in a minute
+    stamp = lambda t, _: put(t, "timestamp", pa.array(np.asarray(t["frame_index"]).astype(np.float32) / rate))
+    edit(path, stamp)
+    for k, file in enumerate(sorted(path.rglob("*.mp4"))):
+        file.write_bytes(encode(made.frames(k, FRONT), Fraction(59, 2), "libx264", 5))
+    assert LeRobotReader(path).fps == pytest.approx(29.5, abs=0.01)
+
+
 def test_rows_of_an_episode_may_lie_in_several_files_and_not_together(tmp_path):
     made = content(rows_a_file=4)
     path = made.write(tmp_path / "set", "v3")
