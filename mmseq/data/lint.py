@@ -110,18 +110,15 @@ def _open_shards(
 
 def _why_not_all(moments: Moments) -> str:
     """Which steps of its episodes a task never begins at: those before its first moment, those after its last."""
-    plan, used = moments._plan, moments._pieces
-    total = int((plan.stops[used] - plan.starts[used]).sum())
-    early = int((moments._first - plan.starts[used]).sum())
-    late = total - len(moments) - early
+    early, late = moments.left_out
     reasons = []
     if early:
         reasons.append(
-            f"the first ones ({early / total:.0%}) have too little before them for what it is given; look back less far"
+            f"the first ones ({early:.0%}) have too little before them for what it is given; look back less far"
         )
     if late:
         reasons.append(
-            f"the last ones ({late / total:.0%}) are too near the end for what it predicts; record on for a while "
+            f"the last ones ({late:.0%}) are too near the end for what it predicts; record on for a while "
             "after the success"
         )
     return ", and ".join(reasons)

@@ -72,9 +72,8 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _targets() -> list[str]:
-    """The streams of the table that a column may fill, cameras aside; a plug-in may have added vectors to it."""
-    return [row.name for row in STREAMS.values() if row.kind is VECTOR or (row.column and row.kind is not VISION)]
+# The streams of the table that a column may fill, cameras aside.
+_TARGETS = [row.name for row in STREAMS.values() if row.kind is VECTOR or (row.column and row.kind is not VISION)]
 
 
 def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
@@ -87,12 +86,11 @@ def _entry(stream: str, columns: Any) -> tuple[str, tuple[str, ...]]:
     camera = stream.removeprefix(IMAGE_PREFIX)
     if stream == "image" or (stream.startswith(IMAGE_PREFIX) and not _CAMERA.fullmatch(camera)):
         raise ConfigError(f"the map has {stream!r}", fix="name the camera: image.NAME, of letters, digits, '_' and '-'")
-    targets = _targets()
-    known = stream.startswith(IMAGE_PREFIX) or stream in targets
+    known = stream.startswith(IMAGE_PREFIX) or stream in _TARGETS
     if not known and (stream in STREAMS or not _VECTOR.fullmatch(stream)):
         raise ConfigError(
             f"the map fills {stream!r}, which no column can",
-            fix=f"fill image.NAME, {', '.join(targets)} or a vector stream of your own, as force",
+            fix=f"fill image.NAME, {', '.join(_TARGETS)} or a vector stream of your own, as force",
         )
     if len(names) > 1 and kind_of(stream) != "vector":
         raise ConfigError(f"the map joins {'+'.join(names)} to {stream}", fix="only vectors can be joined")

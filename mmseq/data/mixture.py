@@ -229,8 +229,17 @@ class Moments:
     @property
     def share_of_steps(self) -> float:
         """Of the steps of its episodes, those at which the task can be filled."""
-        plan, used = self._plan, self._pieces
-        return len(self) / float((plan.stops[used] - plan.starts[used]).sum())
+        return len(self) / self._steps
+
+    @property
+    def left_out(self) -> tuple[float, float]:
+        """Of the steps of its episodes, those before the first moments and those after the last."""
+        early = int((self._first - self._plan.starts[self._pieces]).sum())
+        return early / self._steps, (self._steps - len(self) - early) / self._steps
+
+    @property
+    def _steps(self) -> int:
+        return int((self._plan.stops[self._pieces] - self._plan.starts[self._pieces]).sum())
 
     def sample(self, k: int, seed: int) -> Sample:
         """The k-th visit, k from 0 without end."""
