@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import socket
 import statistics
 import subprocess
 import sys
@@ -87,8 +88,6 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
 @contextmanager
 def servers(config: Config, model_ms: float) -> Iterator[dict[str, int]]:
     """The port of each side, once it answers."""
-    from mmseq.training.distributed import free_port
-
     ports = {side: free_port() for side in SIDES}
     processes = []
     try:
@@ -115,6 +114,13 @@ def message(config: Config, seed: int) -> bytes:
     from mmseq.serving import codec, example_observation
 
     return codec.pack(example_observation(robot(config.cameras, config.image), seed=seed))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def health_ms(port: int) -> float | None:

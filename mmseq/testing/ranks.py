@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from mmseq.testing.faults import Fault
-from mmseq.training.distributed import free_port
 
 _PRELOAD = ["mmseq.training.train", "mmseq.cli", "deepspeed", "deepspeed.runtime.zero.stage3"]
 
@@ -41,13 +42,16 @@ def start_ranks(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    port = free_port()
+    # Ranks meet at a store of this process, as they do at torchrun's: a port chosen for them could be taken meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     started = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **(environment or {})}
+        own |= {**meet, "OMP_NUM_THREADS": "1", **(environment or {})}
         process = context.Process(target=_run, args=(list(command), own, str(output), fault))
         process.start()
+        process.store = store  # type: ignore[attr-defined]  # it lives as long as the ranks are of interest
         started.append(process)
     return started
 

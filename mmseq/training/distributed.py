@@ -61,7 +61,7 @@ def start_deepspeed(ranks: Ranks) -> Any:
         "WORLD_SIZE": str(ranks.world),
         "LOCAL_RANK": str(device.index or 0) if device.type == "cuda" else str(ranks.local_rank),
         "MASTER_ADDR": ranks.address or "127.0.0.1",
-        "MASTER_PORT": str(ranks.port or free_port()),
+        "MASTER_PORT": str(ranks.port or 0),
     }
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -70,8 +70,12 @@ def start_deepspeed(ranks: Ranks) -> Any:
         # that leaves a lock for which every later start waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        _await_name(os.environ["MASTER_ADDR"])
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if ranks.world == 1:  # nobody to meet, so no port that another program could take meanwhile
+            alone = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=PATIENCE)
+        else:
+            _await_name(os.environ["MASTER_ADDR"])
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     return deepspeed
 
@@ -160,13 +164,6 @@ def hold_folder(folder: Path) -> IO[str] | None:
 def sequence_group(size: int) -> Any:
     """The process group of the `size` consecutive ranks that share lines of tokens with this one; None for 1."""
     return None if size == 1 else torch.distributed.new_subgroups(group_size=size)[0]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def leave(code: int = 0, message: str | None = None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmseq.errors import MMSeqError
-from mmseq.training.distributed import EXIT_PREEMPTED, Preempted, free_port
+from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
 
 SAID = ("step ", "stopped ")  # beginnings of the lines that are passed on
 TAIL_LINES = 15
@@ -35,7 +35,9 @@ def train_here(
     """
     command = [
         *(sys.executable, "-m", "mmseq.training.torchrun", "--nproc-per-node", str(ranks)),
-        *("--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "mmseq", "train", str(recipe)),
+        # torchrun listens on a port of its own choice; one chosen here could be taken before it gets there.
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *("-m", "mmseq", "train", str(recipe)),
         *overrides,
     ]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
