@@ -86,7 +86,7 @@ class _Row:
 
 
 class Decoder:
-    """Completes tasks with one model. temperature 0 takes the best code: the median bin, else the likeliest."""
+    """Completes tasks with one model. temperature 0 takes the best code (`readout.best_codes`)."""
 
     def __init__(
         self,
@@ -404,7 +404,7 @@ class _Run:
             what = f"the model's {range_name} logits are not finite"
             raise ModelError(what, fix="its weights are damaged, or overflow")
         if self.decoder.temperature <= 0:
-            return best_codes(logits_NC, self.readout(range_name)).tolist()
+            return best_codes(logits_NC, self.readout(range_name), self.model.features_of(range_name)).tolist()
         codes = [0] * len(logits_NC)
         share = (logits_NC / self.decoder.temperature).softmax(-1).cpu()
         for i, b in enumerate(drawn_by):

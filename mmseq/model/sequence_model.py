@@ -43,6 +43,7 @@ class SequenceModel(nn.Module):
         self.tasks: dict[str, str] = {}  # names of what it was trained on, which `predict` understands
         self.parallel: list[str] = []  # those of them whose final chunk it has learned to decode in few passes
         self.transformer = Transformer(config)
+        self._features: dict[str, Tensor] = {}  # of codes, by range
         self.sequence_group: Any = None  # the ranks that share a line of tokens with this one, when it is shared
 
     @classmethod
@@ -105,8 +106,19 @@ class SequenceModel(nn.Module):
         out = {}
         for name, hidden, rows, copies, targets, task in self._ranges(batch):
             nats, _ = range_loss(hidden, rows, targets, self.config.z_loss, copies)
-            out[name] = (nats, read_codes(hidden, rows, self.tokenizers.readout(name), copies), task)
+            readout, features = self.tokenizers.readout(name), self.features_of(name)
+            out[name] = (nats, read_codes(hidden, rows, readout, copies, features), task)
         return out
+
+    def features_of(self, range_name: str) -> Tensor | None:
+        """What the codes of a range are made of (C, F), on the model's device; None where nobody asks for it."""
+        assert self.tokenizers is not None
+        if self.tokenizers.readout(range_name) != "medoid":
+            return None
+        if range_name not in self._features:
+            self._features[range_name] = torch.from_numpy(self.tokenizers[range_name].code_features())
+        self._features[range_name] = self._features[range_name].to(self.device)
+        return self._features[range_name]
 
     def _ranges(self, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor, Any, Tensor, Tensor]]:
         """Per range: name, hidden states (N, D) of predicted positions, rows (C, D) of the output matrix, copies,

@@ -25,7 +25,7 @@ import numpy as np
 
 from mmseq.plugins import find
 
-READOUTS = ("likeliest", "median", "mean")
+READOUTS = ("likeliest", "median", "medoid", "mean")
 
 
 @runtime_checkable
@@ -33,7 +33,8 @@ class Tokenizer(Protocol):
     """One range of the vocabulary.
 
     kind: the name that it is registered under. size: how many codes it has. readout: one of `READOUTS`, what the model
-    answers with at temperature 0: the likeliest code; the median, where codes have an order; the mean, between codes.
+    answers with at temperature 0: the likeliest code; the median, where codes have an order; the medoid, where
+    `code_features` say which are alike; the mean, between codes.
     fingerprint: changes with anything that changes a code's meaning.
     """
 

@@ -62,6 +62,8 @@ class Tokenizers(Mapping[str, Tokenizer]):
                 raise ConfigError(f"the tokenizer of {name!r} is {type(tokenizer).__name__}, which lacks what one has")
             if tokenizer.readout not in READOUTS:
                 raise ConfigError(f"the tokenizer of {name!r} has readout={tokenizer.readout!r}, not one of {READOUTS}")
+            if tokenizer.readout == "medoid" and tokenizer.code_features() is None:
+                raise ConfigError(f"the tokenizer of {name!r} has readout='medoid', which takes code_features")
         sizes = {name: tokenizer.size for name, tokenizer in self._tokenizers.items()}
         self.vectors = tuple(name for name in self._tokenizers if kind_of_range(name) is VECTOR)
         self.encoder = encoder

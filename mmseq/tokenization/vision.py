@@ -218,7 +218,7 @@ class VisionTokenizer:
     between two levels can differ.
     """
 
-    kind, readout = "fsq", "likeliest"
+    kind, readout = "fsq", "medoid"
 
     def __init__(self, config: VisionConfig, network: FSQAutoencoder, *, device: str | torch.device = "cpu"):
         self.config = config

@@ -114,12 +114,16 @@ def test_a_seed_that_cannot_be_is_refused(model, seed):
         Decoder(model).decode(Task.parse("-> text"), [request(model, seed=seed)])
 
 
-def test_the_best_code_is_the_median_bin_and_else_the_likeliest(model):
+def test_the_best_code_is_the_median_bin_the_medoid_of_frames_and_else_the_likeliest(model):
     run = _Run(Decoder(model), [], [], None)  # type: ignore[arg-type]
     share = torch.tensor([[0.3, 0.05, 0.25, 0.4], [0.1, 0.1, 0.1, 0.7]])
     assert run._choose(share.log(), "action", []) == [2, 3]
     assert run._choose(share.log(), "text", []) == [3, 3]
-    assert run._choose(share.log(), "vision", []) == [3, 3]
+    features = torch.from_numpy(model.tokenizers.vision.code_features())
+    share = torch.rand(4, len(features), generator=torch.Generator().manual_seed(0)) ** 8
+    expected = (share / share.sum(1, keepdim=True) @ features @ features.t()).argmax(1).tolist()
+    assert run._choose(share.log(), "vision", []) == expected
+    assert run._choose(share.log(), "text", []) != expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
