@@ -39,6 +39,11 @@ GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
     },
     "policies": {"model": "mmseq.serving.model_policy:ModelPolicy"},
     "simulators": {"metaworld": "mmseq.simulation.metaworld:MetaWorldEnv"},
+    "methods": {
+        "model": "mmseq.evaluation.lfv.methods:RobotOnly",
+        "labelled": "mmseq.evaluation.lfv.methods:Labelled",
+        "true_labels": "mmseq.evaluation.lfv.methods:TrueLabels",
+    },
     "augmentations": {"shift": "mmseq.tokenization.augmentation:shift"},
 }
 _registered: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import mmseq
-from mmseq.cli import bench, checkpoint, data, machine, predict, serve, tokenizer, train
+from mmseq.cli import bench, checkpoint, data, label, machine, predict, serve, tokenizer, train
 from mmseq.cli.parser import EXIT_ERROR, Group, Parser, Usage, rank_note
 from mmseq.errors import MMSeqError, did_you_mean
 
@@ -25,7 +25,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"mmseq {mmseq.__version__}")
     commands = Group(parser, "command")
-    for part in (machine, data, tokenizer, train, predict, serve, bench, checkpoint):
+    for part in (machine, data, tokenizer, train, label, predict, serve, bench, checkpoint):
         part.add(commands)
     return parser
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from importlib import import_module
 
 from mmseq.cli.parser import Group, Parser, add_overrides, file_to_write
 
-BENCHES = ("throughput", "loader", "loss", "packing", "decode", "chunks", "serve")
+BENCHES = ("lfv", "throughput", "loader", "loss", "packing", "decode", "chunks", "serve")
 
 
 def add(commands: Group) -> None:
@@ -16,6 +18,7 @@ def add(commands: Group) -> None:
         _bench,
         _bench_options,
         "measure a part beside what one would use in its place, in turns; docs/benchmarks.md has figures",
+        "lfv          learning from video, in closed loop: out=runs/lfv methods=[model,labelled] video=[V0,V4] ...\n"
         "throughput   training against transformers + DeepSpeed: width=256 layers=4 vocabulary=50000 seconds=120 ...\n"
         "loader       token shards and live video against lerobot: data=PATH_TO_LEROBOT_V3 window=1 seconds=60 ...\n"
         "loss         the range loss against full fp32 logits: positions=4096 vocabulary=150000 ...\n"
@@ -33,10 +36,23 @@ def _bench_options(c: Parser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-
     from mmseq.bench.rows import report
     from mmseq.config import load_config
 
+    if args.what == "lfv":
+        _learning_from_video(args)
+        return
     bench = import_module(f"mmseq.bench.{args.what}")
     rows, notes = bench.bench(load_config(bench.Config, None, args.overrides))
     report(rows, args.json, notes)
+
+
+def _learning_from_video(args: argparse.Namespace) -> None:
+    from mmseq.config import load_config
+    from mmseq.evaluation.lfv.manifest import Config
+    from mmseq.evaluation.lfv.run import print_summary, run
+
+    rows = run(load_config(Config, None, args.overrides))
+    print_summary(rows)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

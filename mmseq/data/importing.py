@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -171,14 +171,33 @@ def import_episodes(
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
     if skip_bad < 0:
         raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
-    say = say or (lambda _: None)
     source = open_episodes(src, reading, format=format, rate_hz=rate_hz, embodiment=embodiment)
-    manifest = {"kind": "episodes", "name": name or Path(src).resolve().name, "source": str(src), "tokenizers": {}}
-    with ShardWriter(out, manifest, overwrite=overwrite) as writer:
+    name = name or Path(src).resolve().name
+    said = {"swap_colours": reading.swap_colours, "assume_success": reading.assume_success}
+    said["map"] = {stream: list(columns) for stream, columns in reading.map.items()}
+    options = {"size": size, "overwrite": overwrite, "skip_bad": skip_bad, "say": say, "on_progress": on_progress}
+    return write_episodes(source, out, {"name": name, "source": str(src), **said}, **options)
+
+
+def write_episodes(
+    source: EpisodeSource,
+    out: str | Path,
+    manifest: dict[str, Any],
+    *,
+    size: int | None = None,
+    overwrite: bool = False,
+    skip_bad: int = 0,
+    say: Callable[[str], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the episodes of a reader as shards to `out`, and return their manifest: `manifest` (its `name`, its
+    `source`, ...) and what was found. The other arguments, and what it raises, are those of `import_episodes`."""
+    say = say or (lambda _: None)
+    with ShardWriter(out, {"kind": "episodes", "tokenizers": {}, **manifest}, overwrite=overwrite) as writer:
         robot = source.embodiment()
         for note in notes_of(source):
             say(note)
-        _, bad = survey(source, robot, skip_bad, str(src), say)
+        _, bad = survey(source, robot, skip_bad, manifest["source"], say)
         stored = stored_contract(robot, size)
         if stored is not None:
             data = json.dumps(stored.to_dict(), indent=2) + "\n"
@@ -192,14 +211,30 @@ def import_episodes(
         bad.settle()
         writer.manifest |= {
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
-            "map": {stream: list(columns) for stream, columns in reading.map.items()},
-            "swap_colours": reading.swap_colours,
-            "assume_success": reading.assume_success,
             "left_out": sorted(getattr(source, "left_out", ())),
             "notes": notes_of(source),
             "skipped": {str(index): reason for index, reason in bad.found.items()},
         }
         return writer.close()
+
+
+class EpisodeList:
+    """Episodes at hand, as a reader. contract: of the robot that they are of; None for video."""
+
+    def __init__(self, episodes: Sequence[Episode], contract: Embodiment | None = None):
+        self.episodes, self._contract = list(episodes), contract
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, index: int) -> Episode:
+        return self.episodes[index]
+
+    def embodiment(self) -> Embodiment | None:
+        return self._contract
+
+    def frames(self, index: int, camera: str) -> Iterator[np.ndarray]:
+        return iter(self.episodes[index][f"{IMAGE_PREFIX}{camera}"])
 
 
 def notes_of(source: EpisodeSource) -> list[str]:

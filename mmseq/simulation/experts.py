@@ -245,6 +245,16 @@ TASKS: dict[str, TaskLanguage] = {
         plan="move over the wall and above the button, then press it down",
         video_only=True,
     ),
+    "handle-pull": TaskLanguage(
+        instructions=(
+            "pull the handle up",
+            "lift the red handle",
+            "raise the lever",
+            "pull up on the handle",
+        ),
+        plan="move in front of the handle, reach under it, then pull it up",
+        video_only=True,
+    ),
 }
 
 

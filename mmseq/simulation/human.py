@@ -76,17 +76,19 @@ def write_human_videos(
     return files
 
 
-def draw_arm(scene, *, hand_m: np.ndarray, fingertips_m: np.ndarray, opening: float) -> None:
+def draw_arm(scene, *, hand_m: np.ndarray, fingertips_m: np.ndarray, opening: float, forearm: bool = True) -> None:
     """Append an arm to a MuJoCo scene, its fingers closing along y as the gripper's do.
 
     hand_m: (3,) where the gripper's body is. fingertips_m: (3,) between its fingers. opening: 0 closed, 1 open.
+    forearm: False draws a hand alone.
     """
     wrist = hand_m + np.array([0.0, -0.01, 0.05])
     elbow = wrist + FOREARM_M * _unit(SHOULDER_M - wrist)
     palm = (wrist + fingertips_m) / 2 + np.array([0.0, 0.0, 0.025])
-    _capsule(scene, wrist, elbow, 0.027, SKIN_RGBA)
-    _capsule(scene, wrist + 0.45 * (elbow - wrist), elbow, 0.036, SLEEVE_RGBA)
-    _capsule(scene, elbow, SHOULDER_M, 0.042, SLEEVE_RGBA)
+    if forearm:
+        _capsule(scene, wrist, elbow, 0.027, SKIN_RGBA)
+        _capsule(scene, wrist + 0.45 * (elbow - wrist), elbow, 0.036, SLEEVE_RGBA)
+        _capsule(scene, elbow, SHOULDER_M, 0.042, SLEEVE_RGBA)
     _ellipsoid(scene, palm, (0.036, 0.022, 0.042), SKIN_RGBA)
     half_gap = 0.012 + 0.04 * opening
     for side in (-1.5, -0.5, 0.5, 1.5):
@@ -106,7 +108,8 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def _next_geom(scene):
+def next_geom(scene):
+    """A free place of a MuJoCo scene's geoms."""
     if scene.ngeom >= scene.maxgeom:
         raise DataError(f"the scene is full: {scene.maxgeom} geoms")
     scene.ngeom += 1
@@ -116,7 +119,7 @@ def _next_geom(scene):
 def _capsule(scene, start_m: np.ndarray, end_m: np.ndarray, radius_m: float, rgba: np.ndarray) -> None:
     import mujoco
 
-    geom, kind = _next_geom(scene), mujoco.mjtGeom.mjGEOM_CAPSULE
+    geom, kind = next_geom(scene), mujoco.mjtGeom.mjGEOM_CAPSULE
     mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.eye(3).ravel(), rgba)
     mujoco.mjv_connector(geom, kind, radius_m, start_m, end_m)
 
@@ -125,4 +128,4 @@ def _ellipsoid(scene, centre_m: np.ndarray, radii_m: tuple[float, float, float],
     import mujoco
 
     kind = mujoco.mjtGeom.mjGEOM_ELLIPSOID
-    mujoco.mjv_initGeom(_next_geom(scene), kind, np.array(radii_m), centre_m, np.eye(3).ravel(), rgba)
+    mujoco.mjv_initGeom(next_geom(scene), kind, np.array(radii_m), centre_m, np.eye(3).ravel(), rgba)

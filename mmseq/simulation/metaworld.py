@@ -30,6 +30,7 @@ import numpy as np
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.errors import ConfigError, did_you_mean, require
 from mmseq.simulation.gl import choose_gl
+from mmseq.simulation.shifts import SHIFTS, Shifted
 
 if TYPE_CHECKING:
     import gymnasium
@@ -94,7 +95,8 @@ class MetaWorldEnv(gymnasium.Env):
 
     task: a Meta-World name, with or without `-v3`. seed: of the layout. camera: a name in `VIEWS` or a `View`.
     size: height and width of the images in pixels. rate_hz: an action is held for 80 / rate_hz simulation steps.
-    body: "robot", or "human" to draw an arm and a hand in the robot's place, in the same physics.
+    body: "robot", or "human" to draw an arm and a hand in the robot's place, in the same physics; "hand" has no arm.
+    shift: a name in `shifts.SHIFTS`: each episode is filmed otherwise.
     spread: how far objects are placed from the middle of Meta-World's range, in x and y, relative to it; above 1 the
     image matters more, and it is no longer the standard benchmark.
 
@@ -114,21 +116,25 @@ class MetaWorldEnv(gymnasium.Env):
         rate_hz: float = 20,
         body: str = "robot",
         spread: float = 1.0,
+        shift: str = "plain",
     ):
-        if body not in ("robot", "human"):
-            raise ConfigError(f"body is {body!r}", fix="use 'robot' or 'human'")
+        if body not in ("robot", "human", "hand"):
+            raise ConfigError(f"body is {body!r}", fix="use 'robot', 'human' or 'hand'")
+        if shift not in SHIFTS:
+            raise ConfigError(f"no shift {shift!r}: {did_you_mean(shift, SHIFTS)}")
         if isinstance(camera, str) and camera not in VIEWS:
             raise ConfigError(f"no camera {camera!r}: {did_you_mean(camera, VIEWS)}")
         hold = SIMULATION_HZ / rate_hz if rate_hz > 0 else 0
         if hold < 1 or hold != int(hold):
             raise ConfigError(f"rate_hz is {rate_hz}", fix=f"use a divisor of {SIMULATION_HZ}: 80, 40, 20, 10, ...")
         self.task, self.size, self.rate_hz = task.removesuffix("-v3"), size, rate_hz
-        self.body, self.spread = body, spread
+        self.body, self.spread, self.shift = body, spread, shift
         self._hold = int(hold)
         self._env = _make(self.task, spread)
         self._renderer = None  # made when the first image is asked for
         self.camera = camera if isinstance(camera, str) else "custom"
-        self._camera = _make_camera(VIEWS[camera] if isinstance(camera, str) else camera)
+        self._view = VIEWS[camera] if isinstance(camera, str) else camera
+        self._camera = _make_camera(self._view)
         self._options = _make_options()
         self.action_space = gymnasium.spaces.Box(-1, 1, (4,))
         self.observation_space = gymnasium.spaces.Dict(
@@ -176,6 +182,8 @@ class MetaWorldEnv(gymnasium.Env):
         self._state = np.clip(state, self._env.observation_space.low, self._env.observation_space.high)
         self.steps = 0
         self.succeeded = False
+        self._shifted = Shifted(self.shift, self.seed)
+        self._shifted.move_camera(self._camera, self._view.azimuth_deg, self._view.elevation_deg, self._view.distance_m)
 
     def observe(self) -> dict[str, np.ndarray]:
         """What the robot may know: `image.<camera>` uint8 (size, size, 3) and `proprio` float32 (4,).
@@ -199,7 +207,8 @@ class MetaWorldEnv(gymnasium.Env):
             _close_all_at_exit()
             _open.add(self)
         self._renderer.update_scene(self._env.data, camera=self._camera, scene_option=self._options)
-        if self.body == "human":
+        self._shifted.change_scene(self._renderer.scene)
+        if self.body != "robot":
             from mmseq.simulation.human import draw_arm
 
             draw_arm(
@@ -207,10 +216,12 @@ class MetaWorldEnv(gymnasium.Env):
                 hand_m=self._env.data.body("hand").xpos,
                 fingertips_m=self._env.tcp_center,
                 opening=float(self._state[3]),
+                forearm=self.body == "human",
             )
         n = _SUPERSAMPLING
         blocks = self._renderer.render().reshape(self.size, n, self.size, n, 3)
-        return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + n * n // 2) // (n * n)).astype(np.uint8)
+        picture = ((blocks.sum(axis=(1, 3), dtype=np.uint16) + n * n // 2) // (n * n)).astype(np.uint8)
+        return self._shifted.change_picture(picture)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """As Gymnasium has it: observation, reward (1 where the task succeeds), terminated, truncated, info."""
@@ -290,7 +301,7 @@ def _make_renderer(env, size: int, body: str):
     robot = model.body_rootid[model.body("hand").id]
     for geom in range(model.ngeom):
         link = model.geom_bodyid[geom]
-        hidden = model.body_rootid[link] == robot if body == "human" else model.body(link).name in _FAR_LINKS
+        hidden = model.body_rootid[link] == robot if body != "robot" else model.body(link).name in _FAR_LINKS
         if hidden or model.geom_rgba[geom, 3] == 0:
             model.geom_group[geom] = _HIDDEN_GROUP
     renderer = mujoco.Renderer(model, size, size)

@@ -34,20 +34,20 @@ BURST_STEPS = (2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedEpisode:
-    """One successful demonstration. Step t: observed at t, executed from t to t + 1.
+    """One episode: a demonstration that succeeded, or play. Step t: observed at t, executed from t to t + 1.
 
     texts: the instruction this episode was given, then its other phrasings. images: uint8 (steps, size, size, 3).
     proprio: float32 (steps, 4), x y z in metres and the gripper's opening. action: float32 (steps, 4) in [-1, 1].
-    seed, spread: of the layout, for `MetaWorldEnv`.
+    success: None where nothing was to be reached. seed, spread: of the layout, for `MetaWorldEnv`.
     """
 
     task: str
     texts: tuple[str, ...]
-    plan: str
+    plan: str | None
     images: np.ndarray
     proprio: np.ndarray
     action: np.ndarray
-    success: bool
+    success: bool | None
     seed: int
     spread: float = 1.0
     camera: str = "front"
@@ -62,7 +62,7 @@ class RecordedEpisode:
             rate_hz=self.rate_hz,
             arrays={f"{IMAGE_PREFIX}{self.camera}": self.images, "proprio": self.proprio, "action": self.action},
             texts=list(self.texts),
-            plans=[self.plan],
+            plans=[self.plan] if self.plan else [],
             embodiment=ROBOT,
             success=self.success,
             source="metaworld",
@@ -84,13 +84,14 @@ def record_episodes(
     body: str = "robot",
     size: int = 64,
     rate_hz: float = 20,
+    shift: str = "plain",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[RecordedEpisode]:
     """Yield `episodes_per_task` successful episodes of each task, task by task.
 
     noise: length of the burst offset added to dx, dy, dz, in action units; 0 records the undisturbed expert.
     gain: of the expert, see `Expert`. after_success: steps that it goes on for after that.
-    spread: of the objects, as in `MetaWorldEnv`.
+    spread, shift: as in `MetaWorldEnv`.
     workers: processes, which are spawned, so that a script needs the usual `if __name__ == "__main__"`; with 0 or 1
     everything runs in this one. on_progress: called with (episodes done, episodes in all).
 
@@ -99,9 +100,25 @@ def record_episodes(
     for task in tasks:
         task_language(task)
     settings = {"seed": seed, "noise": noise, "gain": gain, "after_success": after_success}
-    scene = {"spread": spread, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz}
+    scene = {"spread": spread, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz, "shift": shift}
+    yield from in_workers(_record, tasks, episodes_per_task, scene, settings, workers, on_progress)
+
+
+def in_workers(
+    record: Callable[..., RecordedEpisode],
+    tasks: Sequence[str],
+    episodes_per_task: int,
+    scene: dict[str, Any],
+    settings: dict[str, Any],
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[RecordedEpisode]:
+    """`record(env, number, **settings)` for every task and number, in order, in `workers` processes.
+
+    record: a function of a module, since the processes import it. scene: how each `MetaWorldEnv` is made.
+    """
     jobs = [
-        (task, range(first, min(first + 5, episodes_per_task)), scene, settings)
+        (record, task, range(first, min(first + 5, episodes_per_task)), scene, settings)
         for task in tasks
         for first in range(0, episodes_per_task, 5)
     ]
@@ -134,15 +151,15 @@ def _start_worker() -> None:
 _environments: dict[tuple, MetaWorldEnv] = {}  # building one takes half a second, so a process keeps its last
 
 
-def _record_job(job: tuple[str, range, dict, dict]) -> list[RecordedEpisode]:
-    task, numbers, scene, settings = job
+def _record_job(job: tuple[Callable, str, range, dict, dict]) -> list[RecordedEpisode]:
+    record, task, numbers, scene, settings = job
     key = (task, *scene.values())
     if key not in _environments:
         for env in _environments.values():
             env.close()
         _environments.clear()
         _environments[key] = MetaWorldEnv(task, **scene)
-    return [_record(_environments[key], number, **settings) for number in numbers]
+    return [record(_environments[key], number, **settings) for number in numbers]
 
 
 def _record(env: MetaWorldEnv, number: int, *, seed: int, **settings: Any) -> RecordedEpisode:

@@ -1,0 +1,144 @@
+"""What the benchmark is made of, without a simulator: tasks, the ladder of video, cells and layouts.
+
+All of it follows from the configuration alone, so that every machine has the same; `fingerprint` says so in the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from mmseq.errors import ConfigError, did_you_mean
+from mmseq.evaluation.lockstep import Layout
+from mmseq.plugins import names
+from mmseq.simulation.shifts import SHIFTS
+
+VERSION = 1  # of the benchmark: a change that moves numbers makes it another
+FIRST_LAYOUT = 500_000  # of those that are driven; recording never draws so few of so small numbers
+SPREAD = 1.5
+
+ROBOT_TASKS = (
+    *("button-press-topdown", "button-press", "coffee-button", "door-open", "drawer-open", "window-open"),
+    *("faucet-close", "handle-press", "handle-press-side", "dial-turn", "plate-slide", "door-lock"),
+)
+# Most are the opposites of robot tasks, in the same scenes: whoever reads the task off the scene fails
+VIDEO_TASKS = (
+    *("window-close", "faucet-open", "drawer-close", "door-unlock", "door-close", "plate-slide-back"),
+    *("button-press-topdown-wall", "handle-pull"),
+)
+# The seven tasks of AVDC's table in Meta-World that later papers report (5 demonstrations, 25 trials)
+MW7 = (
+    *("door-open", "door-close", "button-press", "button-press-topdown", "faucet-open", "faucet-close"),
+    "handle-press",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """How video of the ladder differs from what the robot sees.
+
+    body, camera, shift: as in `MetaWorldEnv`. speed: a video's is drawn from there. failing: share of videos that end
+    before the task is done. miscaptioned: share whose words are of another task.
+    """
+
+    body: str = "robot"
+    camera: str = "front"
+    shift: str = "plain"
+    speed: tuple[float, float] = (1.0, 1.0)
+    failing: float = 0.0
+    miscaptioned: float = 0.0
+
+
+LADDER = {
+    "V0": Rung(),  # the same robot, its actions unknown
+    "V1": Rung(camera="human"),  # another view
+    "V2": Rung(shift="colours"),  # other colours
+    "V3": Rung(body="hand"),  # a hand that floats in place of the gripper
+    "V4": Rung(body="human", camera="human"),  # a person's arm
+    "V5": Rung(body="human", camera="human", shift="distractors", speed=(0.7, 1.5)),
+    "V6": Rung(body="human", camera="human", failing=0.25, miscaptioned=0.25),
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Which cells are run, and how large they are."""
+
+    out: str = "runs/lfv"  # data, checkpoints and rows; what is there already is kept
+    methods: list[str] = field(default_factory=lambda: ["model", "labelled", "true_labels"])  # by name
+    video: list[str] = field(default_factory=lambda: ["V0"])  # rungs of the ladder
+    demonstrations: list[int] = field(default_factory=lambda: [50])  # of each robot task
+    seeds: list[int] = field(default_factory=lambda: [0])  # of data and weights
+    robot_tasks: list[str] = field(default_factory=lambda: list(ROBOT_TASKS))  # with demonstrations
+    video_tasks: list[str] = field(default_factory=lambda: list(VIDEO_TASKS))  # seen as video only
+    videos: int = 50  # of each video task
+    play: int = 40  # episodes of undirected play, three seconds each, in the scene of each robot task
+    shifts: list[str] = field(default_factory=lambda: ["plain"])  # under which policies are driven
+    reworded: bool = False  # also ask in words that no episode had first
+    episodes: int = 20  # driven for each task
+    execute: int = 1  # control steps of a decision
+    max_steps: int = 90  # after which an episode has failed
+    steps: int = 700  # of a policy's training
+    vision_steps: int = 600  # of the vision tokenizer's
+    labeller_steps: int = 2500  # of the labeller's
+
+    def check(self) -> None:
+        """Raises: ConfigError naming the field."""
+        known = {"methods": names("methods"), "video": list(LADDER), "shifts": list(SHIFTS)}
+        for name, there in known.items():
+            for value in getattr(self, name):
+                if value not in there:
+                    raise ConfigError(f"{name}: no {value!r}: {did_you_mean(value, there)}")
+        positive = ("videos", "episodes", "execute", "max_steps", "steps", "vision_steps", "labeller_steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
+        for name in ("methods", "demonstrations", "seeds", "robot_tasks", "shifts"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty", fix="name at least one")
+        if self.play < 0 or min(self.demonstrations) < 1 or min(self.seeds) < 0:
+            raise ConfigError(
+                f"play is {self.play}, demonstrations {self.demonstrations}, seeds {self.seeds}",
+                fix="play and seeds are 0 or more, demonstrations at least 1",
+            )
+        both = set(self.robot_tasks) & set(self.video_tasks)
+        if both:
+            raise ConfigError(f"{sorted(both)} are robot_tasks and video_tasks", fix="name each in one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One entry of the comparison."""
+
+    method: str
+    demonstrations: int
+    video: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}-d{self.demonstrations}-{self.video}-s{self.seed}"
+
+
+def cells(config: Config) -> Iterator[Cell]:
+    """Every combination, so ordered that data of one seed are used up before the next."""
+    for seed in config.seeds:
+        for video in config.video:
+            for count in config.demonstrations:
+                for method in config.methods:
+                    yield Cell(method=method, demonstrations=count, video=video, seed=seed)
+
+
+def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:
+    """What is driven of some tasks: the same for every method, so that they are compared pair by pair."""
+    options = (("shift", shift), ("spread", SPREAD))
+    return [Layout(task, FIRST_LAYOUT + i, options) for task in tasks for i in range(config.episodes)]
+
+
+def fingerprint(config: Config) -> str:
+    """16 hexadecimal digits of everything that decides a cell's number but the machine."""
+    said = {k: v for k, v in asdict(config).items() if k not in ("out", "methods", "seeds", "demonstrations", "video")}
+    said |= {"version": VERSION, "first_layout": FIRST_LAYOUT, "spread": SPREAD}
+    said["ladder"] = {name: asdict(rung) for name, rung in LADDER.items()}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,171 @@
+"""What is compared. A method is a class with an entry point in the group `mmseq.methods`.
+
+    class MyMethod:
+        def __init__(self, config: Config, say: Callable[[str], None]): ...
+        def train(self, data: Data, out: Path, seed: int) -> Controller: ...
+
+`train` learns from `data` (from `data.truth` only where that is the point: a ceiling), keeps what it wants in `out`,
+and returns what drives the robots (`mmseq.evaluation.lockstep.Controller`). Those here that train our model do so with
+the same tokenizers, for as many steps of as many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mmseq.config import load_config
+from mmseq.data.importing import EpisodeList, write_episodes
+from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
+from mmseq.data.shards import holds_shards
+from mmseq.data.sources import open_source
+from mmseq.data.tokenize import tokenize_mix
+from mmseq.errors import ConfigError, MMSeqError
+from mmseq.evaluation.lfv.manifest import Config
+from mmseq.evaluation.lfv.record import Data
+from mmseq.evaluation.lockstep import Controller, Seen
+from mmseq.labelling.labels import PixelReader, label_episode
+from mmseq.labelling.network import SETTINGS
+from mmseq.labelling.training import LabellerConfig, train_labeller
+from mmseq.serving.model_policy import ModelPolicy
+from mmseq.simulation.base import to_wire
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+HOLDOUT = 0.05
+
+
+class Method(Protocol):
+    """One entry of the comparison."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]): ...
+
+    def train(self, data: Data, out: Path, seed: int) -> Controller: ...
+
+
+class RobotOnly:
+    """Our model, taught by the demonstrations alone: what video has to beat."""
+
+    policy = "text, image, proprio -> action[2]"
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        self.config, self.say = config, say
+
+    def train(self, data: Data, out: Path, seed: int) -> Controller:
+        checkpoint = out / "train/checkpoint"
+        if not checkpoint.is_dir():
+            video = self.from_video(data, out, seed)
+            self._train(data, video, out, seed)
+        return ModelController(checkpoint, self.config.execute, self.policy)
+
+    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+        """What the video of the cell becomes, as further sources of the mix, by name."""
+        return {}
+
+    def tasks(self, video: Mapping[str, Path]) -> list[TaskConfig]:
+        """What is trained. video: the sources that came from video."""
+        return [
+            TaskConfig(name="policy", task=self.policy, weight=8, sources=["robot", *video]),
+            TaskConfig(name="state", task="image -> proprio", weight=1, sources=["robot"]),
+        ]
+
+    def _train(self, data: Data, video: Mapping[str, Path], out: Path, seed: int) -> None:
+        from mmseq.training.local import local_ranks, train_here
+
+        config = self.config
+        tokenizers = shared_tokenizers(data, config, seed, self.say)
+        share = len(config.video_tasks) / len(config.robot_tasks)  # a task of video counts as much as one of the robot
+        weights = {"robot": 1.0, **dict.fromkeys(video, share)}
+        sources = {
+            name: SourceConfig(path=str(path.resolve()), weight=weights[name])
+            for name, path in {"robot": data.robot, **video}.items()
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        mix = MixConfig(name=out.name, holdout=HOLDOUT, sources=sources, tasks=self.tasks(video))
+        save_mix(mix, out / "mix.yaml")
+        tokens = tokenizers.with_name(tokenizers.name.replace("tokenizers", "tokens"))  # each source once for all
+        tokenize_mix(out / "mix.yaml", tokens, tokenizers, overwrite=True)
+        settings = [
+            *(f"data.mix={out / 'mix.yaml'}", f"data.tokens={tokens}", f"data.tokenizers={tokenizers}"),
+            *(f"out={out / 'train'}", f"seed={seed}", f"steps={config.steps}", "optimizer.average_decay=0.99"),
+        ]
+        train_here(
+            RECIPES / "demo_train.yaml", settings, ranks=local_ranks(), log=out / "train.log", say=lambda _: None
+        )
+
+
+class TrueLabels(RobotOnly):
+    """The ceiling: the video with the actions and states that it was made with."""
+
+    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+        if data.truth is None:
+            raise ConfigError("nobody knows true labels of this video: no robot is in it", fix="leave true_labels out")
+        return {"truth": data.truth}
+
+
+class Labelled(RobotOnly):
+    """Actions and states read off the video by a labeller that knows the robot's demonstrations and its play."""
+
+    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+        if data.video is None:
+            return {}
+        labelled = out / "labelled"
+        if not holds_shards(labelled):
+            reader = PixelReader(self._labeller(data, seed))
+            videos = open_source(data.video)
+            episodes = [label_episode(reader, videos, i, None)[0] for i in range(len(videos))]
+            write_episodes(
+                EpisodeList(episodes, data.contract), labelled, {"name": "labelled", "source": str(data.video)}
+            )
+        return {"labelled": labelled}
+
+    def _labeller(self, data: Data, seed: int) -> Path:
+        """Shared by all methods and videos of a seed and its robot data."""
+        out = data.robot.parent / f"labeller-{data.robot.name}"
+        if not (out / SETTINGS).is_file():
+            self.say(f"training {out.name}")
+            sources = [str(path) for path in (data.robot, data.play) if path is not None]
+            steps = self.config.labeller_steps
+            train_labeller(LabellerConfig(sources=sources, out=str(out), steps=steps, seed=seed, holdout=HOLDOUT))
+        return out
+
+
+class ModelController:
+    """A checkpoint that drives several robots, in one batch. execute: control steps of each chunk that are used."""
+
+    def __init__(self, checkpoint: Path, execute: int, arrow: str, *, blank_images: bool = False):
+        self.checkpoint, self.execute, self.arrow = checkpoint, execute, arrow
+        self.policy = ModelPolicy.from_pretrained(checkpoint, arrow=arrow, blank_images=blank_images)
+        self.robot = next(iter(self.policy.robots.values()))
+
+    def act(self, seen: Sequence[Seen]) -> list[np.ndarray]:
+        cameras = [camera.name for camera in self.robot.cameras]
+        asked = [
+            {**to_wire(one.observation, cameras), "prompt": one.text, "embodiment": self.robot.name} for one in seen
+        ]
+        answers = self.policy.infer_many(asked)
+        for answer in answers:
+            if isinstance(answer, MMSeqError):
+                raise answer
+        return [answer["actions"][: self.execute] for answer in answers]  # type: ignore[index]
+
+    def blanked(self) -> ModelController:
+        """The same policy, which does not see."""
+        return ModelController(self.checkpoint, self.execute, self.arrow, blank_images=True)
+
+
+def shared_tokenizers(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> Path:
+    """Tokenizers that all methods of a seed share: of the demonstrations, the play and the video."""
+    from mmseq.tokenization.recipe import TokenizerConfig
+    from mmseq.training.tokenizers import train_tokenizers
+
+    out = data.robot.parent / f"tokenizers-{data.robot.name}-{data.video.name if data.video else 'none'}"
+    if not (out / "tokenizers.json").is_file():
+        say(f"training {out.name}")
+        sources = {"robot": data.robot, "play": data.play, "video": data.video}
+        settings = [f"out={out}", f"seed={seed}", f"holdout={HOLDOUT}", f"vision.steps={config.vision_steps}"]
+        settings += [f"sources.{name}.path={path}" for name, path in sources.items() if path is not None]
+        train_tokenizers(load_config(TokenizerConfig, RECIPES / "demo_tokenizers.yaml", settings), lambda *_: None)
+    return out

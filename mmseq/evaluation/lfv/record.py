@@ -1,0 +1,118 @@
+"""The data of the benchmark's cells, recorded once from seeds and kept as episode shards.
+
+    data = Recorder(config, seed=0).data("V0", demonstrations=50)
+    data.robot, data.play, data.video, data.truth
+
+`truth` is the video with the actions and states that it was made with, where the robot is in it: for ceilings alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseq.data.importing import EpisodeList, write_episodes
+from mmseq.data.shards import holds_shards
+from mmseq.embodiment import Embodiment
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.evaluation.lfv.manifest import LADDER, SPREAD, Config
+from mmseq.simulation.experts import TASKS, task_language
+from mmseq.simulation.metaworld import robot
+from mmseq.simulation.play import record_play
+from mmseq.simulation.record import RecordedEpisode, record_episodes
+
+EXPERTS: dict[str, Any] = {"gain": 0.5, "noise": 0.5}  # as in the demo: gentler than Meta-World's own
+VIDEO_SEED, PLAY_SEED = 1000, 2000  # apart from the robot's: nobody filmed the layouts that it was taught in
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a method may learn from: folders of episode shards, by name. truth: None where no robot is in the video."""
+
+    robot: Path
+    play: Path | None
+    video: Path | None
+    truth: Path | None
+    contract: Embodiment
+
+
+class Recorder:
+    """Records what is asked for, and keeps it in `config.out`."""
+
+    def __init__(self, config: Config, seed: int, say: Callable[[str], None] = print):
+        self.config, self.seed, self.say = config, seed, say
+        self.folder = Path(config.out) / "data" / f"seed{seed}"
+        self.contract = robot()
+
+    def data(self, rung: str, demonstrations: int) -> Data:
+        """Raises: DataError when an expert fails again and again."""
+        config = self.config
+        tasks = "-".join(str(len(t)) for t in (config.robot_tasks, config.video_tasks))
+        folder = self.folder / f"tasks{tasks}"
+        taught = self._store(
+            folder / f"robot{demonstrations}",
+            lambda: self._demonstrations(config.robot_tasks, demonstrations),
+            self.contract,
+        )
+        play = config.play and self._store(
+            folder / f"play{config.play}",
+            lambda: record_play(config.robot_tasks, config.play, seed=self.seed + PLAY_SEED, spread=SPREAD),
+            self.contract,
+        )
+        if not config.video_tasks:
+            return Data(taught, play or None, None, None, self.contract)
+        filmed, truth = folder / f"{rung}-{config.videos}", folder / f"{rung}-{config.videos}-true"
+        if not holds_shards(filmed):
+            episodes = list(self._film(rung))
+            self._write(truth, episodes, self.contract)
+            self._write(filmed, [_without_actions(e) for e in episodes], None)
+        own = LADDER[rung].body == "robot"
+        return Data(taught, play or None, filmed, truth if own else None, self.contract)
+
+    def _store(self, path: Path, make: Callable[[], Iterable[RecordedEpisode]], contract: Embodiment | None) -> Path:
+        if not holds_shards(path):
+            self._write(path, [episode.to_episode() for episode in make()], contract)
+        return path
+
+    def _write(self, path: Path, episodes: Sequence[Episode], contract: Embodiment | None) -> None:
+        self.say(f"{len(episodes)} episodes for {path.relative_to(self.config.out)}")
+        write_episodes(EpisodeList(episodes, contract), path, {"name": path.name, "source": f"seed {self.seed}"})
+
+    def _demonstrations(self, tasks: Sequence[str], count: int) -> Iterable[RecordedEpisode]:
+        return record_episodes(tasks, count, seed=self.seed, spread=SPREAD, **EXPERTS)
+
+    def _film(self, rung: str) -> Iterable[Episode]:
+        film = LADDER[rung]
+        scene: dict[str, Any] = {"body": film.body, "camera": film.camera, "shift": film.shift, "spread": SPREAD}
+        recorded = record_episodes(
+            self.config.video_tasks, self.config.videos, seed=self.seed + VIDEO_SEED, **EXPERTS, **scene
+        )
+        rng = np.random.default_rng([self.seed, VIDEO_SEED])
+        for episode in recorded:
+            length = len(episode)
+            speed = rng.uniform(*film.speed)
+            at = np.minimum((np.arange(0, length, speed)).round().astype(int), length - 1)
+            if rng.random() < film.failing:  # somebody stops half-way
+                at = at[: max(8, int(len(at) * rng.uniform(0.4, 0.7)))]
+                episode = replace(episode, success=False)
+            if rng.random() < film.miscaptioned:
+                other = str(rng.choice([t for t in TASKS if t != episode.task]))
+                words = task_language(other)
+                episode = replace(episode, texts=words.instructions, plan=words.plan)
+            yield replace(
+                episode,
+                camera=self.contract.cameras[0].name,  # wherever it stood: what is filmed is taken for what is seen
+                images=episode.images[at],
+                proprio=episode.proprio[at],
+                action=episode.action[at],
+            ).to_episode()
+
+
+def _without_actions(episode: Episode) -> Episode:
+    """What a camera saw, and what was said of it."""
+    seen = {name: stream for name, stream in episode.streams.items() if name.startswith(IMAGE_PREFIX)}
+    return replace(episode, streams=seen, embodiment=None, success=None)

@@ -1,0 +1,203 @@
+"""Training a labeller on a robot's own episodes.
+
+mmseq labeller train sources=[shards/robot,shards/play] out=runs/labeller
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmseq.data.mixture import held_out
+from mmseq.data.sources import embodiments_of, open_source
+from mmseq.embodiment import Embodiment
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.errors import ConfigError, DataError, did_you_mean
+from mmseq.labelling.network import Labeller, NetworkConfig, to_windows
+
+STATE_WEIGHT = 0.3  # of the state's loss beside the action's
+ERROR_WEIGHT = 0.05  # of learning how wrong the labels are, beside learning the labels
+SWITCH_SHARE = 0.99  # of an axis's values that are one of two: then it is a switch
+MOST_BYTES = 12 << 30  # of frames in memory
+PREDICTED = ("action", "proprio")
+
+
+@dataclass(kw_only=True)
+class LabellerConfig:
+    """How a labeller is trained."""
+
+    sources: list[str] = field(default_factory=list)  # the robot's episodes: demonstrations, and play above all
+    out: str = "???"  # its folder
+    camera: str | None = None  # that it sees; default: the first of the contract
+    around: list[int] = field(default_factory=lambda: [-2, -1, 0, 1, 2, 3])  # steps of a window, 0 is labelled
+    steps: int = 2500  # of training
+    batch: int = 128  # windows of a step
+    learning_rate: float = 1e-3  # peak
+    weight_decay: float = 0.05  # of AdamW
+    shift_pixels: int = 2  # windows are moved by up to so many pixels
+    colour: float = 1.0  # how far colours are changed; 0 leaves them
+    holdout: float = 0.05  # share of episodes that it is measured on
+    seed: int = 0  # of weights, batches and changes
+
+    def check(self) -> None:
+        """Raises: ConfigError naming the field."""
+        if not self.sources:
+            raise ConfigError("sources is empty", fix="name episodes of the robot: demonstrations, play")
+        for name in ("steps", "batch", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="give more than 0")
+        if 0 not in self.around or len(set(self.around)) < len(self.around) or len(self.around) > 16:
+            raise ConfigError(f"around is {self.around}", fix="name up to 16 different steps, 0 among them")
+        if not 0 <= self.holdout < 1 or self.shift_pixels < 0 or self.colour < 0:
+            raise ConfigError(
+                f"holdout is {self.holdout}, shift_pixels {self.shift_pixels}, colour {self.colour}",
+                fix="a holdout from 0 to below 1, the others 0 or more",
+            )
+
+
+def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Train, measure and save a labeller; returns the report that is saved with it.
+
+    Raises: ConfigError or DataError before anything is trained, when the sources cannot teach it.
+    """
+    config.check()
+    contract, camera, episodes = _gather(config)
+    taught = [e for e in episodes if not held_out(e.id, config.holdout)] or episodes
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    frames, targets, switches = _stack(taught, camera)
+    centre, spread = targets.mean(0), targets.std(0) + 1e-6
+    height, width = frames.shape[1:3]
+    network = NetworkConfig(camera=camera, height=height, width=width, around=tuple(config.around))
+    labeller = Labeller(network, contract, centre, spread, switches)
+    begins = np.cumsum([0, *map(len, taught[:-1])])
+    windows = torch.from_numpy(
+        np.concatenate([start + labeller.window_indices(len(e)) for start, e in zip(begins, taught)])
+    )
+    wanted = torch.from_numpy((targets - centre) / spread).float()
+    weights = torch.ones(wanted.shape[1])
+    weights[labeller.action_axes :] = STATE_WEIGHT
+    pixels = torch.from_numpy(frames)
+    optimizer = torch.optim.AdamW(labeller.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    warm = min(50, config.steps // 10)
+    at = lambda step: min(1.0, (step + 1) / (warm + 1)) * max(0.02, 1 - step / config.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, at)
+    for step in range(config.steps):
+        chosen = torch.randint(0, len(windows), (config.batch,), generator=generator)
+        seen = _change(pixels[windows[chosen]], config, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, error = labeller(seen)
+        squared = (mean - wanted[chosen]) ** 2
+        expected = F.softplus(error) + 1e-6  # never told by the labels' own loss, so that these stay means
+        surprise = (squared.detach() / expected + expected.log()).mean()
+        loss = (weights * squared).mean() + ERROR_WEIGHT * surprise
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if on_progress is not None:
+            on_progress(step + 1, config.steps)
+    judged = [e for e in episodes if held_out(e.id, config.holdout)]
+    report = {"taught": len(taught), "steps": int(sum(map(len, taught))), "sources": list(config.sources)}
+    report |= {"held_out": measure(labeller, judged)} if judged else {}
+    labeller.save(config.out, report)
+    return report
+
+
+def measure(labeller: Labeller, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """How good labels are on episodes whose truth is known: R2 of each axis, or for a switch the share that is right.
+
+    `shuffled` is the same for labels of another step: what guessing the distribution gives.
+    """
+    camera = f"{IMAGE_PREFIX}{labeller.config.camera}"
+    truth = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes])
+    found = np.concatenate([labeller.read(e[camera]).values for e in episodes])
+    shuffled = found[np.random.default_rng(0).permutation(len(found))]
+    names = [f"{stream}.{axis}" for stream in PREDICTED for axis in labeller.contract.vectors[stream].names]
+
+    def score(labels: np.ndarray, axis: int) -> float:
+        if axis in labeller.switches:
+            middle = sum(labeller.switches[axis]) / 2
+            return float(np.mean((labels[:, axis] > middle) == (truth[:, axis] > middle)))
+        residue = ((labels[:, axis] - truth[:, axis]) ** 2).sum()
+        return float(1 - residue / max(((truth[:, axis] - truth[:, axis].mean()) ** 2).sum(), 1e-9))
+
+    return {
+        "episodes": len(episodes),
+        "switches": [names[axis] for axis in labeller.switches],
+        "labels": {name: score(found, axis) for axis, name in enumerate(names)},
+        "shuffled": {name: score(shuffled, axis) for axis, name in enumerate(names)},
+    }
+
+
+def _gather(config: LabellerConfig) -> tuple[Embodiment, str, list[Episode]]:
+    """The robot that all sources are of, the camera, and their episodes."""
+    sources = [open_source(path) for path in config.sources]
+    contracts = {c.name: c for source in sources for c in embodiments_of(source)}
+    if len(contracts) != 1:
+        raise DataError(
+            f"a labeller is of one robot, the sources are of {sorted(contracts) or 'none'}", fix="name one robot's"
+        )
+    (contract,) = contracts.values()
+    missing = [name for name in PREDICTED if name not in contract.vectors]
+    if missing:
+        raise DataError(f"{contract.name!r} has no {' and no '.join(missing)} to be labelled", fix="name another robot")
+    cameras = [camera.name for camera in contract.cameras]
+    if not cameras or config.camera not in (None, *cameras):
+        raise ConfigError(
+            f"camera: {contract.name!r} has no {config.camera!r}: {did_you_mean(str(config.camera), cameras)}"
+        )
+    camera = config.camera or cameras[0]
+    episodes = [source[i] for source in sources for i in range(len(source))]
+    episodes = [e for e in episodes if e.embodiment == contract.name and camera in e.cameras]
+    if not episodes:
+        raise DataError(f"no episode of {', '.join(config.sources)} shows {contract.name!r} to {camera!r}")
+    return contract, camera, episodes
+
+
+def _stack(episodes: Sequence[Episode], camera: str) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, float]]]:
+    """Frames uint8 (steps, H, W, 3), actions and states float32 (steps, axes), and the axes that are switches."""
+    first = episodes[0][f"{IMAGE_PREFIX}{camera}"]
+    steps = sum(map(len, episodes))
+    if steps * first[0].nbytes > MOST_BYTES:
+        raise DataError(
+            f"{steps:,} frames of {first.shape[1:]} do not fit into {MOST_BYTES >> 30} GiB of memory",
+            fix="name fewer episodes, or import them with a smaller --size",
+        )
+    frames = np.concatenate([e[f"{IMAGE_PREFIX}{camera}"] for e in episodes])
+    targets = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes])
+    switches = {}
+    for axis in range(episodes[0]["action"].shape[1]):
+        low, high = float(targets[:, axis].min()), float(targets[:, axis].max())
+        near = np.minimum(targets[:, axis] - low, high - targets[:, axis]) <= 0.02 * (high - low)
+        if high > low and near.mean() >= SWITCH_SHARE:
+            switches[axis] = (low, high)
+    return frames, targets.astype(np.float32), switches
+
+
+def _change(windows: Tensor, config: LabellerConfig, generator: torch.Generator) -> Tensor:
+    """One small shift of all windows, uint8 (N, frames, H, W, 3), and one small change of colours of each, as input.
+
+    Large changes teach more slowly (docs/log.md).
+    """
+    most = config.shift_pixels
+    dy, dx = (int(d) for d in torch.randint(-most, most + 1, (2,), generator=generator))
+    height, width = windows.shape[2:4]
+    rows = (torch.arange(height) + dy).clamp(0, height - 1)
+    columns = (torch.arange(width) + dx).clamp(0, width - 1)
+    x = to_windows(windows[:, :, rows][:, :, :, columns])
+    if not config.colour:
+        return x
+    count, frames = len(x), x.shape[1] // 3
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    bright = 0.8 + 0.4 * torch.rand(count, 1, 1, generator=generator)
+    mix = torch.eye(3) * (1 + config.colour * (bright - 1)) + 0.08 * config.colour * random(count, 3, 3)
+    moved = torch.einsum("nij,ntjhw->ntihw", mix, x.unflatten(1, (frames, 3)))
+    moved = moved + 0.08 * config.colour * random(count, 1, 3, 1, 1)
+    return moved.flatten(1, 2).contiguous(memory_format=torch.channels_last)
