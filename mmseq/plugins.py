@@ -42,7 +42,10 @@ GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
     "methods": {
         "model": "mmseq.evaluation.lfv.methods:RobotOnly",
         "labelled": "mmseq.evaluation.lfv.methods:Labelled",
+        "labelled_state": "mmseq.evaluation.lfv.methods:LabelledState",
+        "model_state": "mmseq.evaluation.lfv.methods:ModelState",
         "true_labels": "mmseq.evaluation.lfv.methods:TrueLabels",
+        "cloning": "mmseq.evaluation.lfv.cloning:BehaviourCloning",
     },
     "augmentations": {"shift": "mmseq.tokenization.augmentation:shift"},
 }

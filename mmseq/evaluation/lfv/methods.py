@@ -48,7 +48,7 @@ class Method(Protocol):
 class RobotOnly:
     """Our model, taught by the demonstrations alone: what video has to beat."""
 
-    policy = "text, image, proprio -> action[2]"
+    policy = "text, image -> action[2]"  # no state: see `LabelledState`
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self.config, self.say = config, say
@@ -130,6 +130,22 @@ class Labelled(RobotOnly):
             steps = self.config.labeller_steps
             train_labeller(LabellerConfig(sources=sources, out=str(out), steps=steps, seed=seed, holdout=HOLDOUT))
         return out
+
+
+class LabelledState(Labelled):
+    """The same with a policy that is given the state, where video has a labelled one: what leaning on it costs.
+
+    Labels lose more of the state than of the action, and a policy that leans on a state which its video lacked fails when
+    it meets the real one (docs/learning_from_video.md).
+    """
+
+    policy = "text, image, proprio -> action[2]"
+
+
+class ModelState(RobotOnly):
+    """Our model, taught by the demonstrations alone, given the state."""
+
+    policy = "text, image, proprio -> action[2]"
 
 
 class ModelController:
