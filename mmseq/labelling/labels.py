@@ -1,6 +1,6 @@
 """Video becomes a robot's episodes: each step with the action and the state that were read off it, and a confidence.
 
-label_source(open_reader("runs/labeller"), "videos", "labelled")
+label_source(open_labeller("runs/labeller"), "videos", "labelled")
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, Stream
 from mmseq.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
-from mmseq.labelling.network import SETTINGS, Labeller, Reading
+from mmseq.labelling.network import SETTINGS, LabellerNetwork, Labels
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
 
@@ -35,14 +35,14 @@ APART = 4  # steps between the two frames from which a checkpoint tells actions
 BATCH = 32  # requests that a checkpoint answers together
 
 
-class Reader(Protocol):
+class VideoLabeller(Protocol):
     """What reads labels off frames uint8 (steps, H, W, 3) of its `camera`, of the size that `contract` says."""
 
     contract: Embodiment
     camera: str
     origin: dict[str, Any]  # what labels are signed with
 
-    def read(self, frames: np.ndarray) -> Reading: ...
+    def label(self, frames: np.ndarray) -> Labels: ...
 
 
 @dataclass(kw_only=True)
@@ -61,34 +61,34 @@ class LabelConfig:
             raise ConfigError(f"workers is {self.workers}", fix="give at least 1")
 
 
-def open_reader(path: str | Path, embodiment: str | None = None) -> Reader:
+def open_labeller(path: str | Path, embodiment: str | None = None) -> VideoLabeller:
     """A labeller's folder, or a checkpoint whose arrows label. embodiment: the robot, of a checkpoint of several.
 
     Raises: CheckpointError for a folder that is neither.
     """
     if (Path(path) / SETTINGS).is_file():
-        reader = PixelReader(path)
-        if embodiment not in (None, reader.contract.name):
-            raise ConfigError(f"the labeller in {path} is of {reader.contract.name!r}, not of {embodiment!r}")
-        return reader
+        labeller = PixelLabeller(path)
+        if embodiment not in (None, labeller.contract.name):
+            raise ConfigError(f"the labeller in {path} is of {labeller.contract.name!r}, not of {embodiment!r}")
+        return labeller
     if (Path(path) / "config.json").is_file():
-        return ArrowReader(path, embodiment)
+        return ArrowLabeller(path, embodiment)
     raise CheckpointError(f"{path} holds neither a labeller nor a checkpoint", fix="train one: mmseq labeller train")
 
 
-class PixelReader:
+class PixelLabeller:
     """A labeller's network."""
 
     def __init__(self, path: str | Path):
-        self._labeller = Labeller.load(path)
-        self.contract, self.camera = self._labeller.contract, self._labeller.config.camera
-        self.origin = {"labeller": str(path), "around": list(self._labeller.config.around)}
+        self._network = LabellerNetwork.load(path)
+        self.contract, self.camera = self._network.contract, self._network.config.camera
+        self.origin = {"labeller": str(path), "around": list(self._network.config.around)}
 
-    def read(self, frames: np.ndarray) -> Reading:
-        return self._labeller.read(frames)
+    def label(self, frames: np.ndarray) -> Labels:
+        return self._network.label(frames)
 
 
-class ArrowReader:
+class ArrowLabeller:
     """A checkpoint: inverse dynamics between frames `APART` steps apart, and the state of each frame.
 
     A step's action is the mean over all pairs of frames that enclose it; where they disagree, confidence is low.
@@ -122,7 +122,7 @@ class ArrowReader:
         self.camera = self.contract.cameras[0].name
         self.origin = {"checkpoint": str(path), "arrows": [self.actions, self.states]}
 
-    def read(self, frames: np.ndarray) -> Reading:
+    def label(self, frames: np.ndarray) -> Labels:
         length, axes = len(frames), self.contract.vectors
         if length <= APART:
             raise DataError(f"a video of {length} frames is too short", fix=f"it takes more than {APART}")
@@ -146,7 +146,7 @@ class ArrowReader:
         spread = np.maximum(action.std(0), 1e-6)
         doubt = np.stack([np.std(v, 0) for v in votes]) / spread
         error = np.concatenate([doubt**2, np.tile(doubt.mean(1, keepdims=True) ** 2, (1, state.shape[1]))], 1)
-        return Reading(np.concatenate([action, state], 1).astype(np.float32), error, action.shape[1])
+        return Labels(np.concatenate([action, state], 1).astype(np.float32), error, action.shape[1])
 
     def _decode(self, arrow: str, tokens: EpisodeTokens, steps: range, stream: str) -> np.ndarray:
         from mmseq.inference.predict import to_streams
@@ -159,13 +159,15 @@ class ArrowReader:
         return np.stack(found)
 
 
-def label_episode(reader: Reader, source: EpisodeSource, index: int, camera: str | None) -> tuple[Episode, np.ndarray]:
+def label_episode(
+    labeller: VideoLabeller, source: EpisodeSource, index: int, camera: str | None
+) -> tuple[Episode, np.ndarray]:
     """An episode of the robot from one of video, and the confidence of each step, float32 (steps,).
 
     Its words and its outcome stay; its frames are scaled to those of the robot's camera.
     """
     episode = source[index]
-    wanted = next(c for c in reader.contract.cameras if c.name == reader.camera)
+    wanted = next(c for c in labeller.contract.cameras if c.name == labeller.camera)
     if camera not in episode.cameras if camera else len(episode.cameras) != 1:
         raise ConfigError(
             f"episode {episode.id!r} has the cameras {', '.join(episode.cameras)}"
@@ -174,26 +176,26 @@ def label_episode(reader: Reader, source: EpisodeSource, index: int, camera: str
         )
     chosen = camera or episode.cameras[0]
     frames = np.stack([_fit(frame, wanted.height, wanted.width) for frame in source.frames(index, chosen)])
-    found = reader.read(frames)
-    times = np.arange(len(frames)) / reader.contract.rate_hz
-    limits = reader.contract.vectors
+    found = labeller.label(frames)
+    times = np.arange(len(frames)) / labeller.contract.rate_hz
+    limits = labeller.contract.vectors
     streams = {
-        f"{IMAGE_PREFIX}{reader.camera}": Stream(frames, times),
+        f"{IMAGE_PREFIX}{labeller.camera}": Stream(frames, times),
         "action": Stream(_within(found.action, limits["action"]), times),
         "proprio": Stream(_within(found.state, limits["proprio"]), times),
     }
     labelled = replace(
         episode,
-        rate_hz=reader.contract.rate_hz,
+        rate_hz=labeller.contract.rate_hz,
         streams=streams,
-        embodiment=reader.contract.name,
-        metadata={**episode.metadata, "labelled_by": reader.origin},
+        embodiment=labeller.contract.name,
+        metadata={**episode.metadata, "labelled_by": labeller.origin},
     )
     return labelled, found.confidence
 
 
 def label_source(
-    reader: str | Path,
+    labeller: str | Path,
     source: str | Path,
     out: str | Path,
     config: LabelConfig | None = None,
@@ -203,8 +205,8 @@ def label_source(
 ) -> dict[str, Any]:
     """Label every episode of a source, and write them to `out` as a LeRobot v3 dataset with a column `CONFIDENCE`.
 
-    reader: as for `open_reader`. What was labelled lies in `<out>.labels` until the dataset is whole, so that the same
-    call goes on after a kill. Returns what is also in the dataset's meta/mmseq.json: by whom, how many were left out.
+    labeller: as for `open_labeller`. What was labelled lies in `<out>.labels` until the dataset is whole, so that the
+    same call goes on after a kill. Returns what is also in meta/mmseq.json: by whom, how sure, how many were left out.
     Raises: DataError when `out` exists or nothing is left; ConfigError for a camera that is not there.
     """
     config = config or LabelConfig()
@@ -212,7 +214,7 @@ def label_source(
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another folder or remove it")
-    opened = open_reader(reader, embodiment)
+    opened = open_labeller(labeller, embodiment)
     videos = open_source(source, rate_hz=None if _has_shards(source) else opened.contract.rate_hz)
     kept = out.with_name(out.name + ".labels")
     kept.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ def label_source(
     if (kept / "of").is_file() and (kept / "of").read_text() != mark:
         raise DataError(f"{kept} holds labels of another run", fix="remove it")
     (kept / "of").write_text(mark)
-    jobs = [(str(reader), embodiment, str(source), i, config.camera, str(kept)) for i in range(len(videos))]
+    jobs = [(str(labeller), embodiment, str(source), i, config.camera, str(kept)) for i in range(len(videos))]
     jobs = [job for job in jobs if not (kept / f"{job[3]}.safetensors").is_file()]
     done = len(videos) - len(jobs)
     for _ in _run(jobs, config.workers):
@@ -232,8 +234,11 @@ def label_source(
     return report
 
 
-def _write(reader: Reader, videos: EpisodeSource, kept: Path, out: Path, config: LabelConfig) -> dict[str, Any]:
-    contract = replace(reader.contract, cameras=tuple(c for c in reader.contract.cameras if c.name == reader.camera))
+def _write(
+    labeller: VideoLabeller, videos: EpisodeSource, kept: Path, out: Path, config: LabelConfig
+) -> dict[str, Any]:
+    cameras = tuple(c for c in labeller.contract.cameras if c.name == labeller.camera)
+    contract = replace(labeller.contract, cameras=cameras)
     confidences, left_out = [], []
     with LeRobotWriter(out, contract, repo_id="mmseq/labelled", columns=(CONFIDENCE,)) as writer:
         for index in range(len(videos)):
@@ -242,20 +247,20 @@ def _write(reader: Reader, videos: EpisodeSource, kept: Path, out: Path, config:
                 left_out.append(videos[index].id)
                 continue
             confidences.append(float(found["confidence"].mean()))
-            episode = _with(videos[index], found, reader)
+            episode = _with(videos[index], found, labeller)
             writer.add(episode, {CONFIDENCE: found["confidence"]})
-        report = {"labelled_by": reader.origin, "confidence": float(np.mean(confidences or [0])), "left_out": left_out}
         if not confidences:
             raise DataError(f"no episode has a confidence of {config.min_confidence}", fix="ask for less")
+        report = {"labelled_by": labeller.origin, "confidence": float(np.mean(confidences)), "left_out": left_out}
         writer.close(labels=report)
     return report | {"episodes": len(confidences)}
 
 
-def _with(episode: Episode, found: dict[str, np.ndarray], reader: Reader) -> Episode:
-    times = np.arange(len(found["action"])) / reader.contract.rate_hz
-    names = {"frames": f"{IMAGE_PREFIX}{reader.camera}", "action": "action", "proprio": "proprio"}
+def _with(episode: Episode, found: dict[str, np.ndarray], labeller: VideoLabeller) -> Episode:
+    times = np.arange(len(found["action"])) / labeller.contract.rate_hz
+    names = {"frames": f"{IMAGE_PREFIX}{labeller.camera}", "action": "action", "proprio": "proprio"}
     streams = {stream: Stream(found[key], times) for key, stream in names.items()}
-    return replace(episode, rate_hz=reader.contract.rate_hz, streams=streams, embodiment=reader.contract.name)
+    return replace(episode, rate_hz=labeller.contract.rate_hz, streams=streams, embodiment=labeller.contract.name)
 
 
 def _run(jobs: list[tuple], workers: int) -> Iterator[None]:
@@ -272,19 +277,19 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-_opened: dict[tuple, tuple[Reader, EpisodeSource]] = {}  # of this process
+_opened: dict[tuple, tuple[VideoLabeller, EpisodeSource]] = {}  # of this process
 
 
 def _label_job(job: tuple[str, str | None, str, int, str | None, str]) -> None:
     path, embodiment, source, index, camera, kept = job
     key = (path, embodiment, source)
     if key not in _opened:
-        reader = open_reader(path, embodiment)
-        rate_hz = None if _has_shards(source) else reader.contract.rate_hz
-        _opened[key] = reader, open_source(source, rate_hz=rate_hz)
-    reader, videos = _opened[key]
-    episode, confidence = label_episode(reader, videos, index, camera)
-    members = {"frames": episode[f"{IMAGE_PREFIX}{reader.camera}"], "confidence": confidence}
+        labeller = open_labeller(path, embodiment)
+        rate_hz = None if _has_shards(source) else labeller.contract.rate_hz
+        _opened[key] = labeller, open_source(source, rate_hz=rate_hz)
+    labeller, videos = _opened[key]
+    episode, confidence = label_episode(labeller, videos, index, camera)
+    members = {"frames": episode[f"{IMAGE_PREFIX}{labeller.camera}"], "confidence": confidence}
     members |= {name: episode[name] for name in ("action", "proprio")}
     partial = Path(kept) / f"{index}.partial"
     save_file({name: np.ascontiguousarray(values) for name, values in members.items()}, partial)

@@ -35,7 +35,7 @@ class NetworkConfig:
     hidden: int = 256
 
 
-class Labeller(nn.Module):
+class LabellerNetwork(nn.Module):
     """Reads actions and states of one robot off one of its cameras.
 
     Vectors are predicted in the unit of their spread over the training episodes: `centre` and `spread` are float32
@@ -82,7 +82,7 @@ class Labeller(nn.Module):
         return np.clip(np.arange(length)[:, None] + np.array(self.config.around), 0, length - 1)
 
     @torch.no_grad()
-    def read(self, frames: np.ndarray) -> Reading:
+    def label(self, frames: np.ndarray) -> Labels:
         """Label uint8 (steps, H, W, 3). Raises: DataError for frames of another size."""
         wanted = (self.config.height, self.config.width, 3)
         if frames.ndim != 4 or frames.shape[1:] != wanted or frames.dtype != np.uint8:
@@ -98,7 +98,7 @@ class Labeller(nn.Module):
         values = mean.numpy()
         for axis, (low, high) in self.switches.items():
             values[:, axis] = np.where(values[:, axis] > (low + high) / 2, high, low)
-        return Reading(values, (nn.functional.softplus(error) + 1e-6).numpy(), self.action_axes)
+        return Labels(values, (nn.functional.softplus(error) + 1e-6).numpy(), self.action_axes)
 
     def save(self, directory: str | Path, report: dict[str, Any]) -> None:
         """Write the folder that `load` reads, with what was measured of it."""
@@ -110,7 +110,7 @@ class Labeller(nn.Module):
         (directory / SETTINGS).write_text(json.dumps(said | {"report": report}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: str | Path) -> Labeller:
+    def load(cls, directory: str | Path) -> LabellerNetwork:
         """Raises: CheckpointError for a folder that holds no labeller, or a damaged one."""
         directory = Path(directory)
         try:
@@ -132,7 +132,7 @@ class Labeller(nn.Module):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Labels:
     """What was read of an episode. values: float32 (steps, axes), of the action and then of the state. squared_error:
     what to expect, in squares of each axis's spread: 0 is certain, 1 is a guess."""
 

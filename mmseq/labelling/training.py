@@ -19,7 +19,7 @@ from mmseq.data.sources import embodiments_of, open_source
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import ConfigError, DataError, did_you_mean
-from mmseq.labelling.network import Labeller, NetworkConfig, to_windows
+from mmseq.labelling.network import LabellerNetwork, NetworkConfig, to_windows
 
 STATE_WEIGHT = 0.3  # of the state's loss beside the action's
 ERROR_WEIGHT = 0.05  # of learning how wrong the labels are, beside learning the labels
@@ -75,7 +75,7 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
     centre, spread = targets.mean(0), targets.std(0) + 1e-6
     height, width = frames.shape[1:3]
     network = NetworkConfig(camera=camera, height=height, width=width, around=tuple(config.around))
-    labeller = Labeller(network, contract, centre, spread, switches)
+    labeller = LabellerNetwork(network, contract, centre, spread, switches)
     begins = np.cumsum([0, *map(len, taught[:-1])])
     windows = torch.from_numpy(
         np.concatenate([start + labeller.window_indices(len(e)) for start, e in zip(begins, taught)])
@@ -110,14 +110,14 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
     return report
 
 
-def measure(labeller: Labeller, episodes: Sequence[Episode]) -> dict[str, Any]:
+def measure(labeller: LabellerNetwork, episodes: Sequence[Episode]) -> dict[str, Any]:
     """How good labels are on episodes whose truth is known: R2 of each axis, or for a switch the share that is right.
 
     `shuffled` is the same for labels of another step: what guessing the distribution gives.
     """
     camera = f"{IMAGE_PREFIX}{labeller.config.camera}"
     truth = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes])
-    found = np.concatenate([labeller.read(e[camera]).values for e in episodes])
+    found = np.concatenate([labeller.label(e[camera]).values for e in episodes])
     shuffled = found[np.random.default_rng(0).permutation(len(found))]
     names = [f"{stream}.{axis}" for stream in PREDICTED for axis in labeller.contract.vectors[stream].names]
 

@@ -15,8 +15,8 @@ from mmseq.cli import main
 from mmseq.data.importing import EpisodeList, import_episodes, write_episodes
 from mmseq.data.sources import open_source
 from mmseq.errors import CheckpointError, ConfigError, DataError
-from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelReader, label_source, open_reader
-from mmseq.labelling.network import Labeller, to_windows
+from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelLabeller, label_source, open_labeller
+from mmseq.labelling.network import LabellerNetwork, to_windows
 from mmseq.labelling.training import LabellerConfig, measure, train_labeller
 from mmseq.mp4 import write_video
 from mmseq.simulation.metaworld import robot
@@ -54,7 +54,7 @@ def work(tmp_path_factory):
 def test_it_learns_what_carries_over_to_another_scene(work):
     folder, new, report = work
     assert report["held_out"]["switches"] == ["action.gripper"]
-    labels = measure(Labeller.load(folder / "labeller"), new)
+    labels = measure(LabellerNetwork.load(folder / "labeller"), new)
     arm = [f"{stream}.{axis}" for stream, axis in (("proprio", "x"), ("proprio", "y"), ("proprio", "z"))]
     known = np.mean([report["held_out"]["labels"][name] for name in arm])
     assert known > 0.5
@@ -65,27 +65,27 @@ def test_it_learns_what_carries_over_to_another_scene(work):
 
 def test_a_saved_labeller_reads_the_same(work):
     folder, new, _ = work
-    reader, again = PixelReader(folder / "labeller"), PixelReader(folder / "labeller")
+    reader, again = PixelLabeller(folder / "labeller"), PixelLabeller(folder / "labeller")
     frames = new[0]["image.front"]
-    a, b = reader.read(frames), again.read(frames)
+    a, b = reader.label(frames), again.label(frames)
     np.testing.assert_array_equal(a.values, b.values)
     assert a.action.shape == a.state.shape == (LENGTH, 4)
     assert set(a.action[:, 3]) <= {-1.0, 1.0}
     assert ((a.confidence >= 0) & (a.confidence <= 1)).all()
     with pytest.raises(DataError, match=r"\(64, 64, 3\).*\(32, 32, 3\)"):
-        reader.read(frames[:, ::2, ::2])
+        reader.label(frames[:, ::2, ::2])
 
 
 def test_the_window_of_a_step_is_what_lies_around_it(work):
     folder, new, _ = work
-    labeller = Labeller.load(folder / "labeller")
+    labeller = LabellerNetwork.load(folder / "labeller")
     at = labeller.window_indices(5)
     np.testing.assert_array_equal(at[2], [0, 1, 2, 3, 4, 4])
     np.testing.assert_array_equal(at[0], [0, 0, 0, 1, 2, 3])
     frames = new[0]["image.front"].copy()
-    before = labeller.read(frames).values
+    before = labeller.label(frames).values
     frames[20:] = 0  # out of the window of every step up to 16
-    after = labeller.read(frames).values
+    after = labeller.label(frames).values
     np.testing.assert_allclose(after[:17], before[:17], atol=1e-5)
     assert np.abs(after[17] - before[17]).max() > 1e-3
 
@@ -108,7 +108,7 @@ def test_video_becomes_a_dataset_that_lerobot_reads(work, tmp_path):
     dataset = LeRobotDataset("mmseq/labelled", root=tmp_path / "out", video_backend="pyav")
     assert (len(dataset), dataset.num_episodes) == (3 * LENGTH, 3)
     item = dataset[LENGTH + 4]
-    expected = PixelReader(folder / "labeller").read(open_source(folder / "videos")[1]["image.main"])
+    expected = PixelLabeller(folder / "labeller").label(open_source(folder / "videos")[1]["image.main"])
     np.testing.assert_allclose(item["action"].numpy(), expected.action[4], atol=1e-5)
     assert item[CONFIDENCE].item() == pytest.approx(float(expected.confidence[4]), abs=1e-5)
     assert item["task"] == "turn dial 1"
@@ -153,7 +153,8 @@ def test_it_goes_on_after_a_kill_and_notices_another_run(work, tmp_path, monkeyp
 def test_unsure_episodes_are_left_out(work, tmp_path):
     folder, _, _ = work
     found = [
-        PixelReader(folder / "labeller").read(e["image.main"]).confidence.mean() for e in open_source(folder / "videos")
+        PixelLabeller(folder / "labeller").label(e["image.main"]).confidence.mean()
+        for e in open_source(folder / "videos")
     ]
     most = float(np.sort(found)[1]) + 1e-6
     report = label_source(folder / "labeller", folder / "videos", tmp_path / "out", LabelConfig(min_confidence=most))
@@ -169,9 +170,9 @@ def test_bad_input_is_refused_before_work(work, tmp_path):
     with pytest.raises(DataError, match="already exists"):
         label_source(folder / "labeller", folder / "videos", folder / "play")
     with pytest.raises(CheckpointError, match="neither a labeller nor a checkpoint"):
-        open_reader(folder / "play")
+        open_labeller(folder / "play")
     with pytest.raises(ConfigError, match="of 'metaworld_sawyer', not of 'panda'"):
-        open_reader(folder / "labeller", "panda")
+        open_labeller(folder / "labeller", "panda")
     with pytest.raises(ConfigError, match=r"cameras main, not 'wrist'.*--camera"):
         label_source(folder / "labeller", folder / "videos", tmp_path / "a", LabelConfig(camera="wrist"))
     broken = tmp_path / "broken"
@@ -180,7 +181,7 @@ def test_bad_input_is_refused_before_work(work, tmp_path):
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "labeller.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(CheckpointError, match="damaged"):
-        open_reader(broken)
+        open_labeller(broken)
     blind = [replace(e, streams={k: v for k, v in e.streams.items() if k != "proprio"}) for e in new]
     contract = replace(robot(), proprio=None)
     stored(tmp_path / "stateless", blind, contract)
@@ -204,3 +205,32 @@ def test_the_commands(work, tmp_path, capsys):
     assert "3 episodes, confidence" in capsys.readouterr().out
     assert main(["labeller", "train", f"out={tmp_path / 'l'}", "step=3"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_labels_with_its_arrows(tmp_path):
+    """What it says is what its arrows predict: a step's action is the mean over the pairs of frames around it."""
+    from mmseq.testing import tiny
+
+    model = tiny.model(tiny.tokenizers())
+    arrows = {"inverse": "image, image@+4 -> action[4]", "state": "image -> proprio"}
+    model.save_pretrained(tmp_path / "without")
+    model.tasks = arrows
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"not trained on 'image, image@\+4 -> action\[4\]'"):
+        open_labeller(tmp_path / "without")
+    labeller = open_labeller(tmp_path / "checkpoint")
+    episode = tiny.episode(1, robot=tiny.embodiment())
+    camera = f"image.{labeller.camera}"
+    found = labeller.label(episode[camera])
+    chunks = [model.predict(arrows["inverse"], episode, t=t)["action"] for t in range(len(episode) - 4)]
+    step = 6
+    votes = [chunks[start][step - start] for start in range(step - 3, step + 1)]
+    gripper = [g.axis for g in labeller.contract.grippers]
+    plain = [i for i, name in enumerate(labeller.contract.action.names) if name not in gripper]
+    np.testing.assert_allclose(found.action[step][plain], np.mean(votes, 0)[plain], atol=1e-4)
+    np.testing.assert_allclose(
+        found.state[step], model.predict(arrows["state"], episode, t=step)["proprio"][-1], atol=1e-4
+    )
+    assert found.confidence.shape == (len(episode),)
+    with pytest.raises(DataError, match="too short"):
+        labeller.label(episode[camera][:4])

@@ -27,7 +27,7 @@ from mmseq.errors import ConfigError, MMSeqError
 from mmseq.evaluation.lfv.manifest import Config
 from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
-from mmseq.labelling.labels import PixelReader, label_episode
+from mmseq.labelling.labels import PixelLabeller, label_episode
 from mmseq.labelling.network import SETTINGS
 from mmseq.labelling.training import LabellerConfig, train_labeller
 from mmseq.serving.model_policy import ModelPolicy
@@ -111,11 +111,11 @@ class Labelled(RobotOnly):
     def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
         if data.video is None:
             return {}
-        labelled = out / "labelled"
+        labelled = data.video.with_name(f"{data.video.name}-labelled-{data.robot.name}")  # shared by methods
         if not holds_shards(labelled):
-            reader = PixelReader(self._labeller(data, seed))
+            labeller = PixelLabeller(self._labeller(data, seed))
             videos = open_source(data.video)
-            episodes = [label_episode(reader, videos, i, None)[0] for i in range(len(videos))]
+            episodes = [label_episode(labeller, videos, i, None)[0] for i in range(len(videos))]
             write_episodes(
                 EpisodeList(episodes, data.contract), labelled, {"name": "labelled", "source": str(data.video)}
             )
