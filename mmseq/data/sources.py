@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.data.changed import Successful
-from mmseq.data.importing import EpisodeShardReader, EpisodeSource, open_episodes
+from mmseq.data.importing import EpisodeShardReader, open_episodes
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError

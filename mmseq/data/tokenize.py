@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmseq.data.importing import EpisodeSource
 from mmseq.data.mixture import SourceConfig, load_mix
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import open_source, source_identity
 from mmseq.data.tokens import TokenShards, token_fingerprints, write_token_shards
 from mmseq.episode import Episode

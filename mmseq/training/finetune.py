@@ -31,7 +31,6 @@ from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
 from mmseq.data.importing import (
     EpisodeShardReader,
-    EpisodeSource,
     import_episodes,
     notes_of,
     open_episodes,
@@ -39,6 +38,7 @@ from mmseq.data.importing import (
     survey,
 )
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
