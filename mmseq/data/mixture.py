@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 
 from mmseq.config import load_config
 from mmseq.data.tokens import CACHE_BYTES, EpisodePlan, Kind, TokenShards
-from mmseq.errors import ConfigError, DataError, did_you_mean
+from mmseq.errors import ConfigError, DataError, MMSeqError, did_you_mean, raise_all
 from mmseq.packing import pack
 from mmseq.reading import Reading
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
@@ -71,50 +72,48 @@ class MixConfig:
         return self.holdout if own is None else own
 
     def check(self) -> None:
-        """Raises: ConfigError or TaskError for the first thing that is wrong."""
+        """Raises: ConfigError or TaskError naming everything that is wrong."""
+        raise_all(self.problems())
+
+    def problems(self) -> Iterator[MMSeqError]:
+        """Everything in the settings that cannot work, whatever the data."""
+        wrong = lambda what, fix=None: ConfigError(f"mix {self.name!r}: {what}", fix=fix)
         if not self.sources:
-            raise ConfigError(f"mix {self.name!r} has no sources")
+            yield wrong("there are no sources")
         if not self.tasks:
-            raise ConfigError(f"mix {self.name!r} has no tasks")
+            yield wrong("there are no tasks")
         if self.weighting not in ("as_given", "frames"):
-            raise ConfigError(f"mix {self.name!r}: weighting is {self.weighting!r}", fix="use as_given or frames")
+            yield wrong(f"weighting is {self.weighting!r}", "use as_given or frames")
         if not 0 <= self.holdout < 1:
-            raise ConfigError(f"mix {self.name!r}: holdout must be in [0, 1), got {self.holdout}")
+            yield wrong(f"holdout must be in [0, 1), got {self.holdout}")
         for key, source in self.sources.items():
             if not (math.isfinite(source.weight) and source.weight >= 0):
-                raise ConfigError(f"mix {self.name!r}: sources.{key}.weight must not be negative, got {source.weight}")
+                yield wrong(f"sources.{key}.weight must not be negative, got {source.weight}")
             if source.holdout is not None and not 0 <= source.holdout < 1:
-                raise ConfigError(f"mix {self.name!r}: sources.{key}.holdout must be in [0, 1), got {source.holdout}")
-        names = [task_name(t) for t in self.tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"mix {self.name!r}: two tasks are named {name!r}", fix="give one of them a name")
+                yield wrong(f"sources.{key}.holdout must be in [0, 1), got {source.holdout}")
+        names: Counter[str] = Counter()
         for task in self.tasks:
-            final_chunk = Task.parse(task.task).final_chunk
+            try:
+                names[task_name(task)] += 1
+                final_chunk = Task.parse(task.task).final_chunk
+            except MMSeqError as error:
+                yield error
+                continue
             if not 0 <= task.parallel <= 1:
-                raise ConfigError(
-                    f"mix {self.name!r}: parallel of {task.task!r} must be in [0, 1], got {task.parallel}"
-                )
+                yield wrong(f"parallel of {task.task!r} must be in [0, 1], got {task.parallel}")
             if task.parallel and final_chunk is None:
-                raise ConfigError(
-                    f"mix {self.name!r}: {task.task!r} has parallel={task.parallel:g}, but does not end with action[n]",
-                    fix="leave parallel out",
-                )
+                said = f"{task.task!r} has parallel={task.parallel:g}, but does not end with action[n]"
+                yield wrong(said, "leave parallel out")
             if not (math.isfinite(task.weight) and task.weight >= 0):
-                raise ConfigError(
-                    f"mix {self.name!r}: the weight of {task.task!r} must not be negative, got {task.weight}"
-                )
+                yield wrong(f"the weight of {task.task!r} must not be negative, got {task.weight}")
             if task.sources is not None and (not task.sources or len(set(task.sources)) < len(task.sources)):
-                raise ConfigError(
-                    f"mix {self.name!r}: task {task.task!r} has sources {task.sources}",
-                    fix="name each source once, or leave sources out for all that can fill it",
-                )
-            for source in task.sources or []:
-                if source not in self.sources:
-                    raise ConfigError(
-                        f"mix {self.name!r}: task {task.task!r} names an unknown source {source!r}: "
-                        f"{did_you_mean(source, self.sources)}"
-                    )
+                fix = "name each source once, or leave sources out for all that can fill it"
+                yield wrong(f"task {task.task!r} has sources {task.sources}", fix)
+            for source in (name for name in task.sources or () if name not in self.sources):
+                meant = did_you_mean(source, self.sources)
+                yield wrong(f"task {task.task!r} names an unknown source {source!r}: {meant}")
+        for name in (name for name, count in names.items() if count > 1):
+            yield wrong(f"two tasks are named {name!r}", "give one of them a name")
 
 
 def task_name(config: TaskConfig) -> str:
