@@ -6,7 +6,7 @@ action executed from `t` to `t + 1`. Streams on disk are read when they are firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -112,13 +112,6 @@ class Episode:
         from mmseq.data.importing import open_episodes
 
         return open_episodes(path, reading, format="lerobot")[index]
-
-    @classmethod
-    def from_video(cls, path: str | Path, *, texts: Sequence[str] = (), rate_hz: float | None = None) -> Episode:
-        """A video file without actions, resampled to `rate_hz` frames per second (default: its own)."""
-        from mmseq.data.video_folder import read_video_episode
-
-        return read_video_episode(path, texts=list(texts), rate_hz=rate_hz)
 
     def __len__(self) -> int:
         return len(next(iter(self.streams.values())))

@@ -9,7 +9,6 @@ plug-in's name must be another. `register` does for one process what an entry po
 
 from __future__ import annotations
 
-import importlib
 import logging
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -109,10 +108,3 @@ def _load(group: str, name: str) -> Any:
         return point.load()
     except (Exception, SystemExit) as error:  # whatever its code does when it is imported
         raise DependencyError(f"the plug-in {name!r} of {group} ({point.value}) cannot be imported: {error}") from error
-
-
-def refresh() -> None:
-    """Look for entry points again, as after an installation in this process."""
-    importlib.invalidate_caches()
-    _targets.cache_clear()
-    _load.cache_clear()

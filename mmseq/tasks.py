@@ -265,15 +265,26 @@ class Task:
             for mine, theirs in zip(self.parts, other.parts)
         )
 
-    def with_length(self, stream: str, steps: int) -> Task:
-        """The task with `steps` control steps in place of every length of a stream."""
-        sized = lambda s: replace(s, length=Duration(float(steps))) if s.stream == stream and s.length else s
-        return Task(
-            tuple(
-                sized(p) if isinstance(p, Segment) else Group(tuple(sized(s) for s in p.segments), p.count)
-                for p in self.parts
-            )
+    def at_most(self, steps: int, rate_hz: float) -> Task:
+        """The task with `steps` control steps of a clock of `rate_hz` in place of longer lengths and offsets ahead."""
+
+        def short(of: Duration) -> Duration:
+            most = Duration(steps / rate_hz, True) if of.seconds else Duration(float(steps))
+            return most if of.steps(rate_hz) > steps else of
+
+        def sized(segment: Segment) -> Segment:
+            offset = segment.offset
+            if isinstance(offset, DurationRange):
+                low, high = short(offset.low), short(offset.high)
+                offset = DurationRange(low, high) if low.value < high.value else low
+            elif isinstance(offset, Duration):
+                offset = short(offset)
+            return replace(segment, length=segment.length and short(segment.length), offset=offset)
+
+        sized_part = lambda p: (
+            sized(p) if isinstance(p, Segment) else replace(p, segments=tuple(map(sized, p.segments)))
         )
+        return Task(tuple(map(sized_part, self.parts)))
 
     def without(self, streams: Collection[str]) -> Task:
         """The task without given streams, where something else is left of its given side; groups stay as they are."""
