@@ -148,6 +148,14 @@ class PlacedSegment:
     def predicted(self) -> bool:
         return self.segment.predicted
 
+    def span(self, now: int, length: int) -> tuple[int, int]:
+        """First step and one past the last in an episode of `length` steps: of what has no time the step that is now,
+        of `@end` the last one."""
+        if self.start is None or self.stop is None:
+            now = length - 1 if self.segment.offset == END else now
+            return now, now + 1
+        return now + self.start, now + self.stop
+
 
 @dataclass(frozen=True)
 class Task:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.cases import Case, groups, keys_of, last_seen, span
+from mmseq.evaluation.cases import Case, groups, keys_of, last_seen
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
 from mmseq.evaluation.tokenizer_results import mean_frame
@@ -53,7 +53,7 @@ class Measured:
     def spans(self, case: Case) -> list[tuple[int, int]]:
         """First step and one past the last of each segment of the stream in the episode of a case."""
         placed = self.task.place(case.tokens.rate_hz)
-        return [span(p, case) for p in placed if p.predicted and p.stream == self.stream]
+        return [p.span(case.now, len(case.episode)) for p in placed if p.predicted and p.stream == self.stream]
 
 
 class Measures:
@@ -142,7 +142,7 @@ class Measures:
                 frames = case.episode[f"{IMAGE_PREFIX}{camera}"]
                 real, last = [], []
                 for placed, _ in segments:
-                    start, stop = span(placed, case)
+                    start, stop = placed.span(case.now, len(case.episode))
                     real.append(self._fit(frames[start:stop]))
                     if sees:
                         seen = self._fit(frames[last_seen(placed, case)][None])

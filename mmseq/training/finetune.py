@@ -102,7 +102,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     old = SequenceModel.from_pretrained(checkpoint)
     assert old.tokenizers is not None
     recipe = _recipe(config, old, out)
-    _refuse_another(config, out)
+    _refuse_another(out)
     say = _once(say)
     robot, source = _contract(config, old.tokenizers, out, say)
     notes, bad = survey(source, robot, config.skip_bad, config.dataset, say)
@@ -159,7 +159,7 @@ def _say_doubts(robot: Embodiment, say: Callable[[str], None]) -> None:
             say(f"note: {stream} {', '.join(still)} never moves in this dataset; limits in the embodiment widen it")
 
 
-def _refuse_another(config: FinetuneConfig, out: Path) -> None:
+def _refuse_another(out: Path) -> None:
     """Raises: ConfigError when `out` holds something that no fine-tuning wrote."""
     others = [p.name for p in out.iterdir() if p.name != "embodiment.yaml"] if out.is_dir() else []
     if others and not (out / BEGUN).is_file():
