@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.grammar import ALIASES
 from mmseq.statistics import extent
 from mmseq.streams import NAME, OWN_VECTORS, RANGE_ORDER, STREAMS, VECTOR, misspelt
-from mmseq.tasks import ALIASES
 from mmseq.vocabulary import STRUCTURE
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")

@@ -5,8 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
+from mmseq.grammar import ALIASES, Duration, DurationRange, Group, Segment, parse_offset
 from mmseq.streams import STREAMS
-from mmseq.tasks import ALIASES, Duration, DurationRange, Group, Segment, Task, parse_offset
+from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.config import load_config
-from mmseq.data.mixture import MixConfig, Mixture, Moments, members_of
+from mmseq.data.mixture import MixConfig, Mixture, members_of
+from mmseq.data.moments import Moments
 from mmseq.data.tokens import TokenShards
 from mmseq.errors import DataError, MMSeqError
 from mmseq.tasks import Task

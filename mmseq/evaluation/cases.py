@@ -14,12 +14,13 @@ import numpy as np
 
 from mmseq.episode import Episode
 from mmseq.errors import EpisodeError
+from mmseq.grammar import Duration
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.sequence import TokenSource
 from mmseq.streams import TEXT
-from mmseq.tasks import Duration, PlacedSegment, Task
+from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.values import by_name
 

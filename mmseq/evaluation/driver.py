@@ -10,8 +10,8 @@ import numpy as np
 from mmseq.errors import ServeError
 from mmseq.evaluation.controllers import OTHER_LAYOUT, expert_episode, resting_action
 from mmseq.evaluation.splices import SpliceMeter
+from mmseq.grammar import parse_offset
 from mmseq.simulation.base import Simulator, to_wire
-from mmseq.tasks import parse_offset
 
 
 class Driver:

@@ -17,8 +17,9 @@ import torch
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import CheckpointError, ConfigError, EpisodeError, FingerprintError, TaskError, did_you_mean
+from mmseq.layout import Layout
 from mmseq.plugins import find
-from mmseq.sequence import Layout, SequenceBuilder
+from mmseq.sequence import SequenceBuilder
 from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS, TEXT, VECTOR, kind_of_range, of_kind, row_of, stream_row
 from mmseq.tokenization.base import READOUTS, Encoder, Tokenizer, tokenizer_class
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
