@@ -18,8 +18,9 @@ from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.streams import OUTCOME, SCALAR, TEXT, VECTOR, VISION, stream_row
 from mmseq.tasks import Task
-from mmseq.tokenization.pictures import psnr
+from mmseq.tokenization.pictures import psnr, psnr_of_moving
 
+BACKGROUND_FRAMES = 32  # of an episode, of which the median shows what stands still
 EXAMPLES = 8  # kept per task for the report
 SUFFIX = {"robot": "", "human": "_human"}
 
@@ -78,6 +79,7 @@ class Measures:
         media |= {part: {} for part in ("frames", "actions", "texts", "curves", "intervals", "gains")}
         self._phrasings: dict[str, Phrasings] = {}
         self._constants: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        self._backgrounds: dict[tuple[str, str], np.ndarray] = {}
 
     def stream(self, of: Measured) -> None:
         """Measure a predicted stream by its kind."""
@@ -158,9 +160,14 @@ class Measures:
                     "shuffled": _as_video(of.shuffled[i][key]) if of.shuffled else None,
                 }
                 row["ceiling"] = self.tokenizers.vision.reconstruct(row["real"])
-                for other in ("predicted", "last", "ceiling", "shuffled"):
+                background = self._background(case.episode, camera)
+                row["vanished"] = np.broadcast_to(background, row["real"].shape)
+                for other in ("predicted", "last", "ceiling", "shuffled", "vanished"):
                     if row[other] is not None:
                         row[f"psnr_{other}"] = float(psnr(row["real"], row[other]).mean())
+                        moving = psnr_of_moving(row["real"], row[other], background)
+                        moving = moving[np.isfinite(moving)]
+                        row[f"moving_{other}"] = float(moving.mean()) if len(moving) else None
                 rows.append(row)
         each = lambda other: np.array([row[f"psnr_{other}"] for row in rows])
         baselines = {"": ("repeat_last_frame" if sees else "mean_frame", each("last"))}
@@ -169,9 +176,24 @@ class Measures:
         baselines["_of_ceiling"] = ("tokenizer_ceiling", each("ceiling"))
         measured = [row["case"] for row in rows]
         self._add(of, "psnr", each("predicted"), baselines, unit="dB", better="higher", cases=measured)
+        moving = [row for row in rows if row["moving_predicted"] is not None]
+        if moving:
+            there = lambda other: np.array([row[f"moving_{other}"] for row in moving])
+            baselines = {"": (baselines[""][0], there("last")), "_over_vanished": ("background", there("vanished"))}
+            baselines["_of_ceiling"] = ("tokenizer_ceiling", there("ceiling"))
+            measured = [row["case"] for row in moving]
+            self._add(of, "moving_psnr", there("predicted"), baselines, unit="dB", better="higher", cases=measured)
         # by how much moves, whatever the model made of it
         rows.sort(key=lambda row: row["psnr_last"])
         self.media["frames"][of.key] = [_frame_example(row) for row in _spread_episodes(rows)]
+
+    def _background(self, episode: Episode, camera: str) -> np.ndarray:
+        """The median picture of an episode, uint8 (H, W, 3): what a camera that stands still sees without what moves."""
+        if (episode.id, camera) not in self._backgrounds:
+            at = np.unique(np.linspace(0, len(episode) - 1, BACKGROUND_FRAMES).astype(int))
+            frames = self._fit(episode[f"{IMAGE_PREFIX}{camera}"][at])
+            self._backgrounds[episode.id, camera] = np.median(frames, axis=0).astype(np.uint8)
+        return self._backgrounds[episode.id, camera]
 
     def _fit(self, frames: np.ndarray) -> np.ndarray:
         return self.tokenizers.vision.fit(frames)

@@ -10,6 +10,8 @@ predicted  measure                                            baselines
 pictures   `psnr`: mean over pictures, in dB                  repeat_last_frame; `_over_shuffled` the same
                                                               model with the actions of other samples;
                                                               `_of_ceiling` what the tokenizer can draw
+           `moving_psnr`: the same where the real picture     repeat_last_frame; `_over_vanished` the picture
+           shows what moves: the robot, the thing it moves    without what moves; `_of_ceiling`
 vectors    `action_error`: mean absolute error as a share of  mean_action; `_over_median` median_action
            the axis' range
 text       `accuracy`: a known phrasing of the episode's own  the training set's most frequent text

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 PSNR_CAP_DB = 60.0  # of identical pictures, whose error is zero
+MOVED = 25  # of 255: a pixel further than that from the background, in any channel, shows something that moves
+LEAST_MOVING = 8  # pixels of a picture in which anything that moves can be judged
 STRIP_SCALE = 2  # small frames are enlarged so that a person can see them
 STRIP_GAP = 4  # between rows
 
@@ -21,6 +23,18 @@ def psnr(real: UInt8[np.ndarray, "N H W 3"], other: UInt8[np.ndarray, "N H W 3"]
     """Per picture, in dB: uint8 (N, H, W, 3) twice -> (N,)."""
     error = (real.astype(np.float64) - other.astype(np.float64)) ** 2
     return psnr_db(error.reshape(len(error), -1).mean(1))
+
+
+def psnr_of_moving(
+    real: UInt8[np.ndarray, "N H W 3"], other: UInt8[np.ndarray, "N H W 3"], background: UInt8[np.ndarray, "H W 3"]
+) -> Float[np.ndarray, " N"]:
+    """Per picture, in dB, where the real one shows what moves: pixels that differ from the background. NaN where there
+    are fewer than `LEAST_MOVING`. A picture in which the robot has vanished has there what the background has."""
+    shown = (np.abs(real.astype(np.int16) - background) > MOVED).any(-1)
+    error = ((real.astype(np.float64) - other) ** 2).mean(-1)
+    count = shown.sum((1, 2))
+    found = psnr_db((error * shown).sum((1, 2)) / np.maximum(count, 1))
+    return np.where(count >= LEAST_MOVING, found, np.nan)
 
 
 def strip(*rows: Any, scale: int = STRIP_SCALE, gap: int = 0) -> np.ndarray:

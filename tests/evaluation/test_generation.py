@@ -12,7 +12,7 @@ from mmseq.evaluation.cases import draw, moments_of, predict_cases, readable, sh
 from mmseq.evaluation.generation import evaluate_generation
 from mmseq.tasks import Task
 from mmseq.testing import tiny
-from mmseq.tokenization.pictures import psnr
+from mmseq.tokenization.pictures import psnr, psnr_of_moving
 
 ALL = 10_000  # more samples than there are moments: every moment is measured once
 
@@ -24,6 +24,8 @@ def test_every_task_is_measured_or_said_to_be_left_out(evaluated):
         "forward_dynamics.psnr",
         "forward_dynamics.psnr_over_shuffled",
         "forward_dynamics.psnr_of_ceiling",
+        "forward_dynamics.moving_psnr",
+        "forward_dynamics.moving_psnr_over_vanished",
         "inverse_dynamics.action_error",
         "video_prediction.psnr",
         "video_prediction.psnr_human",
@@ -78,6 +80,15 @@ def test_picture_baselines_by_hand():
     assert row.baseline_value == pytest.approx(psnr(real, last).mean())
     ceiling = psnr(real, model.tokenizers.vision.reconstruct(real)).mean()
     assert found["forward_dynamics.psnr_of_ceiling"].baseline_value == pytest.approx(ceiling)
+
+    behind = [np.median(f, axis=0).astype(np.uint8) for f in pictures for t in range(6)]
+    moving = np.array([psnr_of_moving(r[None], o[None], b)[0] for r, o, b in zip(real, last, behind)])
+    row = found["forward_dynamics.moving_psnr"]
+    assert (row.baseline_name, row.n) == ("repeat_last_frame", np.isfinite(moving).sum())
+    assert row.baseline_value == pytest.approx(np.nanmean(moving))
+    vanished = np.array([psnr_of_moving(r[None], b[None], b)[0] for r, b in zip(real, behind)])
+    row = found["forward_dynamics.moving_psnr_over_vanished"]
+    assert (row.baseline_name, row.baseline_value) == ("background", pytest.approx(np.nanmean(vanished)))
 
     videos = [(f[t + k], f[t]) for f in pictures for t in range(8) for k in (1, 2)]
     real, last = (np.stack(side) for side in zip(*videos))

@@ -70,6 +70,7 @@ class Config:
     methods: list[str] = field(default_factory=lambda: ["model", "labelled", "true_labels"])  # by name
     video: list[str] = field(default_factory=lambda: ["V0"])  # rungs of the ladder
     demonstrations: list[int] = field(default_factory=lambda: [50])  # of each robot task
+    floors: list[str] = field(default_factory=lambda: ["labelled"])  # methods that are also driven blind and deaf
     seeds: list[int] = field(default_factory=lambda: [0])  # of data and weights
     robot_tasks: list[str] = field(default_factory=lambda: list(ROBOT_TASKS))  # with demonstrations
     video_tasks: list[str] = field(default_factory=lambda: list(VIDEO_TASKS))  # seen as video only
@@ -77,16 +78,16 @@ class Config:
     play: int = 40  # episodes of undirected play, three seconds each, in the scene of each robot task
     shifts: list[str] = field(default_factory=lambda: ["plain"])  # under which policies are driven
     reworded: bool = False  # also ask in words that no episode had first
-    episodes: int = 20  # driven for each task
+    episodes: int = 10  # driven for each task
     execute: int = 1  # control steps of a decision
     max_steps: int = 90  # after which an episode has failed
-    steps: int = 700  # of a policy's training
+    steps: int = 500  # of a policy's training
     vision_steps: int = 600  # of the vision tokenizer's
-    labeller_steps: int = 2500  # of the labeller's
+    labeller_steps: int = 2000  # of the labeller's
 
     def check(self) -> None:
         """Raises: ConfigError naming the field."""
-        known = {"methods": names("methods"), "video": list(LADDER), "shifts": list(SHIFTS)}
+        known = {"methods": names("methods"), "floors": names("methods"), "video": list(LADDER), "shifts": list(SHIFTS)}
         for name, there in known.items():
             for value in getattr(self, name):
                 if value not in there:
@@ -138,7 +139,7 @@ def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:
 
 def fingerprint(config: Config) -> str:
     """16 hexadecimal digits of everything that decides a cell's number but the machine."""
-    said = {k: v for k, v in asdict(config).items() if k not in ("out", "methods", "seeds", "demonstrations", "video")}
+    said = {k: v for k, v in asdict(config).items() if k not in ("out", "methods", "floors", "seeds", "demonstrations", "video")}
     said |= {"version": VERSION, "first_layout": FIRST_LAYOUT, "spread": SPREAD}
     said["ladder"] = {name: asdict(rung) for name, rung in LADDER.items()}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

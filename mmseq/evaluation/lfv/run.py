@@ -69,9 +69,10 @@ def _run_cell(cell: Cell, config: Config, out: Path, say: Callable[[str], None])
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     controller = find("methods", cell.method)(config, say).train(data, out, cell.seed)
+    floors = cell.method in config.floors
     driven: list[tuple[str, str, str, list[Outcome]]] = []
     for shift in config.shifts:
-        for method, own in ((cell.method, controller), *(_floors(controller) if shift == "plain" else ())):
+        for method, own in ((cell.method, controller), *(_floors(controller) if shift == "plain" and floors else ())):
             for group, tasks in (("robot", config.robot_tasks), ("video", config.video_tasks)):
                 if tasks and (own is controller or group == "video"):
                     words = _reworded if config.reworded else None

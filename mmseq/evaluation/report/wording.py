@@ -32,6 +32,7 @@ TASKS: dict[str, tuple[str, str]] = {
 
 MEASURES: dict[str, str] = {
     "psnr": "likeness of the picture",
+    "moving_psnr": "likeness of what moves",
     "psnr_robot": "likeness of the picture, robot",
     "action_error": "error of the commands",
     "proprio_error": "error of the robot's state",
@@ -48,6 +49,7 @@ MEASURES: dict[str, str] = {
 
 BASELINES: dict[str, str] = {
     "repeat_last_frame": "repeating the last frame",
+    "background": "the picture without what moves",
     "shuffled_actions": "same model, another sample's actions",
     "tokenizer_ceiling": "ceiling: what the tokenizer can draw",
     "mean_frame": "the mean picture",
