@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from importlib import import_module
 
 from mmseq.cli.parser import Group, Parser, add_overrides, file_to_write
@@ -50,9 +48,13 @@ def _bench(args: argparse.Namespace) -> None:
 def _learning_from_video(args: argparse.Namespace) -> None:
     from mmseq.config import load_config
     from mmseq.evaluation.lfv.manifest import Config
-    from mmseq.evaluation.lfv.run import print_summary, run
+    from mmseq.evaluation.lfv.report import print_summary
+    from mmseq.evaluation.lfv.rows import write_rows
+    from mmseq.evaluation.lfv.run import run
 
-    rows = run(load_config(Config, None, args.overrides))
+    config = load_config(Config, None, args.overrides)
+    rows = run(config)
     print_summary(rows)
+    print(f"{config.out}/report.html")
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_rows(args.json, rows)

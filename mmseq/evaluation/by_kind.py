@@ -188,7 +188,7 @@ class Measures:
         self.media["frames"][of.key] = [_frame_example(row) for row in _spread_episodes(rows)]
 
     def _background(self, episode: Episode, camera: str) -> np.ndarray:
-        """The median picture of an episode, uint8 (H, W, 3): what a camera that stands still sees without what moves."""
+        """The median picture of an episode, uint8 (H, W, 3): what stands still, as a camera sees it that does, too."""
         if (episode.id, camera) not in self._backgrounds:
             at = np.unique(np.linspace(0, len(episode) - 1, BACKGROUND_FRAMES).astype(int))
             frames = self._fit(episode[f"{IMAGE_PREFIX}{camera}"][at])

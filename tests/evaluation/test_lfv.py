@@ -23,6 +23,9 @@ from mmseq.evaluation.lfv.manifest import (
     layouts,
 )
 from mmseq.evaluation.lfv.record import Recorder
+from mmseq.evaluation.lfv.report import summarise
+from mmseq.evaluation.lfv.rows import Row
+from mmseq.evaluation.results import wilson
 from mmseq.simulation.experts import TASKS, task_language
 
 SMALL = {
@@ -124,7 +127,12 @@ def test_speed_failures_and_wrong_words(tmp_path):
 )
 def test_a_cell_of_each_method_from_seeds_to_rows(tmp_path, capsys, methods):
     settings = [f"{k}={json.dumps(v)}" for k, v in SMALL.items()]
-    settings += [f"out={tmp_path / 'out'}", f"methods={json.dumps(methods)}", "floors=[cloning]", "shifts=[plain,light]"]
+    settings += [
+        f"out={tmp_path / 'out'}",
+        f"methods={json.dumps(methods)}",
+        "floors=[cloning]",
+        "shifts=[plain,light]",
+    ]
     rows = tmp_path / "rows.json"
     assert main(["bench", "lfv", *settings, "--json", str(rows)]) == 0
     table = capsys.readouterr().out
@@ -134,5 +142,30 @@ def test_a_cell_of_each_method_from_seeds_to_rows(tmp_path, capsys, methods):
     assert {row["shift"] for row in found} == {"plain", "light"}
     assert {len(row["outcomes"]) for row in found} == {2}
     assert all(method in table for method in methods)
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(said in page for said in (*methods, "handle-press", "Tasks that were seen as video only", "V6"))
     assert main(["bench", "lfv", *settings, "--json", str(rows)]) == 0  # everything is there
     assert json.loads(rows.read_text()) == found
+
+
+def test_gains_are_over_the_same_layouts():
+    common = {"demonstrations": 5, "video": "V0", "group": "video", "shift": "plain", "minutes": 1.0}
+    common |= {"manifest": "m", "machine": "x"}
+    row = lambda method, seed, task, *outcomes: Row(
+        method=method, seed=seed, task=task, outcomes=[bool(o) for o in outcomes], **common
+    )
+    rows = [
+        row("model", 0, "a", 0, 0, 1),
+        row("model", 1, "a", 0, 1, 0),
+        row("labelled", 0, "a", 1, 1, 1),
+        row("labelled", 1, "a", 1, 0, 1),
+        row("random", 0, "b", 0, 0, 0),  # no such row of the model
+    ]
+    model, labelled, random = summarise(rows)
+    assert (model["successes"], model["episodes"], model["seeds"], model["gain"]) == (2, 6, 2, None)
+    assert labelled["share"] == pytest.approx(5 / 6)
+    gain, low, high = labelled["gain"]
+    assert gain == pytest.approx(3 / 6)
+    assert low <= gain <= high
+    assert (labelled["low"], labelled["high"]) == pytest.approx(wilson(5, 6))
+    assert random["gain"] is None

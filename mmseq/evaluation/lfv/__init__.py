@@ -6,7 +6,10 @@
 `manifest.py`   what a cell is, the tasks, the ladder of video, the layouts that are driven; the same on every machine
 `record.py`     the data of cells, recorded from seeds: demonstrations, play, video
 `methods.py`    what is compared, a plug-in group: `mmseq.methods`
-`run.py`        cells, one after the other; their rows and table
+`cloning.py`    behaviour cloning with a small network: a peer without video
+`run.py`        cells, one after the other
+`rows.py`       what is kept of a cell
+`report.py`     a table on the console, and a page
 ==============  ==================================================================================================
 
 A cell is (method, robot data, video, seed). Success is measured on tasks with robot data and on tasks that were seen as

@@ -139,7 +139,8 @@ def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:
 
 def fingerprint(config: Config) -> str:
     """16 hexadecimal digits of everything that decides a cell's number but the machine."""
-    said = {k: v for k, v in asdict(config).items() if k not in ("out", "methods", "floors", "seeds", "demonstrations", "video")}
+    of_cells = ("out", "methods", "floors", "seeds", "demonstrations", "video")
+    said = {k: v for k, v in asdict(config).items() if k not in of_cells}
     said |= {"version": VERSION, "first_layout": FIRST_LAYOUT, "spread": SPREAD}
     said["ladder"] = {name: asdict(rung) for name, rung in LADDER.items()}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

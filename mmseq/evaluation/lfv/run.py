@@ -5,49 +5,24 @@ What is there already is kept, so that a benchmark that was stopped goes on, and
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mmseq.bench.rows import machine
+from mmseq.bench.rows import command, machine
 from mmseq.evaluation.lfv.manifest import Cell, Config, cells, fingerprint, layouts
 from mmseq.evaluation.lfv.record import Recorder
+from mmseq.evaluation.lfv.report import write_page
+from mmseq.evaluation.lfv.rows import Row, read_rows, write_rows
 from mmseq.evaluation.lockstep import Controller, Layout, Outcome, Seen, drive
-from mmseq.evaluation.results import wilson
 from mmseq.plugins import find
 from mmseq.simulation.experts import task_language
 
-FLOORS = ("blanked_images", "other_words")  # of the method's own policy; and `random` once a seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Successes of one task in one cell, under one shift.
-
-    group: `robot` for tasks with demonstrations, `video` for those that were seen as video only. outcomes: of each
-    layout, in order, so that cells compare layout by layout.
-    """
-
-    method: str
-    demonstrations: int
-    video: str
-    seed: int
-    group: str
-    task: str
-    shift: str
-    outcomes: list[bool]
-    minutes: float  # of the whole cell
-    manifest: str  # `manifest.fingerprint`
-    machine: str
-
 
 def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
-    """All cells of a configuration, from `config.out` where they are there already.
+    """All cells of a configuration, from `config.out` where they are there already, and a page about them.
 
     Raises: ConfigError before anything is recorded.
     """
@@ -55,12 +30,13 @@ def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
     rows: list[Row] = []
     for cell in cells(config):
         kept = Path(config.out) / "cells" / str(cell) / "rows.json"
-        stored = _stored(kept, config)
+        stored = read_rows(kept, config)
         if stored is None:
             say(f"{cell}")
             stored = _run_cell(cell, config, kept.parent, say)
-            kept.write_text(json.dumps([asdict(row) for row in stored], indent=1) + "\n")
+            write_rows(kept, stored)
         rows += stored
+    write_page(Path(config.out) / "report.html", rows, config, command())
     return rows
 
 
@@ -120,46 +96,3 @@ def _reworded(layout: Layout, instructions: Sequence[str]) -> str:
 def _by_task(found: Sequence[Outcome]) -> list[tuple[str, list[bool]]]:
     tasks = dict.fromkeys(outcome.layout.task for outcome in found)
     return [(task, [o.success for o in found if o.layout.task == task]) for task in tasks]
-
-
-def _stored(path: Path, config: Config) -> list[Row] | None:
-    """The rows of a cell that was run with the same manifest; None when it was not."""
-    try:
-        rows = [Row(**row) for row in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return None
-    return rows if all(row.manifest == fingerprint(config) for row in rows) else None
-
-
-def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each method, robot data, video, group and shift: successes over tasks and seeds, and the Wilson interval."""
-    keys = dict.fromkeys((r.method, r.demonstrations, r.video, r.group, r.shift) for r in rows)
-    out = []
-    for key in keys:
-        chosen = [r for r in rows if (r.method, r.demonstrations, r.video, r.group, r.shift) == key]
-        wins, count = sum(sum(r.outcomes) for r in chosen), sum(len(r.outcomes) for r in chosen)
-        low, high = wilson(wins, count)
-        names = ("method", "demonstrations", "video", "group", "shift")
-        minutes = max(r.minutes for r in chosen)
-        seeds = len({r.seed for r in chosen})
-        out.append(
-            dict(zip(names, key))
-            | {"successes": wins, "episodes": count, "low": low, "high": high, "seeds": seeds, "minutes": minutes}
-        )
-    return out
-
-
-def print_summary(rows: Sequence[Row]) -> None:
-    """A table of `summarise`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("method", "demos", "video", "tasks", "shift", "success", "95 % interval", "seeds", "min")
-    for row in summarise(rows):
-        share = f"{row['successes']}/{row['episodes']} = {row['successes'] / row['episodes']:.0%}"
-        interval, said = f"{row['low']:.0%} to {row['high']:.0%}", f"{row['minutes']:.1f}"
-        table.add_row(
-            *(row["method"], str(row["demonstrations"]), row["video"], row["group"], row["shift"]),
-            *(share, interval, str(row["seeds"]), said),
-        )
-    Console().print(table)

@@ -87,7 +87,7 @@ def write_report(
         "method": measured if any(measured.values()) else None,
     }
     page = (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             content,
@@ -102,21 +102,25 @@ def write_report(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _environment() -> Any:
+def environment(*folders: Path) -> Any:
+    """Jinja's, with the templates, filters and functions of reports; folders: with further templates.
+
+    Raises: DependencyError without jinja2.
+    """
     jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     picture = lambda frame: data_uri(png(frame), "image/png")
-    environment.filters |= {"png": picture, "number": number, "duration": duration, "task_title": task_title}
-    environment.filters |= {"sentence": task_sentence, "key_title": key_title, "task_of": task_of}
-    environment.globals |= {"film": _film, "difference": difference, "beside": partial(strip, scale=1, gap=2)}
-    environment.globals |= {"plot": plot, "track": track, "scatter": _scatter}
-    return environment
+    made.filters |= {"png": picture, "number": number, "duration": duration, "task_title": task_title}
+    made.filters |= {"sentence": task_sentence, "key_title": key_title, "task_of": task_of}
+    made.globals |= {"film": _film, "difference": difference, "beside": partial(strip, scale=1, gap=2)}
+    made.globals |= {"plot": plot, "track": track, "scatter": _scatter}
+    return made
 
 
 def _scatter(robot: Mapping[str, Any], axis: int) -> str:
