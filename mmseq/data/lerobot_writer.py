@@ -72,16 +72,16 @@ class LeRobotWriter:
                 self._dataset = self._create(episode)
             if self._outcomes and episode.success is None:
                 raise EpisodeError(f"episode {episode.id!r} has no outcome, episodes before it have")
-            text = episode.texts[0] if episode.texts else ""
             seen = {column: episode[name] for name, column in self._names.items()}
             for step in range(len(episode)):
                 frame = {column: values[step] for column, values in seen.items()}
                 frame |= {column: np.array([columns[column][step]], np.float32) for column in self.columns}
                 frame |= {OUTCOME: np.array([bool(episode.success)])} if self._outcomes else {}
+                texts, plans = (episode.texts_of(stream, step) for stream in ("text", "plan"))
+                text = texts[0] if texts else ""
                 self._dataset.add_frame({**frame, "task": text})
+                self._tasks[text] = {**said, "paraphrases": texts, "plan": plans[0] if plans else ""}
             self._dataset.save_episode()
-        plan = episode.plans[0] if episode.plans else ""
-        self._tasks[text] = {**said, "paraphrases": list(episode.texts), "plan": plan}
 
     def close(self, contract: Embodiment | None = None, **said: Any) -> None:
         """Finish the dataset. contract: stored in place of that which it was made with, such as one with statistics.

@@ -240,6 +240,7 @@ def _write(
     cameras = tuple(c for c in labeller.contract.cameras if c.name == labeller.camera)
     contract = replace(labeller.contract, cameras=cameras)
     confidences, left_out = [], []
+    known = all(videos[index].success is not None for index in range(len(videos)))  # LeRobot has it of all or none
     with LeRobotWriter(out, contract, repo_id="mmseq/labelled", columns=(CONFIDENCE,)) as writer:
         for index in range(len(videos)):
             found = load_file(kept / f"{index}.safetensors")
@@ -248,6 +249,7 @@ def _write(
                 continue
             confidences.append(float(found["confidence"].mean()))
             episode = _with(videos[index], found, labeller)
+            episode = episode if known else replace(episode, success=None)
             writer.add(episode, {CONFIDENCE: found["confidence"]})
         if not confidences:
             raise DataError(f"no episode has a confidence of {config.min_confidence}", fix="ask for less")

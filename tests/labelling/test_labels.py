@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from mmseq.cli import main
 from mmseq.data.importing import EpisodeList, import_episodes, write_episodes
 from mmseq.data.sources import open_source
+from mmseq.episode import TextSpan
 from mmseq.errors import CheckpointError, ConfigError, DataError
 from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelLabeller, label_source, open_labeller
 from mmseq.labelling.network import LabellerNetwork, to_windows
@@ -234,3 +235,17 @@ def test_a_checkpoint_labels_with_its_arrows(tmp_path):
     assert found.confidence.shape == (len(episode),)
     with pytest.raises(DataError, match="too short"):
         labeller.label(episode[camera][:4])
+
+
+def test_words_of_each_step_stay_and_outcomes_are_of_all_or_none(work, tmp_path):
+    folder, new, _ = work
+    spans = (TextSpan("text", 0, 10, ("reach the dial",)), TextSpan("text", 10, LENGTH, ("turn it",)))
+    told = [replace(e, spans=spans if i == 1 else (), success=(True, None)[i]) for i, e in enumerate(new[:2])]
+    filmed = [
+        replace(e, embodiment=None, streams={k: v for k, v in e.streams.items() if k == "image.front"}) for e in told
+    ]
+    stored(tmp_path / "filmed", filmed, None)
+    label_source(folder / "labeller", tmp_path / "filmed", tmp_path / "out")
+    back = open_source(tmp_path / "out")
+    assert [e.success for e in (back[0], back[1])] == [None, None]
+    assert [back[1].texts_of("text", step) for step in (9, 10)] == [["reach the dial"], ["turn it"]]
