@@ -235,3 +235,12 @@ def test_missing_names_what_an_episode_lacks():
 )
 def test_an_offset_out_of_a_range_is_the_same_task(trained, asked, covered):
     assert Task.parse(trained).covers(Task.parse(asked)) == covered
+
+
+def test_a_chunk_of_any_commands_ends_a_task_and_moves_a_group_on():
+    assert str(Task.parse("image -> motion[8]").final_chunk) == "motion[8]"
+    assert Task.parse("image -> motion").final_chunk is None  # one value is no chunk
+    assert Task.parse("image -> proprio[8]").final_chunk is None
+    assert Task.parse("(image -> motion[4]) * 3").stride(10.0) == 4
+    assert [p.start for p in Task.parse("(image -> motion[4]) * 3").place(10.0)] == [0, 0, 4, 4, 8, 8]
+    assert list(Task.parse("image -> motion[4]").moments(6, 10.0, pad=True)) == [0, 1, 2, 3, 4, 5]

@@ -41,6 +41,7 @@ from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, 
 from mmseq.mp4 import encode_video
 from mmseq.plugins import every, find, names
 from mmseq.reading import AS_IT_IS, Reading
+from mmseq.streams import TEXT, of_kind
 
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -336,6 +337,7 @@ def _note(episode: Episode) -> dict[str, Any]:
     """What the index of shards says of an episode."""
     note = {key: getattr(episode, key) for key in ("id", "rate_hz", "embodiment", "success")}
     note |= {"length": len(episode), "streams": list(episode.streams)}
+    note |= {f"{name}s": 1 for name in of_kind(TEXT) if name in episode.metadata}  # a question, and its answer
     note |= {"texts": len(episode.texts), "plans": len(episode.plans)}
     return note | {"spans": sorted({span.stream for span in episode.spans})}
 

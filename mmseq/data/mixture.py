@@ -272,7 +272,9 @@ class Moments:
         missing = [self.task.missing(self._visible(self._plan.kinds[k])) for k in kinds]
         if all(missing):
             return f"no {', '.join(min(missing, key=len))}"
-        return f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
+        found = f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
+        cut = len(self._members) > len(np.unique(self._plan.episodes[self._members]))
+        return found + (", with no room at the steps that their texts belong to" if cut else "")
 
     def _at(self, place: int) -> tuple[int, int]:
         """The piece and the step of the place-th moment."""

@@ -15,6 +15,8 @@ from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError
 from mmseq.reading import AS_IT_IS, Reading
+from mmseq.streams import TEXT, of_kind
+from mmseq.tokenization.values import judged
 
 
 def open_source(
@@ -80,7 +82,6 @@ def streams_of(notes: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every stream that some episode has, of what an index of shards says of each."""
     found: set[str] = set()
     for note in notes:
-        found |= {*note["streams"], *note.get("spans", ())}
-        found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
-        found |= {"progress"} if note["success"] is True else set()
+        found |= {*note["streams"], *note.get("spans", ()), *judged(note["success"])}
+        found |= {stream for stream in of_kind(TEXT) if note.get(f"{stream}s")}
     return sorted(found)

@@ -66,7 +66,7 @@ def predict(
     tokenizers = model.tokenizers
     assert tokenizers is not None
     task = _task(model, arrow)
-    texts = {k: v for k, v in (("text", text), ("question", question)) if v is not None}
+    texts = {stream: said for stream, said in {"text": text, "question": question}.items() if said is not None}
     tokens = EpisodeTokens(episode, tokenizers, texts=texts)
     check_fillable(task, tokens, t, where=f"episode {episode.id!r}")
     prefix = None

@@ -38,7 +38,16 @@ from mmseq.data.importing import (
     stored_contract,
     survey,
 )
-from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.mixture import (
+    MixConfig,
+    Moments,
+    SourceConfig,
+    TaskConfig,
+    least_holdout,
+    load_mix,
+    save_mix,
+    task_name,
+)
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
@@ -118,20 +127,22 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _say_doubts(stored, say)
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
-    _new_tasks(config, old, _old_mix(checkpoint), notes, name)
+    plan = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    moments = partial(_moments, plan=plan, tokenizers=tokenizers, name=name)
+    _new_tasks(config, old, _old_mix(checkpoint), notes, name, moments)
     identity = _identity(config, robot, len(notes), recipe)
     _refuse_begun(identity, out)
-    mix = _mix(config, old, notes, name, say)
+    mix = _mix(config, old, notes, name, moments, say)
     shards = _old_tokens(config)
     folders = {key: shards / key for key in mix.sources if shards is not None and key != name}
     plans = {key: TokenShards(folder, old.tokenizers).plan for key, folder in folders.items()}
-    plans[name] = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    plans[name] = plan
     recipe = fit_rows(recipe, mix, plans, tokenizers, settings=config.settings, say=say)
     _begin(identity, folders, out)  # only now: what was refused until here may be tried again with other tasks
     _import(config, robot, episodes, size, say, on_progress)
     kept = EpisodeShardReader(episodes).metadata
     if len(kept) < len(notes):  # pictures of some could not be decoded
-        mix = _mix(config, old, kept, name, say)
+        mix = _mix(config, old, kept, name, moments, say)
     tokenizers.save(out / "tokenizers")
     save_mix(mix, out / "mix.yaml")
     new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
@@ -291,12 +302,26 @@ def _import(
     mark.write_text(json.dumps(identity))
 
 
-def _mix(config: FinetuneConfig, old: SequenceModel, notes: Notes, name: str, say: Callable[[str], None]) -> MixConfig:
+def _moments(task: Task, notes: Notes, *, plan: EpisodePlan, tokenizers: Tokenizers, name: str) -> Moments:
+    """Where the task can be filled, in the episodes that `notes` are of."""
+    kept = {note["id"] for note in notes}
+    members = [i for i, id_ in enumerate(plan.ids) if id_ in kept]
+    return Moments(0, 0, task, name, plan, members, tokenizers.builder())
+
+
+def _mix(
+    config: FinetuneConfig,
+    old: SequenceModel,
+    notes: Notes,
+    name: str,
+    moments: Callable[[Task, Notes], Moments],
+    say: Callable[[str], None],
+) -> MixConfig:
     """The arrows for the new robot, and beside them what is rehearsed."""
     before = _old_mix(Path(config.checkpoint))
     rehearsed = _rehearsed(config, before, name, say)
     share = config.keep if rehearsed else 0.0
-    tasks = _new_tasks(config, old, before, notes, name)
+    tasks = _new_tasks(config, old, before, notes, name, moments)
     total = sum(t.weight for t in tasks)
     tasks = [replace(t, weight=t.weight / total * (1 - share)) for t in tasks]
     total = sum(t.weight for t in rehearsed)
@@ -317,7 +342,12 @@ def _old_mix(checkpoint: Path) -> MixConfig | None:
 
 
 def _new_tasks(
-    config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, notes: Notes, name: str
+    config: FinetuneConfig,
+    old: SequenceModel,
+    before: MixConfig | None,
+    notes: Notes,
+    name: str,
+    moments: Callable[[Task, Notes], Moments],
 ) -> list[TaskConfig]:
     """The arrows that the episodes can fill, be it that only some can. notes: what an index of shards says of each."""
     weights = {task_name(t): t.weight for t in before.tasks} if before else {}
@@ -326,7 +356,6 @@ def _new_tasks(
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
     if not any(Task.parse(a).names("action", given=False) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
-    longest = max(note["length"] for note in notes)
     streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
@@ -336,8 +365,8 @@ def _new_tasks(
         missing = task.missing(streams)
         if missing:
             reasons.append(f"{key} needs {', '.join(missing)}")
-        elif not any(len(task.moments(note["length"], float(note["rate_hz"]))) for note in notes):
-            reasons.append(f"{key} needs longer episodes than {longest} steps")
+        elif not len(found := moments(task, notes)):  # where a text changes on the way, it must lie in one piece
+            reasons.append(f"{key} finds {found.why_empty()}")
         else:
             shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
             chosen.append(TaskConfig(task=str(task), name=key, sources=[name], **shares))
