@@ -19,16 +19,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmseq.config import load_config, to_yaml
-from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
+from mmseq.data.contract import complete, questionnaire, read_contract, unknown_units
 from mmseq.data.importing import (
     EpisodeShardReader,
     EpisodeSource,
@@ -37,6 +34,7 @@ from mmseq.data.importing import (
     open_episodes,
     stored_contract,
     survey,
+    values_of,
 )
 from mmseq.data.mixture import (
     MixConfig,
@@ -52,7 +50,7 @@ from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
-from mmseq.errors import ConfigError, DataError, EmbodimentError, MMSeqError
+from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.reading import Reading
 from mmseq.streams import TEXT, VECTOR
@@ -76,7 +74,7 @@ class FinetuneConfig(Reading):
     dataset: str  # LeRobot of the new robot, or HDF5 files
     out: str = "runs/finetune"  # the folder of it all
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
-    embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
+    embodiment: str | None = None  # what the dataset does not say: units, gripper; or a whole contract (YAML, JSON)
     rate_hz: float | None = None  # steps per second; default: the dataset's
     tasks: list[str] = field(default_factory=list)  # arrows to train instead of the checkpoint's
     lora: bool = False  # train adapters instead of every weight
@@ -240,10 +238,12 @@ def _contract(
         cameras = {"cameras": robot.cameras}  # the checkpoint's are of the size that it was trained with
         robot = replace(theirs, **cameras)
     elif config.embodiment is not None or not (Path(config.dataset) / "meta/embodiment.json").is_file():
-        answers = read_answers(config.embodiment) if config.embodiment else {}
+        answers = read_contract(config.embodiment) if config.embodiment else {}
         where = config.embodiment or config.dataset
+        if isinstance(answers, Embodiment):
+            return _unlike(answers, known, where), open_as(embodiment=answers)
         try:
-            robot = complete(robot, answers, where=where, values=_values(source, robot))
+            robot = complete(robot, answers, where=where, values=values_of(source, robot))
         except EmbodimentError as error:
             form = out / "embodiment.yaml"
             if config.embodiment is None and not form.exists():
@@ -251,23 +251,18 @@ def _contract(
                 form.write_text(questionnaire(robot))
             fix = f"complete {form} and pass --embodiment {form}" if form.exists() else "complete that file"
             raise EmbodimentError(str(error).rstrip("."), fix=fix) from error
-        if robot.name in known.embodiments:
-            raise EmbodimentError(
-                f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
-            )
+        _unlike(robot, known, where)
     return robot, open_as(embodiment=robot)
 
 
-def _values(source: EpisodeSource, robot: Embodiment) -> dict[str, np.ndarray]:
-    """The values of each vector stream in the episodes that can be read."""
-    found: dict[str, list[np.ndarray]] = {}
-    for index in range(len(source)):
-        with suppress(MMSeqError):
-            episode = source[index]
-            for stream in robot.vectors:
-                if stream in episode:
-                    found.setdefault(stream, []).append(episode[stream])
-    return {stream: np.concatenate(values) for stream, values in found.items()}
+def _unlike(robot: Embodiment, known: Tokenizers, where: str) -> Embodiment:
+    """The robot. Raises: EmbodimentError when the checkpoint knows another one of its name."""
+    theirs = known.embodiments.get(robot.name)
+    if theirs is not None and replace(theirs, cameras=robot.cameras).fingerprint != robot.fingerprint:
+        raise EmbodimentError(
+            f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
+        )
+    return robot
 
 
 def _import(
