@@ -10,15 +10,12 @@ plug-in's name must be another. `register` does for one process what an entry po
 from __future__ import annotations
 
 import importlib
-import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from mmseq.errors import ConfigError, DependencyError, MMSeqError, did_you_mean
-
-log = logging.getLogger("mmseq")
 
 GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
     "tokenizers": {
@@ -78,17 +75,6 @@ def find(group: str, name: str) -> Any:
             fix="or install the package that brings it",
         )
     return _load(group, name)
-
-
-def every(group: str) -> dict[str, Any]:
-    """All parts of a group by name, imported; those that cannot be are left out with a warning."""
-    found = {}
-    for name in names(group):
-        try:
-            found[name] = find(group, name)
-        except DependencyError as error:
-            log.warning("%s", error)
-    return found
 
 
 @cache

@@ -21,6 +21,7 @@ its owner said of columns), `left_out` (columns that nothing uses), `notes`, and
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -40,11 +41,13 @@ from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
-from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
+from mmseq.errors import DataError, DependencyError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.mp4 import encode_video
-from mmseq.plugins import every, find, names
+from mmseq.plugins import GROUPS, find, names
 from mmseq.reading import AS_IT_IS, Reading
 from mmseq.streams import TEXT, of_kind
+
+log = logging.getLogger("mmseq")
 
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
 SKIP = "--skip-bad {count}"  # how to leave out so many
@@ -73,7 +76,14 @@ class EpisodeSource(Protocol):
 def detect_format(src: str | Path) -> str:
     """The name of a reader. Raises: DataError that says what was found instead, and the way out."""
     src = Path(src)
-    for name, reader in every("readers").items() if src.exists() else ():
+    for name in names("readers") if src.exists() else ():
+        if name in GROUPS["readers"]:  # known by what lies there, below, without being imported
+            continue
+        try:
+            reader = find("readers", name)
+        except DependencyError as error:
+            log.warning("%s", error)
+            continue
         if hasattr(reader, "detects") and reader.detects(src):
             return name
     if not src.exists():

@@ -25,6 +25,7 @@ from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.packing import pack
 from mmseq.reading import Reading
 from mmseq.sequence import SequenceBuilder, TokenSequence, sequence_length
+from mmseq.streams import lacking
 from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -272,7 +273,8 @@ class Moments:
         kinds = np.unique(self._plan.kind_ids[self._plan.first[self._members]])
         missing = [self.task.missing(self._visible(self._plan.kinds[k])) for k in kinds]
         if all(missing):
-            return f"no {', '.join(min(missing, key=len))}"
+            there = {stream for k in kinds for stream in self._visible(self._plan.kinds[k])}
+            return f"no {lacking(min(missing, key=len), there)}"
         found = f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
         cut = len(self._members) > len(np.unique(self._plan.episodes[self._members]))
         return found + (", with no room at the steps that their texts belong to" if cut else "")

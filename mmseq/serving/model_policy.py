@@ -39,6 +39,7 @@ from mmseq.serving.observed import (
     prolonged,
     required_keys,
 )
+from mmseq.streams import lacking
 from mmseq.tasks import ALIASES, Task
 
 log = logging.getLogger("mmseq.serving")
@@ -245,7 +246,7 @@ class ModelPolicy:
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
-            raise TaskError(f"the observation cannot fill {task}: it has no {', '.join(missing)}")
+            raise TaskError(f"the observation cannot fill {task}: it has no {lacking(missing, tokens.streams)}")
         encode = lambda values, what: self.tokenizers.encode_vector(
             "action", str(name), values, what=what, where="observation"
         )
@@ -260,14 +261,14 @@ class ModelPolicy:
         past = max((-p.start for p in given), default=0)  # type: ignore[operator]
         seen = max((-p.start for p in given if p.row.clock == "observed"), default=0)  # type: ignore[operator]
         did = observation.get("past_actions")
-        lacking = commands + tokens.now - now - len(did) if commands and did is not None else 0
-        if robot is not None and lacking > 0:
+        unknown = commands + tokens.now - now - len(did) if commands and did is not None else 0
+        if robot is not None and unknown > 0:
             if asked != self.arrow:
                 raise TaskError(
                     f"{task} needs the last {commands + tokens.now - now} commands, the observation has {len(did)}",  # type: ignore[arg-type]
                     fix="send them as past_actions, float32 (n, axes), the last one before now",
                 )
-            rest = commands_before(robot, observation, lacking)
+            rest = commands_before(robot, observation, unknown)
             observation = {**observation, "past_actions": np.concatenate([rest, did])}  # type: ignore[list-item]
         if seen > now and asked != self.arrow:
             raise TaskError(

@@ -53,7 +53,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.reading import Reading
-from mmseq.streams import TEXT, VECTOR
+from mmseq.streams import TEXT, VECTOR, lacking
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
@@ -359,7 +359,7 @@ def _new_tasks(
         task = task.without(spare - set(streams))
         missing = task.missing(streams)
         if missing:
-            reasons.append(f"{key} needs {', '.join(missing)}")
+            reasons.append(f"{key} needs {lacking(missing, streams)}")
         elif not len(found := moments(task, notes)):  # where a text changes on the way, it must lie in one piece
             reasons.append(f"{key} finds {found.why_empty()}")
         else:

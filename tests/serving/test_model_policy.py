@@ -378,3 +378,17 @@ def test_two_offsets_that_are_one_step_are_one_picture(policy):
         TaskError, match=r"front@\+0.2s' is given a second time: at 20 Hz '.*front@\+4' is the same step"
     ):
         twice.infer(both)
+
+
+@pytest.mark.parametrize(
+    ("arrow", "reads"),
+    [
+        ("text, image -> action[4]", True),
+        ("(text, image -> action[1]) * 2", True),
+        ("(image -> action[1]) * 2, text", True),
+        ("image, proprio -> action[4]", False),
+        ("image -> text, action[4]", False),
+    ],
+)
+def test_a_contract_says_whether_the_policy_reads_an_instruction(policy, arrow, reads):
+    assert Contract.from_policy(ModelPolicy(policy.model, arrow=arrow)).to_dict()["reads_prompt"] is reads

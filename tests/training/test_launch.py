@@ -127,14 +127,14 @@ def test_a_step_of_slurm_that_says_too_little_is_refused(run):
         ("if r == '1': raise RuntimeError('no such kernel')", r"\[rank1\]: RuntimeError: no such kernel$"),
         ("raise ValueError('two lines,\\nof which the first counts')", r"ValueError: two lines,$"),
         (
-            "os.kill(os.getpid(), 9) if r == '0' else time.sleep(60)",
+            "os.kill(os.getpid(), 9) if r == '0' else time.sleep(5)",
             "killed by SIGKILL, as the system does",
         ),
     ],
 )
 def test_a_rank_that_breaks_says_why_to_whoever_started_it_here(trainer, tmp_path, monkeypatch, does, says):
     """Not torchrun, whose table names files that are gone by then."""
-    broken = f"import os, time\ndef build_engine(*_):\n    r = os.environ['RANK']\n    {does}\n    time.sleep(60)\n"
+    broken = f"import os, time\ndef build_engine(*_):\n    r = os.environ['RANK']\n    {does}\n    time.sleep(5)\n"
     (tmp_path / "sitecustomize.py").write_text(
         f"import os\nif 'RANK' in os.environ:\n    import mmseq.training.engine as e\n    exec({broken!r}, vars(e))\n"
     )
