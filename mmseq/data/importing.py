@@ -218,8 +218,8 @@ def write_episodes(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the episodes of a reader as shards to `out`, and return their manifest: `manifest` (its `name`, its
-    `source`, ...) and what was found. stated: whether somebody has said what the contract is; what an inferred one takes
-    for granted is noted. The other arguments, and what it raises, are those of `import_episodes`."""
+    `source`, ...) and what was found. stated: whether somebody has said what the contract is; of an inferred one is
+    noted what it takes for granted. The other arguments, and what it raises, are those of `import_episodes`."""
     say = say or (lambda _: None)
     with ShardWriter(out, {"kind": "episodes", "tokenizers": {}, **manifest}, overwrite=overwrite) as writer:
         robot = source.embodiment()
