@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import EmbodimentError, EpisodeError, FingerprintError
+from mmseq.grammar import ALIASES
 from mmseq.statistics import extent
 from mmseq.streams import NAME, OWN_VECTORS, RANGE_ORDER, STREAMS, VECTOR, misspelt
-from mmseq.tasks import ALIASES
 from mmseq.vocabulary import STRUCTURE
 
 _NAME = re.compile(r"[A-Za-z0-9][\w .-]{0,99}")
@@ -92,8 +92,8 @@ class Axes:
     def from_values(
         cls,
         values: np.ndarray,
-        names: list[str] | tuple[str, ...] | None = None,
-        units: list[str] | tuple[str, ...] | None = None,
+        names: Sequence[str] | None = None,
+        units: Sequence[str] | None = None,
         margin: float = 0.1,
     ) -> Axes:
         """Axes with the statistics of `values` (steps, axes): low and high are their range, without wild values.

@@ -6,8 +6,8 @@ action executed from `t` to `t + 1`. Streams on disk are read when they are firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -112,23 +112,6 @@ class Episode:
         from mmseq.data.importing import open_episodes
 
         return open_episodes(path, reading, format="lerobot")[index]
-
-    @classmethod
-    def from_video(
-        cls,
-        path: str | Path,
-        *,
-        texts: Sequence[str] = (),
-        rate_hz: float | None = None,
-        reading: Reading = AS_IT_IS,
-    ) -> Episode:
-        """A video file without actions, resampled to `rate_hz` frames per second (default: its own)."""
-        from mmseq.data.importing import open_episodes
-
-        if Path(path).is_dir():
-            raise EpisodeError(f"{path} is a folder", fix="name one of its videos, or use open_source")
-        episode = open_episodes(path, reading, format="video", rate_hz=rate_hz)[0]
-        return replace(episode, id=Path(path).stem, texts=list(texts))
 
     def __len__(self) -> int:
         return len(next(iter(self.streams.values())))

@@ -9,7 +9,6 @@ plug-in's name must be another. `register` does for one process what an entry po
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -126,10 +125,3 @@ def installed() -> list[Installed]:
         brought = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "no distribution"
         found.append(Installed(group, point.name, point.value, brought, problem))
     return sorted(found, key=lambda one: (one.group, one.name, one.target))
-
-
-def refresh() -> None:
-    """Look for entry points again, as after an installation in this process."""
-    importlib.invalidate_caches()
-    _targets.cache_clear()
-    _load.cache_clear()

@@ -243,8 +243,8 @@ def test_inspect_counts_the_parameters_of_a_recipe(capsys, tmp_path):
     code, out, _ = run(capsys, "inspect", tmp_path / "a.yaml", "model.layers=2", "--json")
     assert code == 0
     found = json.loads(out)["model"]
+    from mmseq.layout import Layout
     from mmseq.model.transformer import ModelConfig, Transformer
-    from mmseq.sequence import Layout
 
     config = ModelConfig(vocabulary=64, merge=2, slots=Layout((8, 8)).slot_rows, width=8, layers=2)
     assert found["parameters"] == sum(p.numel() for p in Transformer(config).parameters())

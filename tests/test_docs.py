@@ -94,7 +94,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_table_of_tasks_says_what_the_names_mean():
-    from mmseq.tasks import ALIASES
+    from mmseq.grammar import ALIASES
 
     for page in (ROOT / "README.md", ROOT / "docs" / "grammar.md"):
         rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*->[^`]*)` \|", page.read_text(), re.MULTILINE))

@@ -19,7 +19,7 @@ HEAVY = ("deepspeed", "lerobot", "mujoco", "fastapi", "torch", "torchvision", "t
 
 # the nouns, and the settings that anything may read
 NOUNS = {"errors", "config", "fields", "files", "episode", "embodiment", "tasks", "vocabulary", "sequence", "packing"}
-NOUNS |= {"statistics", "mp4", "streams", "inputs", "plugins", "reading"}
+NOUNS |= {"grammar", "layout", "statistics", "mp4", "streams", "inputs", "plugins", "reading"}
 # what the modules of a part may import when they are loaded, beside their own part; tests of import
 # direction skip imports inside functions, which are how a lower part reaches for a higher one on demand
 ALLOWED = {
@@ -230,7 +230,7 @@ ABOUT_ONE = [
     ("serving/keys", {"image"}, "what LeRobot calls the only camera"),
     ("serving/observed", {"demo"}, "a demonstration comes under keys of its own"),
     ("simulation/base", {"proprio"}, "LeRobot calls it the state"),
-    ("tasks", {"image"}, "nothing else has an `@end`"),
+    ("grammar", {"image"}, "nothing else has an `@end`"),
     ("testing/", {"action"}, "data that are made up"),
 ]
 

@@ -15,10 +15,11 @@ def broken(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("broken", "broken_reader:Reader", "mmseq.readers")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == "mmseq.readers" else [])
-    plugins.refresh()
+    plugins._targets.cache_clear()
     yield
     monkeypatch.undo()
-    plugins.refresh()
+    plugins._targets.cache_clear()
+    plugins._load.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
-from mmseq.sequence import NOTHING, Layout, merge_codes, sequence_length, split_codes
+from mmseq.layout import Layout, merge_codes, sequence_length, split_codes
+from mmseq.sequence import NOTHING
 from mmseq.streams import STREAMS, VISION, stream_row
 from mmseq.tasks import Task
 from mmseq.testing import tiny

@@ -5,8 +5,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
+from mmseq.grammar import ALIASES, Duration, DurationRange, Group, Segment, parse_offset
 from mmseq.streams import STREAMS, lacking
-from mmseq.tasks import ALIASES, Duration, DurationRange, Group, Segment, Task, parse_offset
+from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
 
@@ -208,11 +209,18 @@ def test_an_offset_alone_is_one_offset(text):
         parse_offset(text)
 
 
-def test_lengths_are_changed_through_the_task():
-    assert str(Task.parse("text, (image, proprio -> action[1]) * 3").with_length("action", 4)) == (
-        "text, (image, proprio -> action[4]) * 3"
-    )
-    assert str(Task.parse("video[8], image -> action[16]").with_length("action", 2)) == "video[8], image -> action[2]"
+@pytest.mark.parametrize(
+    ("arrow", "shorter"),
+    [
+        ("text, (image, proprio -> action[8]) * 3", "text, (image, proprio -> action[4]) * 3"),
+        ("video[8], image@-9 -> action[2], image@+16", "video[4], image@-9 -> action[2], image@+4"),
+        ("video[0.3s], proprio[2.5s] -> image@+1s", "video[0.3s], proprio[0.4s] -> image@+0.4s"),
+        ("image, image@+2..10 -> action[4]", "image, image@+2..4 -> action[4]"),
+        ("image, image@+6..10 -> text", "image, image@+4 -> text"),
+    ],
+)
+def test_a_task_is_cut_to_what_an_episode_has_room_for(arrow, shorter):
+    assert str(Task.parse(arrow).at_most(4, 10.0)) == shorter
 
 
 def test_missing_names_what_an_episode_lacks():

@@ -28,13 +28,15 @@ import torch
 from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.samples import make_tokens
 from mmseq.bench.worker import PeakMemory, Worker, synchronised_clock
-from mmseq.data.mixture import Mixture, Sample, load_mix
+from mmseq.data.mixture import Mixture, load_mix
+from mmseq.data.moments import Sample
 from mmseq.errors import ConfigError, require
+from mmseq.layout import Layout
 from mmseq.model.config import ModelConfig
 from mmseq.model.device import default_device
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate, pack
-from mmseq.sequence import Layout, TokenSequence
+from mmseq.sequence import TokenSequence
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import OptimizerConfig
 from mmseq.training.distributed import start_deepspeed

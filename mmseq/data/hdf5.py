@@ -27,8 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,16 @@ import numpy as np
 
 from mmseq.data.hdf5_files import REPLACE, SPOKEN, Demo, demos_of, find_files, open_file, some
 from mmseq.data.hdf5_layout import ENDS, Facts, find_streams, phrasings, texts_of, truth
-from mmseq.data.mapping import Streams, describe, fill, left_out, taken
+from mmseq.data.mapping import Streams, taken
 from mmseq.data.pictures import to_rgb
-from mmseq.embodiment import Axes, Camera, Embodiment
+from mmseq.data.reader import DatasetReader, by_step
+from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
-from mmseq.errors import DataError, MMSeqError, did_you_mean, raise_all, require
-from mmseq.statistics import remarks
+from mmseq.errors import DataError, did_you_mean, raise_all, require
 from mmseq.streams import OWN_VECTORS
 
 
-class Hdf5Reader:
+class Hdf5Reader(DatasetReader):
     """robomimic or ALOHA demonstrations: a file, or a folder of files.
 
     rate_hz: steps per second, where the files do not say; episodes are not resampled.
@@ -63,19 +62,14 @@ class Hdf5Reader:
         map: Streams | None = None,
     ):
         require("h5py", "hdf5")
-        self.path = Path(path)
-        self._given, self._embodiment = embodiment, None
-        self.notes: list[str] = []  # for people: what is left out or assumed
+        super().__init__(path, embodiment)
         found = [demo for file in find_files(self.path) for demo in demos_of(file, map or {})]
         if all(demo.problem for demo in found):
             raise_all([demo.problem for demo in found if demo.problem][:1])
         found = self._without(found, "no steps", lambda d: any(e.steps for e in d.entries.values()))
         self._demos = self._of_one_rate(found)
         columns = {name: entry.column for demo in reversed(self._demos) for name, entry in demo.entries.items()}
-        self.streams = fill(find_streams([d.entries for d in self._sound]), map or {}, columns, str(path))
-        unused = left_out(columns, self.streams)
-        self.left_out = {name: advice for name, advice in unused.items() if name not in ENDS}
-        self.notes += describe(columns, self.left_out)
+        self._fill(find_streams([d.entries for d in self._sound]), map or {}, columns, used=ENDS)
         if not any(s.startswith(IMAGE_PREFIX) or s in OWN_VECTORS for s in self.streams):
             raise DataError(
                 f"{path} holds neither cameras nor states nor actions under names that are known, but "
@@ -162,9 +156,6 @@ class Hdf5Reader:
     def __len__(self) -> int:
         return len(self._demos)
 
-    def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
-
     def __getitem__(self, index: int) -> Episode:
         demo = self._demos[range(len(self))[index]]
         if demo.problem:
@@ -174,8 +165,7 @@ class Hdf5Reader:
             group = root[demo.group]
             for stream, names in demo.arrays(self.streams).items():
                 if stream.startswith(IMAGE_PREFIX):
-                    camera = stream.removeprefix(IMAGE_PREFIX)
-                    arrays[stream] = lambda camera=camera: np.stack(list(self.frames(index, camera)))
+                    arrays[stream] = partial(self._stack, index, stream.removeprefix(IMAGE_PREFIX))
                 else:
                     parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
                     parts = [v[:, taken(name, v.shape[1])] for name, v in zip(names, parts)]
@@ -218,11 +208,10 @@ class Hdf5Reader:
             value = group.attrs[name] if entry.attribute else group[name][()]
             per_step = entry.steps is not None and steps <= entry.steps <= steps + 1
             each = [tuple(phrasings(v)) for v in value[:steps]] if per_step else []
-            if not 1 < len(set(each)) < steps:  # the same at every step; or all different, a list that is as long
+            if 1 < len(set(each)) < steps:
+                spans += by_step(stream, each)[1]
+            else:  # the same at every step; or all different, a list that is as long
                 texts += texts_of(name, value)
-                continue
-            starts = [0, *(t for t in range(1, steps) if each[t] != each[t - 1]), steps]
-            spans += [TextSpan(stream, a, b, each[a]) for a, b in pairwise(starts) if each[a]]
         return list(dict.fromkeys(texts)), spans
 
     def _success(self, demo: Demo, group: Any) -> bool | None:
@@ -247,10 +236,6 @@ class Hdf5Reader:
                 return found
         return {}
 
-    @property
-    def cameras(self) -> list[str]:
-        return [s.removeprefix(IMAGE_PREFIX) for s in self.streams if s.startswith(IMAGE_PREFIX)]
-
     def frames(self, index: int, camera: str) -> Iterator[np.ndarray]:
         """The frames of episode `index` one at a time, uint8 (H, W, 3). Raises: DataError."""
         demo = self._demos[range(len(self))[index]]
@@ -270,39 +255,12 @@ class Hdf5Reader:
 
     # ------------------------------------------------------------------ the contract
 
-    def embodiment(self) -> Embodiment:
-        """The given contract, else one inferred with statistics over every episode."""
-        if self._embodiment is None:
-            self._embodiment = self._given or self._infer()
-        return self._embodiment
-
     def _infer(self) -> Embodiment:
-        """From every episode that can be read."""
-        good: list[Episode] = []
-        problems: list[MMSeqError] = []
-        for index in range(len(self)):
-            try:
-                good.append(self[index])
-            except MMSeqError as error:
-                problems.append(error)
-        if not good:
-            raise_all(problems[:1])
-        axes: dict[str, Axes] = {}
-        for stream in (s for s in self.streams if s not in SPOKEN and not s.startswith(IMAGE_PREFIX)):
-            values = [(f"episode {e.id}", e[stream]) for e in good if stream in e]
-            if values:
-                found = Axes.from_values(np.concatenate([v for _, v in values]), self._axis_names(stream))
-                self.notes += remarks(values, found.names, stream)
-                axes[stream] = found
-        return Embodiment(
-            name=self.robot or "unknown",
-            rate_hz=self.rate_hz,
-            cameras=tuple(self._camera(camera) for camera in self.cameras),
-            proprio=axes.pop("proprio", None),
-            action=axes.pop("action", None),
-            action_form=self._form or "absolute",
-            streams=axes,
-        )
+        good = list(self._readable(self.__getitem__))
+        found = {stream: [(f"episode {e.id}", e[stream]) for e in good if stream in e] for stream in self.vectors}
+        axes = {stream: self._axes(stream, of, self._axis_names(stream)) for stream, of in found.items() if of}
+        cameras = [self._camera(camera) for camera in self.cameras]
+        return self._contract(self.robot or "unknown", cameras, axes, self._form or "absolute")
 
     def _checked(self, demo: Demo, stream: str, values: np.ndarray) -> np.ndarray:
         """A vector that is as wide as in most episodes, and finite. Raises: DataError."""
@@ -335,13 +293,6 @@ class Hdf5Reader:
 
     def _camera(self, camera: str) -> Camera:
         """A camera with the size of the first of its pictures that can be read."""
-        problem: MMSeqError | None = None
-        for index, demo in enumerate(self._demos):
-            try:
-                if f"{IMAGE_PREFIX}{camera}" in demo.arrays(self.streams):
-                    height, width = next(self.frames(index, camera)).shape[:2]
-                    return Camera(name=camera, height=height, width=width)
-            except MMSeqError as error:
-                problem = problem or error
-        assert problem is not None
-        raise problem
+        having = [i for i, d in enumerate(self._demos) if f"{IMAGE_PREFIX}{camera}" in d.arrays(self.streams)]
+        height, width = next(self._readable(lambda index: next(self.frames(index, camera)).shape[:2], having))
+        return Camera(name=camera, height=height, width=width)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ from PIL import Image
 from mmseq.data.changed import Successful, SwappedColours
 from mmseq.data.contract import complete, doubts_about, read_contract
 from mmseq.data.hdf5_files import HDF5_SUFFIXES
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
 from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
@@ -53,24 +54,6 @@ MOST_BAD = 20  # episodes that are looked for, and listed, before an import is g
 SKIP = "--skip-bad {count}"  # how to leave out so many
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
-
-
-@runtime_checkable
-class EpisodeSource(Protocol):
-    """What every reader offers: a number of episodes, each one lazily, and its frames one at a time.
-
-    What is wrong with an episode is raised where that is opened, and `embodiment()` is of those that can be read. A
-    reader may also have `notes` (what is odd, and what it leaves out), `left_out` (the columns that nothing uses, with
-    the entry of a map that would), and `check(index)`, which finds fault with pictures without decoding them.
-
-    A reader is made with (path, rate_hz=..., embodiment=..., map=...); that of a plug-in says with a static method
-    `detects(path)` which paths it reads.
-    """
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Episode: ...
-    def embodiment(self) -> Embodiment | None: ...
-    def frames(self, index: int, camera: str) -> Iterator[np.ndarray]: ...
 
 
 def detect_format(src: str | Path) -> str:

@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ from mmseq.data.lerobot_layout import Layout, Record
 from mmseq.data.lerobot_rows import Rows
 from mmseq.data.lerobot_text import Texts
 from mmseq.data.lerobot_video import Videos
-from mmseq.data.mapping import Streams, describe, fill, kind_of, left_out
-from mmseq.embodiment import Axes, Camera, Embodiment
+from mmseq.data.mapping import Streams
+from mmseq.data.reader import DatasetReader
+from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.errors import DataError, EmbodimentError, MMSeqError
-from mmseq.statistics import remarks
+from mmseq.errors import DataError, EmbodimentError
 from mmseq.streams import OWN_VECTORS, STREAMS
 
 STATE, ACTION = "observation.state", "action"
@@ -61,16 +62,15 @@ def _guess_action_form(names: Sequence[str]) -> str:
     return "absolute"
 
 
-class LeRobotReader:
-    """A LeRobot dataset on disk: `len()`, `[i] -> Episode`, iteration, `embodiment()`.
+class LeRobotReader(DatasetReader):
+    """A LeRobot dataset on disk.
 
     rate_hz: steps per second, at most the dataset's; default: the embodiment's, else the dataset's.
     embodiment: the contract to hold the data to; default: meta/embodiment.json, else inferred. map: columns that fill
     streams, over what the usual names give.
     Reading episodes in order decodes each video file once; memory holds a decoder per camera and the
-    vectors of a few data files. `left_out` names the columns that nothing uses, `notes` says that and what is odd.
-    Raises: DataError for a dataset that is of another version, empty, or of which no episode can be read. What is
-    wrong with an episode is raised where that is opened.
+    vectors of a few data files.
+    Raises: DataError for a dataset that is of another version, empty, or of which no episode can be read.
     """
 
     def __init__(
@@ -80,20 +80,17 @@ class LeRobotReader:
         embodiment: Embodiment | None = None,
         map: Streams | None = None,
     ):
-        self.path = Path(path)
+        super().__init__(path, embodiment)
         self.layout = Layout(self.path)
         self.info, self.features, self.fps = self.layout.info, self.layout.features, self.layout.fps
         self.columns, self.notes = columns_of(self.layout), self.layout.notes
-        self.streams = fill(self._find(), map or {}, self.columns, str(self.path))
-        self.left_out = left_out(self.columns, self.streams)
-        self.notes += describe(self.columns, self.left_out)
-        if not self._cameras and not self._vector_streams:
+        self._fill(self._find(), map or {}, self.columns)
+        if not self.cameras and not self.vectors:
             raise DataError(
                 f"{self.path} has neither cameras nor {STATE} nor {ACTION}; {'; '.join(self.notes) or 'it is bare'}",
                 fix="say with --map which columns are what",
             )
         self._rows, self._videos = Rows(self.layout, self.streams), Videos(self.layout)
-        self._given, self._embodiment = embodiment, None
         stored = self.path / "meta" / "embodiment.json"
         if self._given is None and stored.exists():
             self._given = Embodiment.load(stored)
@@ -136,26 +133,20 @@ class LeRobotReader:
         rate = float(round(rate)) if abs(rate - round(rate)) < 1e-3 * rate else rate
         if np.abs(steps * rate - 1).max() > 0.01:
             return
-        shown = self._videos.parts.rate(next((f for _, f in self._filmed), None))
+        shown = self._videos.parts.rate(next(iter(self._filmed), None))
         close = lambda a, b: shown is not None and abs(a - b) < 0.02 * b
         self.notes.append(f"meta/info.json says {self.fps:g} steps per second, the timestamps {rate:g}")
         if close(shown, rate) and not close(shown, self.fps):
             self.notes[-1] += " and so do the videos, which decide"
             self.fps = rate
 
-    @property
-    def _filmed(self) -> list[tuple[str, str]]:
-        """Those of the cameras that are videos, not pictures in the rows."""
-        return [(camera, f) for camera, f in self._cameras if f not in self.layout.types]
+    def _feature(self, camera: str) -> str:
+        return self.streams[f"{IMAGE_PREFIX}{camera}"][0]
 
     @property
-    def _cameras(self) -> list[tuple[str, str]]:
-        """(camera, feature), in order."""
-        return [(s.removeprefix(IMAGE_PREFIX), n[0]) for s, n in self.streams.items() if s.startswith(IMAGE_PREFIX)]
-
-    @property
-    def _vector_streams(self) -> list[str]:
-        return [stream for stream in self.streams if kind_of(stream) == "vector"]
+    def _filmed(self) -> list[str]:
+        """The features of those cameras that are videos, not pictures in the rows."""
+        return [f for f in map(self._feature, self.cameras) if f not in self.layout.types]
 
     # ------------------------------------------------------------------ vectors
 
@@ -184,68 +175,40 @@ class LeRobotReader:
 
     # ------------------------------------------------------------------ contract
 
-    def embodiment(self) -> Embodiment:
-        """The contract of the robot, with statistics over every episode that can be read where it is inferred.
+    def _all(self, stream: str) -> list[tuple[str, np.ndarray]]:
+        """A vector stream of every episode that can be read, each with what to call it."""
 
-        Raises: DataError when the dataset contradicts meta/embodiment.json or the given one.
-        """
-        if self._embodiment is None:
-            self._embodiment = self._hold_to(self._given) if self._given is not None else self._infer()
-        return self._embodiment
+        def of(index: int) -> tuple[str, np.ndarray]:
+            record = self._rows.record(index)
+            return f"episode {record.index}", self._vectors(record, stream)
 
-    def _all(self, stream: str) -> np.ndarray:
-        """A vector stream of every episode that can be read, end to end; what is odd about its range is noted."""
-        found, problem = [], None
-        for index in range(len(self)):
-            try:
-                record = self._rows.record(index)
-                found.append((f"episode {record.index}", self._vectors(record, stream)))
-            except MMSeqError as error:
-                problem = problem or error
-        if not found:
-            raise problem or DataError(f"{self.path} has no {stream}")
-        self.notes += remarks(found, self._rows.axes(stream), stream)
-        return np.concatenate([values for _, values in found])
+        return list(self._readable(of))
 
-    def _size(self, camera: str, feature: str) -> tuple[int, int]:
+    def _size(self, camera: str) -> tuple[int, int]:
         """Height and width in pixels: what meta/info.json says where any episode agrees, else what most have."""
+        feature = self._feature(camera)
         shape, names = self.features.get(feature, {}).get("shape"), self.features.get(feature, {}).get("names")
         shape = [whole(n) for n in shape] if isinstance(shape, list) and len(shape) == 3 else [0, 0, 0]
         named = isinstance(names, list) and bool(names) and str(names[0]).startswith("channel")
         said = shape[1:] if named or (shape[0] in (1, 3) and shape[2] not in (1, 3)) else shape[:2]
         seen: Counter[tuple[int, int]] = Counter()
-        problem: MMSeqError | None = None
-        for index in range(len(self)):
-            try:
-                image = next(self.frames(index, camera, [0]))
-            except MMSeqError as error:
-                problem = problem or error
-                continue
+        for image in self._readable(lambda index: next(self.frames(index, camera, [0]))):
             seen[image.shape[0], image.shape[1]] += 1
             if tuple(said) in seen:
                 return image.shape[0], image.shape[1]
-        if not seen:
-            raise problem or DataError(f"{self.path} has no frames of {feature}")
         size = max(seen, key=lambda s: (seen[s], s))
         self.notes.append(f"{feature} is {size[0]} x {size[1]}, meta/info.json says {said[0]} x {said[1]}")
         return size
 
     def _infer(self) -> Embodiment:
-        sizes = [(camera, *self._size(camera, feature)) for camera, feature in self._cameras]
-        axes = {s: Axes.from_values(self._all(s), self._rows.axes(s)) for s in self._vector_streams}
-        return Embodiment(
-            name=self._robot_name(),
-            rate_hz=self.rate_hz,
-            cameras=tuple(Camera(name=name, height=height, width=width) for name, height, width in sizes),
-            proprio=axes.pop("proprio", None),
-            action=axes.pop("action", None),
-            action_form=self._action_form(),
-            streams=axes,
-        )
+        sizes = {camera: self._size(camera) for camera in self.cameras}
+        cameras = [Camera(name=name, height=height, width=width) for name, (height, width) in sizes.items()]
+        axes = {stream: self._axes(stream, self._all(stream), self._rows.axes(stream)) for stream in self.vectors}
+        return self._contract(self._robot_name(), cameras, axes, self._action_form())
 
     def _hold_to(self, given: Embodiment) -> Embodiment:
         wanted = given.vectors
-        for stream in dict.fromkeys((*self._vector_streams, *wanted)):
+        for stream in dict.fromkeys((*self.vectors, *wanted)):
             width = sum(map(self._rows.taken, self.streams.get(stream, ())))
             axes = len(wanted.get(stream, ()))
             if axes != width:
@@ -254,7 +217,7 @@ class LeRobotReader:
                     f"embodiment {given.name!r} has {axes} axes for {column}, {self.path} has {width}",
                     fix="correct meta/embodiment.json, pass the embodiment of this robot, or say with --map what it is",
                 )
-        ours = {name: self._size(name, feature) for name, feature in self._cameras}
+        ours = {camera: self._size(camera) for camera in self.cameras}
         theirs = {camera.name: (camera.height, camera.width) for camera in given.cameras}
         if ours != theirs:
             raise EmbodimentError(
@@ -265,7 +228,7 @@ class LeRobotReader:
             return given
         action = given.action
         if action is not None and given.action_form == "delta":  # steps are longer, so their sums are larger
-            action = Axes.from_values(self._all("action"), action.names, action.units)
+            action = self._axes("action", self._all("action"), action.names, action.units)
         return replace(given, rate_hz=self.rate_hz, action=action)
 
     def _action_form(self) -> str:
@@ -284,24 +247,15 @@ class LeRobotReader:
 
     # ------------------------------------------------------------------ episodes
 
-    @property
-    def cameras(self) -> list[str]:
-        return [camera for camera, _ in self._cameras]
-
     def __len__(self) -> int:
         return len(self.layout.records)
-
-    def __iter__(self) -> Iterator[Episode]:
-        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Episode:
         index = range(len(self))[index]
         record = self._rows.record(index)
         at = self._steps(len(record))
-        arrays: dict[str, Any] = {}
-        for camera, _ in self._cameras:
-            arrays[f"image.{camera}"] = lambda camera=camera: np.stack(list(self.frames(index, camera)))
-        arrays |= {stream: self._vectors(record, stream) for stream in self._vector_streams}
+        arrays: dict[str, Any] = {f"{IMAGE_PREFIX}{c}": partial(self._stack, index, c) for c in self.cameras}
+        arrays |= {stream: self._vectors(record, stream) for stream in self.vectors}
         texts, plans, spans = self._texts.of(record, at)
         return Episode.from_arrays(
             f"{self.path.name}/{record.index:06d}",
@@ -336,7 +290,7 @@ class LeRobotReader:
     def check(self, index: int) -> None:
         """What can be known of an episode's pictures without decoding them. Raises: DataError."""
         record = self._rows.record(index)
-        for _, feature in self._filmed:
+        for feature in self._filmed:
             for _ in self._videos.frames(record, feature, np.arange(0), self.fps):
                 pass
 
@@ -347,7 +301,7 @@ class LeRobotReader:
         Raises: DataError for a missing frame or a broken file.
         """
         record = self._rows.record(range(len(self))[index])
-        feature = dict(self._cameras)[camera]
+        feature = self._feature(camera)
         at = self._steps(len(record))
         at = at if steps is None else at[list(steps)]
         if feature in self.layout.types:

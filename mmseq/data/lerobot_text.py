@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import numpy as np
 from mmseq.data.lerobot_files import REFETCH, is_text, scalars, whole
 from mmseq.data.lerobot_layout import PERSISTENT, Record
 from mmseq.data.lerobot_rows import Rows
+from mmseq.data.reader import Phrasings, by_step
 from mmseq.episode import TextSpan
 from mmseq.errors import DataError, EpisodeError
-
-type Phrasings = list[tuple[str, ...]]  # of each step, () for none
 
 
 class Texts:
@@ -77,14 +75,6 @@ class Texts:
                 f"{self.rows.called(record)}: {name} is {unknown[0]}, for which meta/ has no text", fix=REFETCH
             )
         return ["" if n is None else texts[n] for n in numbers]
-
-
-def by_step(stream: str, phrasings: Phrasings) -> tuple[list[str], list[TextSpan]]:
-    """What holds for the whole episode, or the spans of a text that changes."""
-    cuts = [0, *(i for i in range(1, len(phrasings)) if phrasings[i] != phrasings[i - 1]), len(phrasings)]
-    if len(cuts) == 2:
-        return list(phrasings[0]), []
-    return [], [TextSpan(stream, a, b, phrasings[a]) for a, b in pairwise(cuts) if phrasings[a]]
 
 
 def active(entries: Sequence[dict[str, Any]] | None, now_s: float, style: str) -> str:

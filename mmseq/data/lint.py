@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.config import load_config
-from mmseq.data.mixture import MixConfig, Mixture, Moments, members_of, task_name
+from mmseq.data.mixture import MixConfig, Mixture, members_of
+from mmseq.data.moments import Moments
 from mmseq.data.tokens import TokenShards
-from mmseq.errors import DataError, MMSeqError, did_you_mean
+from mmseq.errors import DataError, MMSeqError
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 
@@ -39,8 +40,7 @@ def lint_mix(
     mix = load_config(MixConfig, mix_path)
     if not isinstance(tokenizers, Tokenizers):
         tokenizers = Tokenizers.load(tokenizers)
-    lint = Lint(weighting=mix.weighting)
-    _check_settings(mix, lint)
+    lint = Lint(problems=list(map(str, mix.problems())), weighting=mix.weighting)
     root = Path(root) if root is not None else Path(mix_path).parent
     shards = _open_shards(mix, Path(tokens), tokenizers, root, lint)
     members = {name: members_of(s, name, mix, "train") for name, s in shards.items()}
@@ -58,38 +58,6 @@ def lint_mix(
     if not lint.problems:
         lint.shares = Mixture(mix, tokens, tokenizers, row_tokens=row_tokens, seed=0).shares()
     return lint
-
-
-def _check_settings(mix: MixConfig, lint: Lint) -> None:
-    """What `MixConfig.check` says, but all of it."""
-    if not mix.sources:
-        lint.problems.append("the mix has no sources")
-    if not mix.tasks:
-        lint.problems.append("the mix has no tasks")
-    for name, source in mix.sources.items():
-        if source.weight < 0:
-            lint.problems.append(f"source {name}: weight {source.weight:g} is negative")
-    names = []
-    for task in mix.tasks:
-        if task.weight < 0:
-            lint.problems.append(f"task {task.task!r}: weight {task.weight:g} is negative")
-        for source in task.sources or []:
-            if source not in mix.sources:
-                lint.problems.append(
-                    f"task {task.task!r}: unknown source {source!r}: {did_you_mean(source, mix.sources)}"
-                )
-        try:
-            names.append(task_name(task))
-        except MMSeqError as error:
-            lint.problems.append(str(error))
-    lint.problems += [
-        f"two tasks are named {n!r}: give one of them a name" for n in sorted(set(names)) if names.count(n) > 1
-    ]
-    if not lint.problems:
-        try:
-            mix.check()
-        except MMSeqError as error:
-            lint.problems.append(str(error))
 
 
 def _open_shards(

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmseq.data.mixture import Mixture, Sample
-from mmseq.sequence import SegmentSpan, TokenSequence, split_codes
+from mmseq.data.mixture import Mixture
+from mmseq.data.moments import Sample
+from mmseq.layout import split_codes
+from mmseq.sequence import SegmentSpan, TokenSequence
 from mmseq.streams import TEXT, VISION, stream_row
 
 

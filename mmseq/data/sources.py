@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmseq.data.changed import Successful
-from mmseq.data.importing import BadEpisodes, EpisodeShardReader, EpisodeSource, open_episodes, survey
+from mmseq.data.importing import BadEpisodes, EpisodeShardReader, open_episodes, survey
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -109,10 +108,10 @@ def _mix(config: DemoConfig, out: Path, sources: list[str]) -> MixConfig:
     readers = {name: EpisodeShardReader(out / "data/episodes" / name) for name in sources}
     notes = [note for reader in readers.values() for note in reader.metadata]
     if config.data:
-        limit = max(1, min(note["length"] for note in notes) // 2)  # of a chunk: half of the shortest episode
+        shortest = min(notes, key=lambda note: note["length"])
+        limit = max(1, shortest["length"] // 2)  # of a chunk: half of the shortest episode
         for task in mix.tasks:
-            shorter = lambda found: f"{found[1]}{min(int(found[2]), limit)}"
-            task.task = re.sub(r"(\[|@\+)(\d+)", shorter, task.task)
+            task.task = str(Task.parse(task.task).at_most(limit, float(shortest["rate_hz"])))
     names = [[f"{name}/{note['id']}" for note in reader.metadata] for name, reader in readers.items()]
     mix.holdout = max(mix.holdout, *map(least_holdout, names))
     kept = []

@@ -6,7 +6,7 @@ many episodes, and each visit takes another moment and another phrasing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 
 from mmseq.episode import Episode
 from mmseq.errors import EpisodeError
+from mmseq.grammar import Duration
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import to_streams
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.sequence import TokenSource
 from mmseq.streams import TEXT
-from mmseq.tasks import Segment, Task
+from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
-from mmseq.tokenization.values import stream_name
+from mmseq.tokenization.values import by_name
 
 BATCH = 64  # requests that decode together
 FULL_COUNT_PASSES = 512  # a task that decodes more tokens than this gets fewer samples
@@ -185,16 +186,12 @@ class OtherActions:
 
     def __init__(self, case: Case, other: Case):
         self._case, self._other = case, other
-        self.rate_hz, self.embodiment = case.tokens.rate_hz, case.tokens.embodiment
-        self.features: Callable = case.tokens.features
-        self.demonstration: Callable = case.tokens.demonstration
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._case.tokens, name)
 
     def __len__(self) -> int:
         return len(self._case.tokens)
-
-    @property
-    def streams(self) -> Sequence[str]:
-        return self._case.tokens.streams
 
     def codes(self, stream: str, start: int, stop: int, variant: int = 0) -> np.ndarray:
         if stream != "action":
@@ -215,31 +212,17 @@ def shuffle_actions(cases: Sequence[Case], rng: np.random.Generator) -> list[Tok
     return sources
 
 
-def keys_of(task: Task, case: Case, tokenizers: Tokenizers) -> dict[str, list[tuple[Any, str | None]]]:
+def keys_of(task: Task, case: Case, tokenizers: Tokenizers) -> dict[str, list[tuple[PlacedSegment, str | None]]]:
     """Per predicted stream, named as in a prediction, its placed segments and their cameras."""
-    builder = tokenizers.builder()
-    expanded = [
-        (p, camera) for p in task.place(case.tokens.rate_hz) if p.predicted for camera in builder.expand(p, case.tokens)
-    ]
-    cameras = {camera for _, camera in expanded if camera}
-    found: dict[str, list[tuple[Any, str | None]]] = {}
-    for p, camera in expanded:
-        key = stream_name(p.stream, camera, several=len(cameras) > 1 or p.segment.camera is not None)
-        found.setdefault(key, []).append((p, camera))
-    return found
+    builder, tokens = tokenizers.builder(), case.tokens
+    predicted = [p for p in task.place(tokens.rate_hz) if p.predicted]
+    return by_name((p, camera, (p, camera)) for p in predicted for camera in builder.expand(p, tokens))
 
 
-def span(placed: Any, case: Case) -> tuple[int, int]:
-    """First step and one past the last of a placed segment in the episode of a case."""
-    if placed.start is None:  # `@end`
-        return len(case.episode) - 1, len(case.episode)
-    return case.now + placed.start, case.now + placed.stop
-
-
-def last_seen(placed: Any, case: Case) -> int:
+def last_seen(placed: PlacedSegment, case: Case) -> int:
     """The step of the last frame before a predicted picture or video."""
-    segment: Segment = placed.segment
+    segment = placed.segment
     if placed.start is None:
         return case.now
-    shift = 0 if segment.offset is None else segment.offset.steps(case.tokens.rate_hz)  # type: ignore[union-attr]
+    shift = segment.offset.steps(case.tokens.rate_hz) if isinstance(segment.offset, Duration) else 0
     return case.now + placed.start - shift - (segment.stream == "video")

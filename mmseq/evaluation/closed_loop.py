@@ -14,11 +14,7 @@ any machine:
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from mmseq.evaluation.results import Result, wilson
 from mmseq.evaluation.splices import Splices
 from mmseq.plugins import find
 from mmseq.simulation.experts import DEMO_SPREAD, DEMO_TASKS
+from mmseq.simulation.workers import environment, run_jobs
 
 CONTROLLERS = ("policy", "blanked_images", "random", "hold", "replay", "expert_tokens")
 
@@ -154,44 +151,15 @@ def _serve_and_drive(
                 for task in config.tasks
                 for start in range(0, config.episodes, 5)
             ]
-            return list(_run(jobs, config, on_progress))
-
-
-def _run(
-    jobs: list[tuple], config: ClosedLoopConfig, on_progress: Callable[[int, int], None] | None
-) -> Iterable[Rollout]:
-    total = len(config.controllers) * len(config.tasks) * config.episodes
-    done = 0
-    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
-    with ProcessPoolExecutor(min(config.workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
-        for rollouts in pool.map(_drive, jobs):
-            for rollout in rollouts:
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, total)
-                yield rollout
-
-
-def _start_worker() -> None:
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("mmseq_client").setLevel(logging.ERROR)  # each episode begins with a hold
-
-
-_environments: dict[tuple, Any] = {}
+            total = len(config.controllers) * len(config.tasks) * config.episodes
+            return list(run_jobs(_drive, jobs, config.workers, total, on_progress))
 
 
 def _drive(job: tuple) -> list[Rollout]:
     """A few episodes of one task under one controller, in a worker process."""
     simulator, controller, task, start, stop, settings, port, bins = job
     scene = {} if settings["spread"] is None else {"spread": settings["spread"]}
-    key = (simulator, task, settings["spread"])
-    if key not in _environments:
-        for env in _environments.values():
-            env.close()
-        _environments.clear()
-        _environments[key] = simulator(task, **scene)
-    env = _environments[key]
+    env = environment((simulator, task, settings["spread"]), lambda: simulator(task, **scene))
     client = None
     if port is not None:
         from mmseq_client import Client

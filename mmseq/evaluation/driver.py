@@ -10,8 +10,9 @@ import numpy as np
 from mmseq.errors import ServeError
 from mmseq.evaluation.controllers import OTHER_LAYOUT, expert_episode
 from mmseq.evaluation.splices import SpliceMeter
+from mmseq.grammar import parse_offset
 from mmseq.simulation.base import Simulator, to_wire
-from mmseq.tasks import Task, parse_offset
+from mmseq.tasks import Task
 
 
 class Driver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,25 +54,6 @@ def write_results(path: str | Path, results: Iterable[Result]) -> None:
     """Write a JSON list, one row per result."""
     rows = [json.dumps(asdict(result), ensure_ascii=False) for result in results]
     Path(path).write_text("[\n" + ",\n".join(f"  {row}" for row in rows) + "\n]\n" if rows else "[]\n")
-
-
-def read_results(path: str | Path) -> list[Result]:
-    """Raises: DataError when the file is absent or a row lacks a field or has one too many."""
-    try:
-        rows = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the results {path}: {error}") from error
-    wanted = {field.name for field in fields(Result)}
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds {type(rows).__name__}, not a list of results")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or set(row) != wanted:
-            found = set(row) if isinstance(row, dict) else {type(row).__name__}
-            raise DataError(
-                f"{path}: row {number} differs in {', '.join(sorted(found ^ wanted))}",
-                fix=f"a row has exactly the fields {', '.join(field.name for field in fields(Result))}",
-            )
-    return [Result(**row) for row in rows]
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -24,11 +24,12 @@ from mmseq.errors import ConfigError, ModelError, TaskError
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.prefixes import Prefixes
 from mmseq.inputs import ModelInput
+from mmseq.layout import sequence_length
 from mmseq.model.range_loss import add_copies
 from mmseq.model.readout import best_codes, mean_codes
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.model.transformer import Cache
-from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource, sequence_length
+from mmseq.sequence import NOTHING, Draft, SequenceBuilder, TokenSource
 from mmseq.streams import TEXT, VECTOR
 from mmseq.tasks import PlacedSegment, Task
 

@@ -19,10 +19,10 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.inference.predict import Prediction
 from mmseq.mp4 import write_video
 from mmseq.streams import VECTOR, VISION, stream_row
-from mmseq.tasks import END, Task
+from mmseq.tasks import PlacedSegment, Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.pictures import psnr, strip
-from mmseq.tokenization.values import join, stream_name, values_of
+from mmseq.tokenization.values import by_name, join, values_of
 
 
 def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[str, Any]:
@@ -32,29 +32,17 @@ def truth(task: Task, episode: Episode, t: int, tokenizers: Tokenizers) -> dict[
     """
     tokens = EpisodeTokens(episode, tokenizers)
     views = tokenizers.builder().views(tokens.embodiment, tokens.streams)
-    predicted = [p for p in task.place(episode.rate_hz) if p.predicted]
-    expanded = [
-        (p, camera)
-        for p in predicted
-        for camera in ((p.segment.camera and [p.segment.camera]) or views if p.row.kind.cameras else [None])
-    ]
-    several = len({camera for _, camera in expanded if camera}) > 1
-    found: dict[str, list[Any]] = {}
-    lacking: set[str] = set()
-    for p, camera in expanded:
-        key = stream_name(p.stream, camera, several=several or p.segment.camera is not None)
-        start, stop = p.start, p.stop
-        if p.segment.offset == END:
-            start, stop = len(episode) - 1 - t, len(episode) - t
-        start, stop = (t, t + 1) if start is None or stop is None else (t + start, t + stop)
+
+    def value(p: PlacedSegment, camera: str | None) -> Any:
         stream = f"{IMAGE_PREFIX}{camera}" if camera else p.stream
+        start, stop = p.span(t, len(episode))
         inside = stream in tokens.streams and start >= 0 and stop <= len(episode)
-        value = values_of(stream).truth(tokens, stream, start, stop) if inside else None
-        if value is None:
-            lacking.add(key)
-        else:
-            found.setdefault(key, []).append(value)
-    return {key: join(key, values) for key, values in found.items() if key not in lacking}
+        return values_of(stream).truth(tokens, stream, start, stop) if inside else None
+
+    cameras = lambda p: (p.segment.camera and [p.segment.camera]) or views if p.row.kind.cameras else [None]
+    predicted = [(p, camera) for p in task.place(episode.rate_hz) if p.predicted for camera in cameras(p)]
+    found = by_name((p, camera, value(p, camera)) for p, camera in predicted)
+    return {key: join(key, values) for key, values in found.items() if not any(v is None for v in values)}
 
 
 def write_prediction(

@@ -21,7 +21,7 @@ from mmseq.sequence import TokenSequence, TokenSource
 from mmseq.streams import VECTOR, lacking
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
-from mmseq.tokenization.values import join, stream_name, values_of
+from mmseq.tokenization.values import by_name, join, values_of
 
 
 @dataclass
@@ -149,12 +149,11 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
 
 def to_streams(decoded: Sequence[Decoded], tokenizers: Tokenizers, tokens: TokenSource) -> dict[str, Any]:
     """Codes back to arrays, pictures and text. Repeated segments are joined in time."""
-    found: dict[str, list[Any]] = {}
-    cameras = {d.camera for d in decoded if d.camera}
-    for d in decoded:
+
+    def value(d: Decoded) -> Any:
         row = d.segment.row
-        key = stream_name(row.name, d.camera, several=len(cameras) > 1 or d.segment.segment.camera is not None)
         mean = d.expectation if d.expectation is not None else float(d.codes.flat[0]) if d.codes.size else 0.0
-        value = values_of(row.name).decode(tokenizers, row, d.codes, tokens.embodiment, mean)
-        found.setdefault(key, []).append(value)
+        return values_of(row.name).decode(tokenizers, row, d.codes, tokens.embodiment, mean)
+
+    found = by_name((d.segment, d.camera, value(d)) for d in decoded)
     return {key: join(key, values) for key, values in found.items()}

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mmseq.data.importing import EpisodeSource, square
+from mmseq.data.importing import square
 from mmseq.data.lerobot_writer import LeRobotWriter
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import open_source
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, Stream

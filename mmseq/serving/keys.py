@@ -1,4 +1,4 @@
-"""The keys of an observation: ours, openpi's spellings of them, and a client's own names for them.
+"""The keys of an observation: those of the table of streams, openpi's spellings, and a client's own names for them.
 
 openpi's: `/` for `.`, `state`, nested `images`, `observation/image` (the only or the first camera),
 `observation/<camera>_image`, and a state in parts (`PARTS`).
@@ -7,24 +7,36 @@ openpi's: `/` for `.`, `state`, nested `images`, `observation/image` (the only o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmseq.embodiment import Embodiment
+from mmseq.embodiment import Axes, Embodiment
 from mmseq.errors import ConfigError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
-from mmseq.serving.policy import Contract, image_keys, vector_keys
-from mmseq.streams import STREAMS
+from mmseq.streams import STREAMS, stream_row
 
-IMAGES = "observation.images."
-DEMO = "demo.images."  # frames of a demonstration, kept for the episode
-STATE = "observation.state"
+if TYPE_CHECKING:
+    from mmseq.serving.policy import Contract
+
+IMAGES = str(STREAMS["image"].wire)
+DEMO = str(STREAMS["demo"].wire)  # frames of a demonstration, kept for the episode
+STATE = str(STREAMS["proprio"].wire)
 PARTS = ("observation.joint_position", "observation.gripper_position")  # of the state, as openpi's DROID client has it
 OTHER_KEYS = ("prompt", "embodiment", "embodiment_fingerprint", "action_prefix", "options")
 # that a `predict` may have as well: what the table gives a key of its own
 PREDICT_KEYS = ("rate_hz", "step", *(row.wire for row in STREAMS.values() if row.wire and row.wire == row.name))
+
+
+def image_keys(embodiment: Embodiment) -> list[str]:
+    return [IMAGES + camera.name for camera in embodiment.cameras]
+
+
+def vector_keys(embodiment: Embodiment, clock: str = "observed") -> dict[str, Axes]:
+    """The keys of the vectors that are observed, or `commanded` from now on, and their axes."""
+    rows = [(stream_row(name), axes) for name, axes in embodiment.vectors.items()]
+    return {str(row.wire): axes for row, axes in rows if row.clock == clock}
 
 
 def canonical_keys(

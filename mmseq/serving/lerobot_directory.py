@@ -19,10 +19,9 @@ from mmseq_client.contract import reads_prompt
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError
 from mmseq.model.export import require_new
+from mmseq.serving.keys import IMAGES, STATE
 from mmseq.serving.model_policy import ModelPolicy, required_keys
 from mmseq.streams import TEXT
-
-STATE = "observation.state"
 
 
 def export_lerobot(
@@ -91,7 +90,7 @@ def policy_config(
     inputs: dict[str, Any] = {
         key: {"type": "VISUAL", "shape": [3, camera.height, camera.width]}
         for camera in robot.cameras
-        if (key := f"observation.images.{camera.name}") in wanted
+        if (key := IMAGES + camera.name) in wanted
     }
     told = any(segment.stream == TEXT.name for segment in served.arrow.given)
     looks = reads_prompt({"policy": str(served.arrow)})  # to plug-ins of before, which know no such setting
@@ -131,7 +130,7 @@ def processors(device: str) -> dict[str, Any]:
 
 def _readme(served: ModelPolicy, robot: Embodiment, wanted: list[str], server: str | None) -> str:
     assert robot.action is not None
-    sizes = {f"observation.images.{c.name}": f"RGB, {c.height} x {c.width} or larger" for c in robot.cameras}
+    sizes = {IMAGES + c.name: f"RGB, {c.height} x {c.width} or larger" for c in robot.cameras}
     rows = [f"| `{key}` | {sizes.get(key) or list(robot.proprio.names if robot.proprio else ())} |" for key in wanted]
     lines = [
         f"# {served.name}: a policy of mmseq for LeRobot",

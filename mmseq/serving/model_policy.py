@@ -20,6 +20,7 @@ import numpy as np
 
 from mmseq.embodiment import Embodiment
 from mmseq.errors import CheckpointError, ConfigError, MMSeqError, ModelError, TaskError, did_you_mean
+from mmseq.grammar import ALIASES
 from mmseq.inference.compiled import CompiledExtend
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.inference.predict import require_parallel, to_streams
@@ -40,7 +41,7 @@ from mmseq.serving.observed import (
     required_keys,
 )
 from mmseq.streams import lacking
-from mmseq.tasks import ALIASES, Task
+from mmseq.tasks import Task
 
 log = logging.getLogger("mmseq.serving")
 

@@ -33,8 +33,8 @@ from mmseq.embodiment import Axes, Camera, Embodiment
 from mmseq.errors import EmbodimentError, did_you_mean
 from mmseq.serving.chunking import TURN_KEYS
 from mmseq.serving.errors import RequestError
-from mmseq.serving.keys import DEMO, IMAGES, OTHER_KEYS, PREDICT_KEYS, canonical_keys
-from mmseq.serving.policy import Contract, image_keys, plan_keys, vector_keys
+from mmseq.serving.keys import DEMO, IMAGES, OTHER_KEYS, PREDICT_KEYS, canonical_keys, image_keys, vector_keys
+from mmseq.serving.policy import Contract
 
 ENLARGED = 8  # times, at most: what is smaller is no picture of such a camera
 MAX_SHOWN = 4096  # frames of a demonstration
@@ -208,7 +208,7 @@ def _check_given(key: str, value: Any, embodiment: Embodiment, rules: Observatio
         if (shown or at) and np.ndim(value) == 4 and len(value) > MAX_SHOWN:
             raise RequestError("too_large", f"{key!r} has {len(value)} frames, at most {MAX_SHOWN} are read", key=key)
         return check_image(value, cameras[camera], key=key, frames=frames or shown)
-    if base in (plans := plan_keys(embodiment)):
+    if base in (plans := vector_keys(embodiment, "commanded")):
         found = check_vectors(value, plans[base], key=key, ndim=2)
     else:
         axes = vector_keys(embodiment).get(base)

@@ -19,9 +19,10 @@ from mmseq_client.rules import resting_action
 from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import ConfigError, TaskError
+from mmseq.grammar import END, Duration, Segment, parse_offset
 from mmseq.serving.keys import DEMO, IMAGES, STATE
 from mmseq.streams import IMAGE_PREFIX, STREAMS, VECTOR, VISION, StreamRow, of_kind, row_of, stream_row
-from mmseq.tasks import END, Duration, Segment, Task, parse_offset
+from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
 _FUTURE = 1 << 20  # an observation has no end

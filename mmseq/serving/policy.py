@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from mmseq_client import rest_action
 
-from mmseq.embodiment import Axes, Embodiment
+from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import MMSeqError, ServeError, TaskError
 from mmseq.serving.chunking import Chunking
 from mmseq.serving.errors import RequestError
-from mmseq.streams import SCALAR, TEXT, stream_row
+from mmseq.serving.keys import STATE, image_keys
+from mmseq.streams import SCALAR, TEXT
 from mmseq.tasks import Task
 
 log = logging.getLogger("mmseq.serving")
@@ -162,23 +163,7 @@ class Contract:
         """The keys without which `embodiment` cannot be served."""
         if self.required_keys is not None:
             return self.required_keys[embodiment.name]
-        return (*image_keys(embodiment), *(["observation.state"] if embodiment.proprio else []))
-
-
-def image_keys(embodiment: Embodiment) -> list[str]:
-    return [f"observation.images.{camera.name}" for camera in embodiment.cameras]
-
-
-def vector_keys(embodiment: Embodiment) -> dict[str, Axes]:
-    """The keys of the vectors that are observed, and their axes."""
-    rows = [(stream_row(name), axes) for name, axes in embodiment.vectors.items()]
-    return {str(row.wire): axes for row, axes in rows if row.clock == "observed"}
-
-
-def plan_keys(embodiment: Embodiment) -> dict[str, Axes]:
-    """The keys of the vectors that are commanded from now on, and their axes."""
-    rows = [(stream_row(name), axes) for name, axes in embodiment.vectors.items()]
-    return {str(row.wire): axes for row, axes in rows if row.clock == "commanded"}
+        return (*image_keys(embodiment), *([STATE] if embodiment.proprio else []))
 
 
 MAX_HISTORY = 1024  # control steps that a policy may look back

@@ -20,7 +20,7 @@ from mmseq.serving.answers import answer, broken
 from mmseq.serving.chunking import Chunking, take_turn
 from mmseq.serving.errors import RequestError
 from mmseq.serving.holds import NO_REASON, Holds
-from mmseq.serving.keys import check_aliases
+from mmseq.serving.keys import STATE, check_aliases
 from mmseq.serving.observation import ObservationRules, check_given, check_observation
 from mmseq.serving.policy import Contract, Policy, prepare
 from mmseq.serving.safety import GateConfig, SafetyGate
@@ -186,7 +186,7 @@ class Service:
         before = memory.before(step) if step is not None and turn.chunking != "plain" else None
         stood = before is None and turn.chunking != "plain" and (session.standing or step is not None)
         if stood:
-            before = self.gate.observed(_latest(checked.get("observation.state")), embodiment)
+            before = self.gate.observed(_latest(checked.get(STATE)), embodiment)
         first: dict[str, Any] = {}
         if mode == "ensemble" and step is not None:
             # only what passed by itself is averaged: one outlier would pull the mean for a whole horizon

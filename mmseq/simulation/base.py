@@ -17,6 +17,7 @@ import numpy as np
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX
 from mmseq.plugins import find
+from mmseq.streams import row_of
 
 
 class Simulator(Protocol):
@@ -78,9 +79,8 @@ def to_wire(observation: dict[str, np.ndarray], cameras: Sequence[str]) -> dict[
     named = {name: name.removeprefix(IMAGE_PREFIX) for name in images}
     if not set(named.values()) <= set(cameras):
         named = dict(zip(images, cameras))
-    wire = {f"observation.images.{camera}": observation[name] for name, camera in named.items()}
-    others = {name: "state" if name == "proprio" else name for name in observation if name not in images}
-    return wire | {f"observation.{key}": observation[name] for name, key in others.items()}
+    wire = {f"{row_of(name).wire}{camera}": observation[name] for name, camera in named.items()}
+    return wire | {str(row_of(name).wire): values for name, values in observation.items() if name not in images}
 
 
 def quantise(action: np.ndarray, bins: int = 64, low: Any = -1.0, high: Any = 1.0) -> np.ndarray:

@@ -11,8 +11,9 @@ What stands in for human video in tests and in the demo: another body, another v
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,18 +33,14 @@ def write_human_videos(
     videos_per_task: int,
     *,
     seed: int = 1,
-    noise: float = 0.0,
-    spread: float = 1.0,
-    workers: int = 2,
-    camera: str = "human",
-    size: int = 64,
     rate_hz: float = 20,
-    on_progress: Callable[[int, int], None] | None = None,
+    **scene: Any,
 ) -> list[Path]:
     """Write MP4 files and `captions.jsonl` into the folder `path`; returns the files.
 
     Each line of `captions.jsonl` holds `file`, `caption`, `captions` (all phrasings), `plan` and `task`. There are
-    no actions and no proprio anywhere. The other arguments are those of `record_episodes`.
+    no actions and no proprio anywhere. scene: the other arguments of `record_episodes`; of a camera named `human`,
+    without noise.
 
     Raises: DataError when `path` holds captions already.
     """
@@ -51,19 +48,8 @@ def write_human_videos(
     if (path / "captions.jsonl").exists():
         raise DataError(f"{path} already holds videos", fix="choose another folder or remove it")
     path.mkdir(parents=True, exist_ok=True)
-    episodes = record_episodes(
-        tasks,
-        videos_per_task,
-        seed=seed,
-        noise=noise,
-        spread=spread,
-        workers=workers,
-        camera=camera,
-        body="human",
-        size=size,
-        rate_hz=rate_hz,
-        on_progress=on_progress,
-    )
+    settings = {"noise": 0.0, "camera": "human", **scene, "body": "human", "rate_hz": rate_hz}
+    episodes = record_episodes(tasks, videos_per_task, seed=seed, **settings)
     files, lines = [], []
     for number, episode in enumerate(episodes):
         files.append(path / f"{episode.task}-{number % videos_per_task:04d}.mp4")

@@ -9,11 +9,8 @@ same order. The expert is disturbed in short bursts; what is recorded is what wa
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +21,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import DataError, EpisodeError
 from mmseq.simulation.experts import MAX_STEPS, TASKS, task_language
 from mmseq.simulation.metaworld import PROPRIO_NAMES, ROBOT, MetaWorldEnv, robot
+from mmseq.simulation.workers import environment, run_jobs
 
 STEPS_AFTER_SUCCESS = 4  # a chunk of H actions needs H, or no sample of it comes from just before the success
 ATTEMPTS = 12  # seeds tried for one episode before giving up; the hardest task of `TASKS` fails on a quarter
@@ -122,44 +120,14 @@ def in_workers(
         for task in tasks
         for first in range(0, episodes_per_task, 5)
     ]
-    done, total = 0, len(tasks) * episodes_per_task
-    for episodes in _run(jobs, workers):
-        for episode in episodes:
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
-            yield episode
-
-
-def _run(jobs: list[tuple], workers: int) -> Iterator[list[RecordedEpisode]]:
-    if workers <= 1 or len(jobs) == 1:
-        yield from map(_record_job, jobs)
-        return
-    context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
-        try:
-            yield from pool.map(_record_job, jobs)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer would start a thread per core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-_environments: dict[tuple, MetaWorldEnv] = {}  # building one takes half a second, so a process keeps its last
+    apart = workers if workers > 1 and len(jobs) > 1 else 0
+    yield from run_jobs(_record_job, jobs, apart, len(tasks) * episodes_per_task, on_progress)
 
 
 def _record_job(job: tuple[Callable, str, range, dict, dict]) -> list[RecordedEpisode]:
     record, task, numbers, scene, settings = job
-    key = (task, *scene.values())
-    if key not in _environments:
-        for env in _environments.values():
-            env.close()
-        _environments.clear()
-        _environments[key] = MetaWorldEnv(task, **scene)
-    return [record(_environments[key], number, **settings) for number in numbers]
+    env = environment((task, *scene.values()), lambda: MetaWorldEnv(task, **scene))
+    return [record(env, number, **settings) for number in numbers]
 
 
 def _record(env: MetaWorldEnv, number: int, *, seed: int, **settings: Any) -> RecordedEpisode:

@@ -17,8 +17,9 @@ import torch
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import CheckpointError, ConfigError, EpisodeError, FingerprintError, TaskError, did_you_mean
+from mmseq.layout import Layout
 from mmseq.plugins import find
-from mmseq.sequence import Layout, SequenceBuilder
+from mmseq.sequence import SequenceBuilder
 from mmseq.streams import (
     IMAGE_PREFIX,
     OUTCOME,

@@ -58,7 +58,7 @@ class TextTokenizer:
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int = 512, seed: int = 0) -> TextTokenizer:
+    def train(cls, texts: Iterable[str], *, vocab_size: int = 512) -> TextTokenizer:
         """A SentencePiece unigram model with byte fallback, at most `vocab_size` pieces."""
         import sentencepiece
 

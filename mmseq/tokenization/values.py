@@ -14,7 +14,7 @@ outcome  success and near its end        probability of yes             share of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from mmseq.streams import (
     row_of,
     stream_row,
 )
+from mmseq.tasks import PlacedSegment
 from mmseq.tokenization.pictures import psnr, strip
 
 if TYPE_CHECKING:
@@ -223,9 +224,18 @@ def axis_groups(axes: Axes, robot: Embodiment) -> dict[str, list[int]]:
     return groups
 
 
-def stream_name(stream: str, camera: str | None, *, several: bool) -> str:
-    """How a prediction names a stream of a camera. several: cameras, so that each is named."""
-    return f"{stream}.{camera}" if camera and several else stream
+def by_name[T](parts: Iterable[tuple[PlacedSegment, str | None, T]]) -> dict[str, list[T]]:
+    """What belongs to each predicted segment of a camera, in order, under the names of a prediction.
+
+    A name says the camera where there are several, or where the arrow names it.
+    """
+    parts = list(parts)
+    several = len({camera for _, camera, _ in parts if camera}) > 1
+    found: dict[str, list[T]] = {}
+    for p, camera, value in parts:
+        named = camera and (several or p.segment.camera is not None)
+        found.setdefault(f"{p.stream}.{camera}" if named else p.stream, []).append(value)
+    return found
 
 
 def join(key: str, values: list[Any]) -> Any:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from mmseq.errors import ConfigError, MMSeqError, did_you_mean, raise_all
+from mmseq.layout import Layout
 from mmseq.model.attention import BACKENDS
 from mmseq.model.config import ModelConfig
 from mmseq.model.transformer import Transformer
-from mmseq.sequence import Layout
 from mmseq.training.checkpoint import complete_checkpoints, require_same
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import deepspeed_settings

@@ -28,7 +28,6 @@ from mmseq.config import load_config, to_yaml
 from mmseq.data.contract import complete, questionnaire, read_contract, unknown_units
 from mmseq.data.importing import (
     EpisodeShardReader,
-    EpisodeSource,
     import_episodes,
     notes_of,
     open_episodes,
@@ -36,16 +35,9 @@ from mmseq.data.importing import (
     survey,
     values_of,
 )
-from mmseq.data.mixture import (
-    MixConfig,
-    Moments,
-    SourceConfig,
-    TaskConfig,
-    least_holdout,
-    load_mix,
-    save_mix,
-    task_name,
-)
+from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.moments import Moments
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
@@ -109,7 +101,7 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     old = SequenceModel.from_pretrained(checkpoint)
     assert old.tokenizers is not None
     recipe = _recipe(config, old, out)
-    _refuse_another(config, out)
+    _refuse_another(out)
     say = _once(say)
     robot, source = _contract(config, old.tokenizers, out, say)
     notes, bad = survey(source, robot, config.skip_bad, config.dataset, say)
@@ -168,7 +160,7 @@ def _say_doubts(robot: Embodiment, say: Callable[[str], None]) -> None:
             say(f"note: {stream} {', '.join(still)} never moves in this dataset; limits in the embodiment widen it")
 
 
-def _refuse_another(config: FinetuneConfig, out: Path) -> None:
+def _refuse_another(out: Path) -> None:
     """Raises: ConfigError when `out` holds something that no fine-tuning wrote."""
     others = [p.name for p in out.iterdir() if p.name != "embodiment.yaml"] if out.is_dir() else []
     if others and not (out / BEGUN).is_file():

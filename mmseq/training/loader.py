@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmseq.data.mixture import DataState, MixConfig, Mixture, RowOrder, Sample
+from mmseq.data.mixture import DataState, MixConfig, Mixture, RowOrder
+from mmseq.data.moments import Sample
 from mmseq.errors import MMSeqError
 from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mmseq.data.mixture import Sample
+from mmseq.data.moments import Sample
 from mmseq.errors import DependencyError, require
 from mmseq.plugins import find
 from mmseq.training.config import TrainConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from mmseq.data.mixture import MixConfig, Moments, task_name
+from mmseq.data.mixture import MixConfig, task_name
+from mmseq.data.moments import Moments
 from mmseq.data.tokens import EpisodePlan
 from mmseq.errors import ConfigError
 from mmseq.tasks import Task

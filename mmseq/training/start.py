@@ -16,12 +16,12 @@ from yaml import YAMLError
 from mmseq.config import to_yaml
 from mmseq.data.mixture import MixConfig, Mixture
 from mmseq.errors import CheckpointError, ConfigError, FingerprintError, MMSeqError, did_you_mean
+from mmseq.layout import Layout
 from mmseq.model.config import CHECKPOINT_FIELDS, LANGUAGE_MODEL_FIELDS, ModelConfig
 from mmseq.model.families import read_config
 from mmseq.model.language_model import from_language_model, read_json, require_language_model
 from mmseq.model.sequence_model import CONFIG_FILE, TOKENIZERS_FOLDER, SequenceModel
 from mmseq.model.weights import StoredWeights
-from mmseq.sequence import Layout
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.distributed import agree

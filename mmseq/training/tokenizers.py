@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.data.importing import EpisodeSource
 from mmseq.data.mixture import holdout_rank
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import partial_folder, replace_folder
 from mmseq.data.sources import bad_episodes, embodiments_of, open_source
 from mmseq.embodiment import Embodiment

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmseq.data.mixture import Mixture, Sample
+from mmseq.data.mixture import Mixture
+from mmseq.data.moments import Sample
 from mmseq.errors import DataError, MMSeqError
 from mmseq.packing import Batch, collate
 from mmseq.sequence import TokenSequence, void_sequence

@@ -19,7 +19,7 @@ from mmseq.data.mapping import read_map
 from mmseq.episode import Episode, TextSpan
 from mmseq.errors import DataError, EpisodeError, MMSeqError
 from mmseq.reading import Reading
-from mmseq.testing.lerobot_sets import TASKS, Made, encode, picture, shown
+from support.lerobot_sets import TASKS, Made, encode, picture, shown
 
 FRONT = "observation.images.front"
 LENGTHS = (5, 3, 6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmseq.data.lerobot import LeRobotReader
-from mmseq.testing.lerobot_sets import LOSSLESS, ODD, Made, make, oddities, shown
+from support.lerobot_sets import LOSSLESS, ODD, Made, make, oddities, shown
 
 FAST, ALL = 20, 200
 

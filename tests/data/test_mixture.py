@@ -9,17 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.data import mixture as mixture_module
-from mmseq.data.mixture import (
-    DataState,
-    MixConfig,
-    Mixture,
-    RowOrder,
-    SourceConfig,
-    TaskConfig,
-    held_out,
-    load_mix,
-    permute,
-)
+from mmseq.data.mixture import DataState, MixConfig, Mixture, RowOrder, SourceConfig, TaskConfig, held_out, load_mix
+from mmseq.data.moments import permute
 from mmseq.data.tokens import write_token_shards
 from mmseq.errors import ConfigError, DataError, FingerprintError, TaskError
 from mmseq.testing import tiny

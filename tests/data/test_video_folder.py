@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from mmseq.data.importing import open_episodes
 from mmseq.data.video import read_frames
 from mmseq.data.video_folder import VideoFolderReader, read_video_episode, resample_indices
-from mmseq.episode import Episode
-from mmseq.errors import DataError, EpisodeError
+from mmseq.errors import DataError
 from mmseq.mp4 import write_video
 from mmseq.reading import Reading
 
@@ -80,13 +80,9 @@ def test_an_empty_folder_says_what_belongs_there(tmp_path):
 
 def test_a_video_is_read_as_its_owner_says(clip):
     path, _ = clip
-    plain = Episode.from_video(path, texts=["a texture"], rate_hz=5)
-    read = Episode.from_video(path, rate_hz=5, reading=Reading(swap_colours=["main"], assume_success=True))
-    assert (plain.id, plain.texts, plain.success, read.success) == ("clip", ["a texture"], None, True)
-    np.testing.assert_array_equal(read["image.main"], plain["image.main"][..., ::-1])
+    read = lambda **said: open_episodes(path, Reading(**said), format="video", rate_hz=5)[0]
+    plain, changed = read(), read(swap_colours=["main"], assume_success=True)
+    assert (plain.success, changed.success) == (None, True)
+    np.testing.assert_array_equal(changed["image.main"], plain["image.main"][..., ::-1])
     with pytest.raises(DataError, match="no map changes"):
-        Episode.from_video(path, reading=Reading(map={"image.a": "b"}))
-    with pytest.raises(EpisodeError, match=r"is a folder\. Name one of its videos"):
-        Episode.from_video(path.parent)
-    with pytest.raises(DataError, match="does not exist"):
-        Episode.from_video(path.with_name("no.mp4"))
+        read(map={"image.a": "b"})

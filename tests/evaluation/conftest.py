@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmseq.evaluation.generation import evaluate_generation
-from mmseq.tasks import ALIASES
+from mmseq.grammar import ALIASES
 from mmseq.testing import tiny
 
 

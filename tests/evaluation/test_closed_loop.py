@@ -1,6 +1,7 @@
 """The closed loop with delays: an untrained policy, the real server, the real client and the real simulator."""
 
 import importlib
+import json
 import re
 import sys
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from mmseq import plugins
 from mmseq.embodiment import Axes, Camera, Embodiment, Gripper
 from mmseq.errors import ConfigError
 from mmseq.evaluation.closed_loop import ClosedLoopConfig, _drive, evaluate_checkpoint, splice_results
-from mmseq.evaluation.results import read_results
+from mmseq.evaluation.results import Result
 from mmseq.evaluation.splices import SpliceMeter, Splices
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
@@ -24,6 +25,10 @@ mmseq_client = pytest.importorskip("mmseq_client")
 pytest.importorskip("metaworld")
 
 HORIZON = 8
+
+
+def results(path: Path) -> dict[str, Result]:
+    return {row["name"]: Result(**row) for row in json.loads(path.read_text())}
 
 
 def axes(names, low, high) -> Axes:
@@ -95,7 +100,7 @@ def test_the_command_measures_a_delay(model, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "checkpoint"), "--execute", "99", *where]) == 2
     assert "execute is 99, the policy's chunks have" in capsys.readouterr().err
     assert not main(["eval", str(tmp_path / "checkpoint"), *settings, *where])
-    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    rows = results(tmp_path / "results.json")
     assert rows["splice.committed_identical"].value == 1
     assert rows["splice.committed_identical"].n > 10
     assert "splice.change_p99" in capsys.readouterr().out
@@ -124,11 +129,11 @@ def test_a_plug_ins_simulator_is_driven_in_its_own_tasks(simulator, tmp_path, ca
     made.save_pretrained(tmp_path / "checkpoint")
     where = ["eval", str(tmp_path / "checkpoint"), "--simulator", simulator, "--episodes", "1"]
     assert not main([*where, "--max-steps", "7", "--baselines", "--json", str(tmp_path / "results.json")])
-    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    rows = results(tmp_path / "results.json")
     assert "policy.success.right" in rows
     assert rows["expert_tokens.success.right"].value == 1
     assert not main([*where, "--max-steps", "3", "--baselines", "--json", str(tmp_path / "results.json")])
-    rows = {row.name: row for row in read_results(tmp_path / "results.json")}
+    rows = results(tmp_path / "results.json")
     assert rows["expert_tokens.success.right"].value == 0  # it takes six
     assert main([*where, "--tasks", "left"]) == 2
     assert "has no task 'left'" in capsys.readouterr().err

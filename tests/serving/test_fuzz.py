@@ -19,8 +19,8 @@ from mmseq.serving import ObservationRules, ReplayPolicy, RequestError, codec
 from mmseq.serving.chunking import take_turn
 from mmseq.serving.observation import check_given, check_observation
 from mmseq.serving.policy import Contract
-from mmseq.testing.hostile import hostile
-from mmseq.testing.wire import ask, dial, http
+from support.hostile import hostile
+from support.wire import ask, dial, http
 
 SLOW = int(os.environ.get("MMSEQ_FUZZ", "100000"))
 

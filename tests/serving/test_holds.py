@@ -13,7 +13,7 @@ from mmseq.errors import ServeError
 from mmseq.serving import ReplayPolicy, RequestError, codec
 from mmseq.serving.holds import MOST, NO_REASON, Holds, reason_of
 from mmseq.serving.net import media
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mmseq.serving import Server, ServerConfig, codec
 from mmseq.serving.launch import ServeSettings, _tell
 from mmseq.serving.model_policy import ModelPolicy, checkpoint_id
 from mmseq.testing import tiny
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mmseq.serving.observation import ObservationRules, check_observation, examp
 from mmseq.serving.observed import ObservationTokens, required_keys
 from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
-from mmseq.testing.wire import http
+from support.wire import http
 
 mmseq_client = pytest.importorskip("mmseq_client")
 RATE = tiny.embodiment().rate_hz

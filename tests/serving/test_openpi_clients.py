@@ -14,7 +14,7 @@ from mmseq.serving import ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.serving.server import Server
 from mmseq.testing import tiny
-from mmseq.testing.wire import dial
+from support.wire import dial
 
 RANDOM = np.random.RandomState(0)
 JOINTS = tuple(f"joint_{i}" for i in range(7))

@@ -14,7 +14,7 @@ import pytest
 from mmseq.serving import ReplayPolicy, Server, ServerConfig
 from mmseq.serving.launch import ServeSettings, launch
 from mmseq.testing import tiny
-from mmseq.testing.wire import http
+from support.wire import http
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from mmseq.episode import Episode
 from mmseq.errors import ServeError
 from mmseq.serving import Chunking, Contract, ReplayPolicy
 from mmseq.serving.errors import RequestError
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 
 def test_chunks_follow_each_other_by_execute(policy, episode):

@@ -11,7 +11,7 @@ from mmseq.serving import Chunking, GateConfig, RequestError
 from mmseq.serving.observation import check_vectors
 from mmseq.serving.safety import SafetyGate
 from mmseq.testing import tiny
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 ARM = tiny.embodiment()
 

@@ -13,7 +13,7 @@ from mmseq.errors import ServeError
 from mmseq.serving import GateConfig, ReplayPolicy, Server, ServerConfig, codec
 from mmseq.serving.codec import Limits
 from mmseq.serving.scheduler import SchedulerConfig
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 
 class Scripted(ReplayPolicy):

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from mmseq.errors import ServeError
 from mmseq.serving import Chunking, GateConfig, ObservationRules, SchedulerConfig, Server, ServerConfig, codec
-from mmseq.testing.wire import ask, dial, http
+from support.wire import ask, dial, http
 
 H = 8
 

@@ -9,7 +9,7 @@ import torch
 
 from mmseq.data.tokens import write_token_shards
 from mmseq.testing import tiny
-from mmseq.testing.ranks import Finished, run_ranks, start_ranks
+from support.ranks import Finished, run_ranks, start_ranks
 
 MIX = """
 name: tiny

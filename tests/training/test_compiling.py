@@ -8,11 +8,11 @@ from safetensors import safe_open
 from mmseq.packing import collate
 from mmseq.tasks import Task
 from mmseq.testing import tiny
-from mmseq.testing.ranks import wait_for
 from mmseq.tokenization.bundle import EpisodeTokens
 from mmseq.training.compiling import compile_layers
 from mmseq.training.config import DeepSpeedConfig, LoraConfig, TrainConfig
 from mmseq.training.lora import add_adapters
+from support.ranks import wait_for
 
 ARROWS = ["text, image, proprio -> action[4]", "image, action[4] -> image@+4", "text, image -> progress", "-> text"]
 SAME = ["steps=6", "deepspeed.dtype=fp32", "validate_every=3", "validation_samples=4"]

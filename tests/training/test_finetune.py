@@ -17,11 +17,11 @@ from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.testing import tiny
-from mmseq.testing.ranks import run_ranks
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import TrainConfig
 from mmseq.training.finetune import FinetuneConfig, before_and_after, prepare
 from mmseq.training.start import build_model, open_mixture
+from support.ranks import run_ranks
 
 SIZE = 16
 

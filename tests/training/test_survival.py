@@ -11,10 +11,10 @@ from itertools import product
 import psutil
 import pytest
 
-from mmseq.testing.faults import KillAt, NotFinite, SmallDisk
-from mmseq.testing.ranks import run_ranks, wait_for
 from mmseq.training.checkpoint import complete_checkpoints
 from mmseq.training.distributed import EXIT_PREEMPTED
+from support.faults import KillAt, NotFinite, SmallDisk
+from support.ranks import run_ranks, wait_for
 
 FP32 = ["deepspeed.dtype=fp32", "deepspeed.zero_stage=1", "save_every=2"]
 

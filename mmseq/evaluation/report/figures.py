@@ -9,7 +9,8 @@ import numpy as np
 
 from mmseq.errors import TaskError
 from mmseq.evaluation.report.wording import task_title
-from mmseq.tasks import Group, Segment, Task
+from mmseq.grammar import Group, Segment
+from mmseq.tasks import Task
 
 WIDTH = {"vision": 74, "vector": 96, "text": 62}  # of a block in the picture of the tasks, by the stream's kind
 COLOUR = {"text": "text", "vision": "vision", "scalar": "scalar", "outcome": "scalar"}  # others have their stream's

@@ -6,7 +6,8 @@ import html
 from typing import Any
 
 from mmseq.serving.errors import HTTP_STATUS
-from mmseq.serving.policy import Contract, vector_keys
+from mmseq.serving.keys import vector_keys
+from mmseq.serving.policy import Contract
 
 _ERROR = {
     "type": "object",

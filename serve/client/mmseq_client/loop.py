@@ -175,7 +175,7 @@ class ControlLoop:
 
     def _command(self, action: np.ndarray) -> None:
         self._last = action
-        self._past.commanded(self._steps.step, action)
+        self._past.commanded(self._steps.step, action[np.newaxis])
         self.robot.act(action.copy())  # what a robot does to its own is not what was commanded
 
     def tick(self) -> Tick:

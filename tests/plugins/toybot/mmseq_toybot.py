@@ -23,7 +23,7 @@ STREAMS = {"proprio": "joints", "action": "command", "force": "force"}  # ours: 
 
 
 class ToyReader:
-    """The episodes of a `.toylog` file. Keeps `mmseq.data.importing.EpisodeSource`."""
+    """The episodes of a `.toylog` file. Keeps `mmseq.data.reader.EpisodeSource`."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import pytest
 from mmseq.errors import ServeError
 from mmseq.serving import ServerConfig, codec
 from mmseq.serving.net.websocket import CONTROLS, FRAMES, IN_PLACE, WebSocketProtocol
-from mmseq.testing.wire import UPGRADE, Raw, ask, dial, frame
+from support.wire import UPGRADE, Raw, ask, dial, frame
 
 
 @pytest.fixture

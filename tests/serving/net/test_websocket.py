@@ -10,7 +10,7 @@ import pytest
 from mmseq.serving import codec
 from mmseq.serving.net import websocket
 from mmseq.serving.net.websocket import LARGE, WebSocketProtocol
-from mmseq.testing.wire import Raw, ask, dial, frame, http
+from support.wire import Raw, ask, dial, frame, http
 
 
 @pytest.fixture

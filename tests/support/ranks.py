@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from mmseq.testing.faults import Fault
+from support.faults import Fault
 
 _PRELOAD = ["mmseq.training.train", "mmseq.cli", "deepspeed", "deepspeed.runtime.zero.stage3"]
 
