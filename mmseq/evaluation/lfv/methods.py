@@ -135,8 +135,8 @@ class Labelled(RobotOnly):
 class LabelledState(Labelled):
     """The same with a policy that is given the state, where video has a labelled one: what leaning on it costs.
 
-    Labels lose more of the state than of the action, and a policy that leans on a state which its video lacked fails when
-    it meets the real one (docs/learning_from_video.md).
+    Labels lose more of the state than of the action, and a policy that leans on a state which its video lacked fails
+    when it meets the real one (docs/learning_from_video.md).
     """
 
     policy = "text, image, proprio -> action[2]"

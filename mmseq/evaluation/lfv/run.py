@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.bench.rows import machine
 from mmseq.evaluation.lfv.manifest import Cell, Config, cells, fingerprint, layouts
 from mmseq.evaluation.lfv.record import Recorder
 from mmseq.evaluation.lockstep import Controller, Layout, Outcome, Seen, drive
-from mmseq.evaluation.results import wilson
+from mmseq.evaluation.results import machine, wilson
 from mmseq.plugins import find
 from mmseq.simulation.experts import task_language
 
