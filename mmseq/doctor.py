@@ -34,7 +34,7 @@ def examine() -> list[Finding]:
         Finding("CPU", "info", f"{_cores()} of {os.cpu_count()} cores for this process"),
         Finding("memory", "info", _memory()),
     ]
-    return [*findings, *_torch(), *_extras(), *_tools()]
+    return [*findings, *_torch(), *_extras(), *_plugins(), *_tools()]
 
 
 def _cores() -> int:
@@ -101,6 +101,21 @@ def _extras() -> list[Finding]:
         text = f"lacks {', '.join(absent)}; install with: pip install 'mmseq[{extra}]'" if absent else "installed"
         found.append(Finding(f"extra {extra}", "missing" if absent else "ok", text))
     return found
+
+
+def _plugins() -> list[Finding]:
+    """What other packages bring, and whether it can be used."""
+    from mmseq.plugins import installed
+
+    found = [
+        Finding(
+            f"plug-in {one.group}",
+            "missing" if one.problem else "ok",
+            f"{one.name} of {one.distribution} ({one.target})" + (f": {one.problem}" if one.problem else ""),
+        )
+        for one in installed()
+    ]
+    return found or [Finding("plug-ins", "info", "none installed; docs/extending.md")]
 
 
 def _installed(distribution: str) -> bool:

@@ -243,7 +243,7 @@ class Embodiment:
 
     def to_dict(self) -> dict[str, Any]:
         data = json.loads(json.dumps(asdict(self)))
-        for axes in (data["proprio"], data["action"], *data["streams"].values()):
+        for axes in (*(data[name] for name in OWN_VECTORS), *data["streams"].values()):
             if axes is not None and axes["max_step"] is None:
                 del axes["max_step"]
         if not data["streams"]:  # contracts from before there were such fields keep their fingerprints

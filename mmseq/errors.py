@@ -14,7 +14,8 @@ class MMSeqError(Exception):
     """Base of all errors caused by input, configuration or files. `fix` says what to do."""
 
     def __init__(self, message: str, *, fix: str | None = None):
-        super().__init__(message if fix is None else f"{message}. {fix[0].upper()}{fix[1:]}.")
+        stop = "" if message.endswith((".", "?", "!")) else "."
+        super().__init__(message if fix is None else f"{message}{stop} {fix[0].upper()}{fix[1:]}.")
         self.fix = fix
 
 

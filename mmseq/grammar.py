@@ -106,7 +106,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """Segments that repeat, each time one action length later."""
+    """Segments that repeat, each time one length of their commands later."""
 
     segments: tuple[Segment, ...]
     count: int

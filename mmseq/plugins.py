@@ -9,14 +9,12 @@ plug-in's name must be another. `register` does for one process what an entry po
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from mmseq.errors import ConfigError, DependencyError, did_you_mean
-
-log = logging.getLogger("mmseq")
+from mmseq.errors import ConfigError, DependencyError, MMSeqError, did_you_mean
 
 GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
     "tokenizers": {
@@ -73,20 +71,9 @@ def find(group: str, name: str) -> Any:
     if name not in _targets(group):
         raise ConfigError(
             f"there is no {name!r} among the {group}: {did_you_mean(name, names(group))}",
-            fix="install the package that brings it",
+            fix="or install the package that brings it",
         )
     return _load(group, name)
-
-
-def every(group: str) -> dict[str, Any]:
-    """All parts of a group by name, imported; those that cannot be are left out with a warning."""
-    found = {}
-    for name in names(group):
-        try:
-            found[name] = find(group, name)
-        except DependencyError as error:
-            log.warning("%s", error)
-    return found
 
 
 @cache
@@ -108,3 +95,33 @@ def _load(group: str, name: str) -> Any:
         return point.load()
     except (Exception, SystemExit) as error:  # whatever its code does when it is imported
         raise DependencyError(f"the plug-in {name!r} of {group} ({point.value}) cannot be imported: {error}") from error
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An entry point of a package: distribution, its name and version; problem, why it is of no use, None if it is."""
+
+    group: str
+    name: str
+    target: str
+    distribution: str
+    problem: str | None
+
+
+def installed() -> list[Installed]:
+    """Every entry point of a group of ours, or one that looks like it, each imported to see whether it can be."""
+    found = []
+    for point in (p for p in entry_points() if p.group.startswith("mmseq.")):
+        group = point.group.removeprefix("mmseq.")
+        problem = None
+        try:
+            if group not in GROUPS:
+                raise ConfigError(f"there is no group {point.group}: {did_you_mean(group, GROUPS)}")
+            if GROUPS[group].get(point.name, point.value) != point.value:
+                raise ConfigError(f"{point.name!r} is built in", fix="give the plug-in another name")
+            point.load()
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {error}" if not isinstance(error, MMSeqError) else str(error)
+        brought = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "no distribution"
+        found.append(Installed(group, point.name, point.value, brought, problem))
+    return sorted(found, key=lambda one: (one.group, one.name, one.target))

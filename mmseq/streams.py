@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,6 +132,18 @@ def misspelt(name: str) -> str | None:
     if name in STREAMS:
         return None
     return next(iter(difflib.get_close_matches(name, STREAMS, n=1, cutoff=_MISSPELT)), None)
+
+
+def lacking(missing: Sequence[str], there: Iterable[str]) -> str:
+    """Streams that are not there, with the one that was probably meant and what there is, for messages.
+
+    `forse (did you mean 'force'? There is action, force, image.front)`
+    """
+    there = sorted(set(there))
+    close = lambda name: [] if name in STREAMS else difflib.get_close_matches(name, there, n=1, cutoff=_MISSPELT)
+    meant = dict.fromkeys(found for name in missing for found in close(name))
+    hint = f"did you mean {', '.join(map(repr, meant))}? There" if meant else "there"
+    return f"{', '.join(missing)} ({hint} is {', '.join(there) or 'nothing'})"
 
 
 def kind_of_range(name: str) -> Kind:

@@ -8,7 +8,7 @@ one moment, "now" (step t of the episode):
 - a *given* `video[n]`, and any other stream that is observed, is the past: the n frames that end with now; a
   *predicted* one is the future: the n frames after now;
 - `action[n]` are the commands of the n steps that begin at now;
-- a group advances now by its action length each time.
+- a group advances now by the length of its commands (`action[n]`, `motion[n]`) each time.
 
 How it is written is `grammar.py`; which streams there are says the table in `streams.py`.
 """
@@ -95,9 +95,10 @@ class Task:
 
     @property
     def final_chunk(self) -> Segment | None:
-        """The chunk of actions that the task ends with, outside a group; None when it ends otherwise."""
+        """The chunk of commands that the task ends with, outside a group; None when it ends otherwise."""
         last = self.parts[-1]
-        return last if isinstance(last, Segment) and last.predicted and last.stream == "action" else None
+        chunk = isinstance(last, Segment) and last.predicted and last.row.clock == "commanded" and last.length
+        return last if chunk else None  # type: ignore[return-value]
 
     @property
     def group(self) -> Group | None:
@@ -231,14 +232,14 @@ class Task:
             for part in self.parts
             if isinstance(part, Group)
             for s in part.segments
-            if s.stream == "action" and s.length
+            if s.row.clock == "commanded" and s.length
         ]
         return max(lengths, default=1)
 
     def moments(self, length: int, rate_hz: float, *, pad: bool = False) -> range:
         """The steps t of an episode of `length` steps at which every segment lies inside it.
 
-        Of a range of offsets the nearest one is enough. pad: of a chunk of actions that the task ends with, the first
+        Of a range of offsets the nearest one is enough. pad: of a chunk of commands that the task ends with, the first
         step is enough (`SequenceBuilder.build`).
         """
         chunk = len(self.segments) - 1 if pad and self.final_chunk is not None else None

@@ -126,7 +126,7 @@ def test_interrupted_is_130(capsys, monkeypatch):
 def test_doctor_says_what_is_there(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for topic in ("torch", "bf16", "attention", "extra train", "EGL", "memory"):
+    for topic in ("torch", "bf16", "attention", "extra train", "plug-in", "EGL", "memory"):
         assert topic in out
 
 

@@ -35,6 +35,8 @@ ALLOWED = {
     "demo": {"nouns", "data", "evaluation", "progress"},
     "cli": {"nouns"},
     "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
+    "evaluation.lfv": {"nouns", "data", "labelling", "serving", "simulation", "evaluation"},
+    "labelling": {"nouns", "tokenization", "model", "data", "inference"},
     "bench": {
         "nouns",
         "tokenization",
@@ -117,8 +119,10 @@ def test_import_is_quick_and_loads_nothing_heavy():
 
 
 def part_of(module: str) -> str:
-    """The part of the package that `mmseq.<...>` belongs to; a module of the top level that is no noun is its own."""
-    name = module.split(".")[1] if "." in module else ""
+    """The part of the package that `mmseq.<...>` belongs to; a module of the top level that is no noun is its own, and
+    so is a folder below another that has a line in ALLOWED."""
+    names = module.split(".")[1:3]
+    name = ".".join(names) if ".".join(names) in ALLOWED else "".join(names[:1])
     return "nouns" if name in NOUNS or not name else name
 
 
@@ -179,17 +183,60 @@ def test_every_folder_has_its_place_in_the_direction_of_imports():
     assert folders - {"testing"} - set(ALLOWED) == set(), "a new folder needs a line in ALLOWED"
 
 
+def _texts(node: ast.AST) -> set[str]:
+    """The texts that an expression spells out, those inside of its tuples, lists and sets too."""
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+        return set().union(*map(_texts, node.elts))
+    return {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+
+
 def stream_literals(tree: ast.AST) -> list[int]:
-    """Lines of tuples, lists, sets and dictionaries that spell out several streams by their names."""
+    """Lines of tuples, lists, sets and dictionaries that spell out several streams by their names, nested or not."""
     lines = []
     for node in ast.walk(tree):
-        parts = getattr(node, "elts", [])
+        named = _texts(node)
         if isinstance(node, ast.Dict):  # a table; what fills streams with values is none, nor are names of arrows
             table = all(isinstance(v, ast.Constant) and "->" not in str(v.value) for v in node.values)
-            parts = node.keys if table else []
-        named = {p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)} & set(STREAMS)
-        lines += [node.lineno] if len(named) > 1 else []
+            named = set().union(*(_texts(key) for key in node.keys if key is not None)) if table else set()
+        lines += [node.lineno] if len(named & set(STREAMS)) > 1 else []
     return lines
+
+
+def stream_comparisons(tree: ast.AST) -> dict[int, set[str]]:
+    """Lines that compare something with the name of a stream, and the names."""
+    found: dict[int, set[str]] = {}
+    for node in ast.walk(tree):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        sides = [node.value] if isinstance(node, ast.MatchValue) else sides
+        if named := set().union(*map(_texts, sides)) & set(STREAMS):
+            found[node.lineno] = found.get(node.lineno, set()) | named
+    return found
+
+
+# What is really about one stream, or about a word of another format that happens to be the name of one: where (the
+# beginning of a path), the words, and why. Whatever holds for other streams too belongs into a field of their table.
+ABOUT_ONE = [
+    ("data/lerobot", {"action"}, "whether an action is absolute or a difference is asked of that stream alone"),
+    ("data/hdf5", {"action"}, "actions of these formats lie beside the states, with lengths and names of their own"),
+    ("data/lerobot", {"image", "video"}, "kinds of columns in meta/info.json"),
+    ("data/hdf5_layout", {"text"}, "a kind of column"),
+    ("data/mapping", {"text"}, "a kind of column"),
+    ("data/mapping", {"action", "plan", "success"}, "words in the names of columns"),
+    ("data/mapping", {"image"}, "`image` alone names no camera"),
+    ("data/contract", {"action"}, "max_step limits what moves the robot"),
+    ("episode", {"text", "plan"}, "these two are fields of an episode"),
+    ("evaluation/", {"action"}, "baselines and counterfactuals of what the robot does"),
+    ("evaluation/", {"text", "plan", "answer", "video", "latent"}, "what a measure or a report says of that one"),
+    ("inference/decoding", {"action"}, "what is committed to the robot already are actions"),
+    ("serving/", {"action"}, "what is sent to the motors, and gated"),
+    ("serving/policy", {"text"}, "whether the prompt is read"),
+    ("serving/net/websocket", {"text"}, "a kind of message"),
+    ("serving/keys", {"image"}, "what LeRobot calls the only camera"),
+    ("serving/observed", {"demo"}, "a demonstration comes under keys of its own"),
+    ("simulation/base", {"proprio"}, "LeRobot calls it the state"),
+    ("grammar", {"image"}, "nothing else has an `@end`"),
+    ("testing/", {"action"}, "data that are made up"),
+]
 
 
 def test_streams_are_listed_in_their_table_and_nowhere_else():
@@ -203,9 +250,30 @@ def test_streams_are_listed_in_their_table_and_nowhere_else():
     assert found == set()
 
 
+def test_a_stream_is_compared_with_by_its_name_only_where_it_is_about_that_one():
+    """`row.clock == "commanded"` holds for a stream that comes tomorrow, `stream == "action"` does not."""
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        for line, words in stream_comparisons(ast.parse(path.read_text())).items() if name != "streams.py" else ():
+            for word in sorted(words):
+                said = any(name.startswith(where) and word in about for where, about, _ in ABOUT_ONE)
+                wrong += [] if said else [f"{name}:{line} names {word!r}: ask its row, or say why in ABOUT_ONE"]
+    assert wrong == []
+    assert all(why for _, _, why in ABOUT_ONE)
+
+
 def test_the_reader_of_literals_sees_what_it_must():
     source = (
         "a = ('action', 'proprio')\nb = ['text', x]\nc = {'image': 1, 'video': 2}\nd = {'plan', 'other', 'answer'}\n"
     )
     source += "e = {'image': frames, 'action': f(x)}\nf = {'plan': 'text -> plan', 'success': '-> success'}\n"
-    assert stream_literals(ast.parse(source)) == [1, 3, 4]
+    source += "g = (('text', 'texts'), ('plan', 'plans'))\nh = [('text', 'action[2]'), (x, 'other')]\n"
+    assert stream_literals(ast.parse(source)) == [1, 3, 4, 7]
+
+
+def test_the_reader_of_comparisons_sees_what_it_must():
+    source = "a = s.stream == 'action'\nb = 'motion' != s\nc = s in ('text', 'other')\nd = s == 'other'\n"
+    source += "match s:\n    case 'plan' | x:\n        pass\n"
+    found = stream_comparisons(ast.parse(source))
+    assert found == {1: {"action"}, 2: {"motion"}, 3: {"text"}, 6: {"plan"}}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
 from mmseq.grammar import ALIASES, Duration, DurationRange, Group, Segment, parse_offset
-from mmseq.streams import STREAMS
+from mmseq.streams import STREAMS, lacking
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -243,3 +243,25 @@ def test_missing_names_what_an_episode_lacks():
 )
 def test_an_offset_out_of_a_range_is_the_same_task(trained, asked, covered):
     assert Task.parse(trained).covers(Task.parse(asked)) == covered
+
+
+def test_a_chunk_of_any_commands_ends_a_task_and_moves_a_group_on():
+    assert str(Task.parse("image -> motion[8]").final_chunk) == "motion[8]"
+    assert Task.parse("image -> motion").final_chunk is None  # one value is no chunk
+    assert Task.parse("image -> proprio[8]").final_chunk is None
+    assert Task.parse("(image -> motion[4]) * 3").stride(10.0) == 4
+    assert [p.start for p in Task.parse("(image -> motion[4]) * 3").place(10.0)] == [0, 0, 4, 4, 8, 8]
+    assert list(Task.parse("image -> motion[4]").moments(6, 10.0, pad=True)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_is_lacking_comes_with_what_there_is():
+    there = ["force", "image.wrist", "image.front", "text"]
+    assert lacking(["forse"], there) == "forse (did you mean 'force'? There is force, image.front, image.wrist, text)"
+    assert lacking(Task.parse("image.wrst -> text").missing(there), there).startswith(
+        "image.wrst (did you mean 'image.wr"
+    )
+    assert lacking(["motion", "plan"], ["text"]) == "motion, plan (there is text)"  # spelled as they should be
+    assert lacking(["proprio"], []) == "proprio (there is nothing)"
+    for stream in ("action[2]", "forse[2]"):
+        with pytest.raises(TaskError, match=r"has no .*there is image.main, progress, success, text|has no forse"):
+            tiny.model().predict(f"{stream}, image -> text", tiny.video(), t=3)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError, FingerprintError
-from mmseq.streams import STREAMS
+from mmseq.streams import OUTCOME, STREAMS
+from mmseq.testing import tiny
 from mmseq.vocabulary import CAMERA_TOKENS, EMBODIMENT_SLOTS, STRUCTURE, Vocabulary
 
 sizes = st.fixed_dictionaries({n: st.integers(1, 3000) for n in ("text", "vision", "action", "proprio", "progress")})
@@ -97,3 +98,12 @@ def test_it_survives_its_dictionary_and_names_what_differs():
         one.require_same_ranges(other, mine="a", theirs="b")
     with pytest.raises(ConfigError):
         Vocabulary.from_dict({"text": 3})
+
+
+def test_every_range_of_an_outcome_has_its_tokenizer():
+    bundle = tiny.tokenizers()
+    for row in (row for row in STREAMS.values() if row.kind is OUTCOME):
+        assert (
+            bundle[row.range].size
+            == bundle.vocabulary.ranges[row.range].stop - bundle.vocabulary.ranges[row.range].start
+        )

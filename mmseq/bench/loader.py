@@ -33,10 +33,13 @@ import torch
 from mmseq.bench.rows import BenchRow, Spread, require_positive, row, take_turns
 from mmseq.bench.samples import demo_tokenizers, write_lerobot
 from mmseq.bench.worker import Worker
+from mmseq.data.importing import open_episodes
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.mixture import DataState, MixConfig, Mixture, SourceConfig, TaskConfig
 from mmseq.data.tokens import write_token_shards
 from mmseq.errors import ConfigError, DataError, require
+from mmseq.reading import Reading
+from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS
 from mmseq.testing import tiny
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.tokenization.text import TextTokenizer
@@ -48,9 +51,9 @@ BATCH = 32
 AHEAD = 2 * WORKERS  # batches that torch's DataLoader and ours hold ready
 
 
-@dataclass(kw_only=True)
-class Config:
-    """What `mmseq bench loader` measures."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Reading):
+    """What `mmseq bench loader` measures, and how its data are read."""
 
     data: str | None = None  # a LeRobot v3 dataset; default: lerobot writes one
     episodes: int = 8  # of the written dataset
@@ -67,6 +70,13 @@ class Config:
         require_positive(self, "episodes", "length", "height", "width", "window", "turn_s", "seconds")
         if not self.data and self.window > self.length:
             raise ConfigError(f"window={self.window} does not fit into length={self.length}", fix="raise length")
+        if self.swap_colours:
+            raise ConfigError(
+                "lerobot cannot exchange colours, so swap_colours would have the sides give different pictures",
+                fix="leave it out: it costs no time",
+            )
+        if not self.data and self.said():
+            raise ConfigError(f"{', '.join(self.said())} is of a dataset, and data names none", fix="give data=PATH")
 
 
 def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
@@ -79,7 +89,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
         if not c.data:
             print(f"writing {c.episodes} episodes of {c.length} steps", flush=True)
             write_lerobot(data, episodes=c.episodes, length=c.length, height=c.height, width=c.width)
-        about = LeRobotReader(data)
+        about = open_lerobot(data, c)
         if not about.cameras:
             raise DataError(f"{data} has no cameras", fix="give a dataset with video")
         print(f"tokenizing {len(about)} episodes", flush=True)
@@ -99,7 +109,7 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
     for side in ("tokens", "live"):
         rows.append(row(f"loader.{side}", "frames/s", rates[side], "lerobot", rates["lerobot"], seed=config.seed))
         rows.append(row(f"loader.{side}.read", "bytes/frame", read[side], "lerobot", read["lerobot"], better="lower"))
-    shape = "x".join(map(str, about.features[f"observation.images.{about.cameras[0]}"]["shape"]))
+    shape = "x".join(map(str, about.features[picture_column(about, about.cameras[0])]["shape"]))
     notes = [f"{side}: {rates[side]} frames/s, {read[side].median:,.0f} bytes read per frame" for side in SIDES]
     notes.append(
         f"{config.data or 'generated episodes'}: {len(about)} episodes, {len(about.cameras)} camera(s) of {shape}; "
@@ -107,6 +117,20 @@ def bench(config: Config) -> tuple[list[BenchRow], list[str]]:
         f"live frames differ from lerobot's by at most {apart:.0f} of 255"
     )
     return rows, notes
+
+
+def open_lerobot(path: str | Path, reading: Reading) -> LeRobotReader:
+    return open_episodes(path, reading, format="lerobot")  # type: ignore[return-value]
+
+
+def column_of(reader: LeRobotReader, stream: str) -> str | None:
+    """The one column that fills a stream, by which lerobot knows it; None where several or parts of one do."""
+    columns = reader.streams.get(stream, ())
+    return columns[0] if len(columns) == 1 and columns[0] in reader.features else None
+
+
+def picture_column(reader: LeRobotReader, camera: str) -> str:
+    return reader.streams[f"{IMAGE_PREFIX}{camera}"][0]
 
 
 def tokenize(reader: LeRobotReader, folder: Path) -> None:
@@ -119,10 +143,11 @@ def tokenize(reader: LeRobotReader, folder: Path) -> None:
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     """The largest difference of two items' images, in levels of 255. Raises: DataError when vectors differ."""
-    for name in ("observation.state", "action"):
-        if name in b and not torch.allclose(a[name], b[name]):
+    pictures = [name for name, value in a.items() if value.ndim >= 3]
+    for name in a.keys() & b.keys() - {"index", *pictures}:
+        if not torch.allclose(a[name], b[name]):
             raise DataError(f"{name} of the first moment differs from lerobot's", fix="report this dataset")
-    image = next(name for name in b if name.startswith("observation.image"))
+    image = next(name for name in b if name in pictures)
     if b[image].dtype != torch.uint8:  # lerobot gives frames that are stored as images as floats
         return float((a[image] / 255 - b[image]).abs().max() * 255)
     return float((a[image].int() - b[image].int()).abs().max())
@@ -137,7 +162,7 @@ class Side:
         if side == "tokens":
             self.parts = self._tokens(Path(folder))
         else:
-            self.reader = LeRobotReader(data)
+            self.reader = open_lerobot(data, config)
             lengths = [len(self.reader[i]) for i in range(len(self.reader))]
             self.dataset = LiveVideo(self.reader, lengths, config.window) if side == "live" else self._lerobot(data)
             self.parts = self._batches(lengths)
@@ -172,7 +197,7 @@ class Side:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         window, fps = self.config.window, self.reader.fps
-        names = [n for n in self.reader.features if n.startswith("observation.image")]
+        names = [picture_column(self.reader, camera) for camera in self.reader.cameras]
         times = {name: [k / fps for k in range(window)] for name in names} if window > 1 else None
         return LeRobotDataset("local/bench", root=path, video_backend="pyav", delta_timestamps=times, return_uint8=True)
 
@@ -222,8 +247,8 @@ class LiveVideo(torch.utils.data.Dataset):
         step = index - (int(self.ends[number - 1]) if number else 0)
         if number not in self.known:
             episode = self.reader[number]
-            named = {"observation.state": "proprio", "action": "action"}
-            vectors = {name: episode[stream] for name, stream in named.items() if stream in episode.streams}
+            named = {stream: column_of(self.reader, stream) for stream in OWN_VECTORS if stream in episode}
+            vectors = {name: episode[stream] for stream, name in named.items() if name is not None}
             self.known[number] = {"task": episode.texts[0] if episode.texts else "", **vectors}
         item: dict[str, Any] = {"index": index, **self.known[number]}
         for name in item.keys() - {"index", "task"}:
@@ -233,7 +258,7 @@ class LiveVideo(torch.utils.data.Dataset):
             images = np.empty((self.window, 3, *frames[0].shape[:2]), dtype=np.uint8)
             for image, frame in zip(images, frames):
                 image[:] = frame.transpose(2, 0, 1)
-            item[f"observation.images.{camera}"] = torch.from_numpy(images if self.window > 1 else images[0])
+            item[picture_column(self.reader, camera)] = torch.from_numpy(images if self.window > 1 else images[0])
         return item
 
 

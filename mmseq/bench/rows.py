@@ -1,20 +1,15 @@
-"""Rows of a bench: what took turns, medians and ratios, and where it was measured."""
+"""Rows of a bench: what took turns, medians and ratios."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmseq.errors import ConfigError
-from mmseq.evaluation.results import Result, write_results
+from mmseq.evaluation.results import Result, command, machine, write_results
 from mmseq.progress import progress
 
 
@@ -114,21 +109,3 @@ def report(rows: Sequence[BenchRow], path: str | Path | None, notes: Sequence[st
         console.print(note, markup=False)
     if path:
         write_results(path, rows)
-
-
-def command() -> str:
-    arguments = sys.argv[1:] if Path(sys.argv[0]).stem in ("mmseq", "__main__") else []
-    return shlex.join(["mmseq", *arguments])
-
-
-def machine() -> str:
-    """Cores, memory, GPU and torch, in words."""
-    import torch
-
-    try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{cores} cores of {model[1].strip() if model else platform.machine()}{gpu}, torch {torch.__version__}"

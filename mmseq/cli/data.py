@@ -27,7 +27,9 @@ def _import_options(c: Parser) -> None:
     c.add_argument("--rate-hz", type=float, help="steps per second; default: the source's")
     c.add_argument("--size", type=int, help="crop frames to a square and scale it to this many pixels")
     c.add_argument("--name", help="of the dataset; default: the name of SRC")
-    c.add_argument("--embodiment", metavar="FILE", help="the contract to hold the data to (JSON)")
+    c.add_argument(
+        "--embodiment", metavar="FILE", help="the contract to hold it to, or what the data leave open (JSON, YAML)"
+    )
     add_reading(c)
     c.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N bad episodes (default: 0)")
     c.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -68,7 +70,6 @@ def _root(c: Parser) -> None:
 
 def _data_import(args: argparse.Namespace) -> None:
     from mmseq.data.importing import import_episodes
-    from mmseq.embodiment import Embodiment
     from mmseq.progress import progress
 
     with progress(f"importing {args.src}", "episodes") as update:
@@ -78,7 +79,7 @@ def _data_import(args: argparse.Namespace) -> None:
             filled(Reading, args),
             format=args.format,
             rate_hz=args.rate_hz,
-            embodiment=Embodiment.load(args.embodiment) if args.embodiment else None,
+            embodiment=args.embodiment,
             size=args.size,
             name=args.name,
             overwrite=args.overwrite,
@@ -103,6 +104,7 @@ def _data_tokenize(args: argparse.Namespace) -> None:
             args.root,
             args.overwrite,
             on_progress=lambda source, n, total: update(n, total, note=source),
+            say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
         )
     for source, what in done.items():
         text = "already complete, left as it is" if what == "kept" else "written"

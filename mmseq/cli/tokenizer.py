@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def _tokenizer_train(args: argparse.Namespace) -> None:
 
     config = load_config(TokenizerConfig, args.recipe, args.overrides)
     with progress("tokenizers", "steps") as update:
-        report = train_tokenizers(config, on_progress=lambda stage, n, total: update(n, total, note=stage))
+        report = train_tokenizers(
+            config,
+            on_progress=lambda stage, n, total: update(n, total, note=stage),
+            say=lambda note: print(f"note: {note}", file=sys.stderr, flush=True),
+        )
     _print_report(report)
     print(f"\n{config.out}: tokenizers and report.json")
 

@@ -17,6 +17,7 @@ streams of the robot (`force`, `tactile`, ...) are described as `proprio` is.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +32,7 @@ from mmseq.errors import EmbodimentError, did_you_mean
 from mmseq.streams import OWN_VECTORS
 
 _WITHIN = 0.9  # the least share of values that limits enclose, if they are of the same unit
+_WHOLE = {"rate_hz", "cameras"}  # keys of a whole contract that no form has
 KEYS = ("name", "action_form", "gripper")  # and the robot's vector streams, each with AXES_KEYS
 AXES_KEYS = ("units", "limits", "max_step")
 UNITS = ("rad", "deg", "m", "mm", "rad/s", "deg/s", "m/s", "N", "Nm", "percent", "unitless")
@@ -38,14 +40,47 @@ _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _PLACES = ("x", "y", "z", "rx", "ry", "rz", "roll", "pitch", "yaw", "qx", "qy", "qz", "qw")  # where a gripper is
 
 
-def read_answers(path: str | Path) -> dict[str, Any]:
-    """What a contract file says. Raises: EmbodimentError naming the key that is unknown or of the wrong kind."""
+def read_contract(path: str | Path) -> Embodiment | dict[str, Any]:
+    """A whole contract, as `Embodiment.save` writes it, or the answers of a form: what a file holds decides, JSON or
+    YAML. Raises: EmbodimentError naming the key that is unknown, missing or of the wrong kind."""
+    data = _read(path)
+    if not _WHOLE & set(data):
+        return _checked_answers(data, path)
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        return Embodiment.from_dict(data)
+    except EmbodimentError as error:
+        only = ", ".join(sorted(_WHOLE & set(data)))
+        raise EmbodimentError(
+            f"{path}: {error}", fix=f"write a whole contract, or leave out {only}, which a form has not"
+        ) from error
+
+
+def read_answers(path: str | Path) -> dict[str, Any]:
+    """What the form in a file says. Raises: EmbodimentError naming the key that is unknown or of the wrong kind."""
+    return _checked_answers(_read(path), path)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text()
+        data = json.loads(text) if text.lstrip().startswith("{") and _is_json(text) else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise EmbodimentError(f"cannot read the embodiment {path}: {error}") from error
     if not isinstance(data, dict):
         raise EmbodimentError(f"{path} must hold keys and values, it holds {data!r:.80}")
+    return data
+
+
+def _is_json(text: str) -> bool:
+    """YAML reads some numbers of JSON, such as 1e-05, as texts."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked_answers(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
     for part in (key for key in data if key not in KEYS):
         given = data[part] or {}
         known = [*KEYS, *OWN_VECTORS]
@@ -115,6 +150,19 @@ def open_questions(robot: Embodiment, answers: dict[str, Any]) -> list[str]:
                 f"which value of {' and of '.join(named)} is open (gripper; {several}null when it is no gripper)"
             )
     return found
+
+
+def doubts_about(robot: Embodiment) -> list[str]:
+    """What a contract that was inferred from data takes for granted, since nobody has said it: a note, or none."""
+    units = [part for part, axes in robot.vectors.items() if set(axes.units) == {"unitless"}]
+    found = [f"the units of {', '.join(units)} (taken as unitless)"] if units else []
+    if robot.action is not None and units:
+        found.append(f"whether actions are {', '.join(ACTION_FORMS)} (taken as {robot.action_form})")
+    named = _named_grippers(robot.action) if robot.action is not None and not robot.grippers else []
+    if named:
+        found.append(f"which value of {' and of '.join(named)} is open (taken as no gripper)")
+    way = "a server and its robot go by that; say it in a file, and import with --embodiment FILE (docs/files.md)"
+    return [f"nobody has said {'; '.join(found)}: {way}"] if found else []
 
 
 def _named_grippers(axes: Axes) -> list[str]:

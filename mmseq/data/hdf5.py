@@ -35,7 +35,7 @@ import numpy as np
 
 from mmseq.data.hdf5_files import REPLACE, SPOKEN, Demo, demos_of, find_files, open_file, some
 from mmseq.data.hdf5_layout import ENDS, Facts, find_streams, phrasings, texts_of, truth
-from mmseq.data.mapping import Streams
+from mmseq.data.mapping import Streams, taken
 from mmseq.data.pictures import to_rgb
 from mmseq.data.reader import DatasetReader, by_step
 from mmseq.embodiment import Camera, Embodiment
@@ -168,6 +168,7 @@ class Hdf5Reader(DatasetReader):
                     arrays[stream] = partial(self._stack, index, stream.removeprefix(IMAGE_PREFIX))
                 else:
                     parts = [np.asarray(group[name][:steps], dtype=np.float32).reshape(steps, -1) for name in names]
+                    parts = [v[:, taken(name, v.shape[1])] for name, v in zip(names, parts)]
                     arrays[stream] = self._checked(demo, stream, np.concatenate(parts, axis=1))
             texts, spans = self._texts(demo, group, "text", steps)
             plans, stages = self._texts(demo, group, "plan", steps)
@@ -288,8 +289,7 @@ class Hdf5Reader(DatasetReader):
             return None
         usual = self._widths[stream]
         holder = next(d for d in self._demos if stream in d.arrays(self.streams) and d.width(names) == usual)
-        widths = [(name.rpartition("/")[2], holder.entries[name].width) for name in names]
-        return [f"{name}_{i}" for name, width in widths for i in range(width)]
+        return [f"{name.rpartition('/')[2]}_{i}" for name in names for i in holder.numbers(name)]
 
     def _camera(self, camera: str) -> Camera:
         """A camera with the size of the first of its pictures that can be read."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.data.hdf5_layout import ACTIONS, Entry, Facts, columns_of, facts_of, natural
-from mmseq.data.mapping import Streams
+from mmseq.data.mapping import Slice, Streams, base_of
 from mmseq.errors import DataError, MMSeqError, require
 from mmseq.streams import OUTCOME, STREAMS, TEXT
 
@@ -37,7 +37,12 @@ class Demo:
         return {s: names for s, names in streams.items() if s not in SPOKEN and whole(names)}
 
     def width(self, names: tuple[str, ...]) -> int:
-        return sum(self.entries[name].width for name in names)
+        return sum(len(self.numbers(name)) for name in names)
+
+    def numbers(self, name: str) -> range:
+        """Which numbers of a column fill a stream, as far as it has them."""
+        part = slice(name.start, name.stop) if isinstance(name, Slice) else slice(None)
+        return range(self.entries[name].width)[part]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -94,7 +99,7 @@ def _demos(file: Path, root: Any, given: Streams) -> list[Demo]:
         ]
     entries = columns_of(root)
     aloha = any(name in root for name in ("observations", "obs", *ACTIONS))
-    if not aloha and not any(name in entries for names in given.values() for name in names):
+    if not aloha and not any(base_of(name, entries) in entries for names in given.values() for name in names):
         raise DataError(
             f"{file} is laid out neither as robomimic nor as ALOHA: it holds {some(entries) or 'nothing'}",
             fix="say what is what, such as --map action=NAME,proprio=NAME,image.front=NAME, or convert it to "

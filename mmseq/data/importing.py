@@ -21,9 +21,12 @@ its owner said of columns), `left_out` (columns that nothing uses), `notes`, and
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from mmseq.data.changed import Successful, SwappedColours
+from mmseq.data.contract import complete, doubts_about, read_contract
 from mmseq.data.hdf5_files import HDF5_SUFFIXES
 from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, holds_shards
@@ -38,12 +42,16 @@ from mmseq.data.video import VideoDecoder, decode_video
 from mmseq.data.video_folder import VIDEO_SUFFIXES
 from mmseq.embodiment import Camera, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, TextSpan
-from mmseq.errors import DataError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
+from mmseq.errors import DataError, DependencyError, EpisodeError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.mp4 import encode_video
-from mmseq.plugins import every, find, names
+from mmseq.plugins import GROUPS, find, names
 from mmseq.reading import AS_IT_IS, Reading
+from mmseq.streams import TEXT, of_kind
+
+log = logging.getLogger("mmseq")
 
 MOST_BAD = 20  # episodes that are looked for, and listed, before an import is given up
+SKIP = "--skip-bad {count}"  # how to leave out so many
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, save_episode, finalize) and import that"
 
@@ -51,7 +59,14 @@ _TO_LEROBOT = "convert it to LeRobot first (LeRobotDataset.create, add_frame, sa
 def detect_format(src: str | Path) -> str:
     """The name of a reader. Raises: DataError that says what was found instead, and the way out."""
     src = Path(src)
-    for name, reader in every("readers").items() if src.exists() else ():
+    for name in names("readers") if src.exists() else ():
+        if name in GROUPS["readers"]:  # known by what lies there, below, without being imported
+            continue
+        try:
+            reader = find("readers", name)
+        except DependencyError as error:
+            log.warning("%s", error)
+            continue
         if hasattr(reader, "detects") and reader.detects(src):
             return name
     if not src.exists():
@@ -130,7 +145,7 @@ def import_episodes(
     *,
     format: str | None = None,
     rate_hz: float | None = None,
-    embodiment: Embodiment | None = None,
+    embodiment: Embodiment | str | Path | None = None,
     size: int | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -141,7 +156,7 @@ def import_episodes(
     """Write the episodes of `src` as shards to `out`, and return their manifest.
 
     rate_hz: steps per second, see the reader of the format; default: the source's. embodiment: the contract to hold the
-    data to, with the cameras of the source. size: crop
+    data to, with the cameras of the source, or the file of one, or of the answers of a form (`contract.py`). size: crop
     every frame to its largest centred square and scale it to size x size; the stored contract says so. name: of it;
     default: the name of `src`. skip_bad: leave out up to so many episodes that are bad. say: is told what is odd, what
     is left out, and what is bad as it is found. on_progress: called as (episodes done, episodes in all).
@@ -154,11 +169,22 @@ def import_episodes(
         raise DataError(f"rate_hz is {rate_hz:g}", fix="give steps per second, 0.01 to 10000")
     if skip_bad < 0:
         raise DataError(f"skip_bad is {skip_bad}", fix="give how many bad episodes may be left out")
-    source = open_episodes(src, reading, format=format, rate_hz=rate_hz, embodiment=embodiment)
+    open_as = partial(open_episodes, src, reading, format=format, rate_hz=rate_hz)
+    answers = read_contract(embodiment) if isinstance(embodiment, (str, Path)) else embodiment
+    if isinstance(answers, dict):
+        source = open_as()
+        inferred = source.embodiment()
+        if inferred is None:
+            raise DataError(f"{src} has no robot that {embodiment} could describe", fix="leave the embodiment out")
+        held = complete(inferred, answers, where=str(embodiment), values=values_of(source, inferred))
+    else:
+        held = answers
+    source = open_as(embodiment=held)
     name = name or Path(src).resolve().name
     said = {"swap_colours": reading.swap_colours, "assume_success": reading.assume_success}
     said["map"] = {stream: list(columns) for stream, columns in reading.map.items()}
     options = {"size": size, "overwrite": overwrite, "skip_bad": skip_bad, "say": say, "on_progress": on_progress}
+    options["stated"] = held is not None or (Path(src) / "meta" / "embodiment.json").is_file()
     return write_episodes(source, out, {"name": name, "source": str(src), **said}, **options)
 
 
@@ -170,17 +196,22 @@ def write_episodes(
     size: int | None = None,
     overwrite: bool = False,
     skip_bad: int = 0,
+    stated: bool = True,
     say: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the episodes of a reader as shards to `out`, and return their manifest: `manifest` (its `name`, its
-    `source`, ...) and what was found. The other arguments, and what it raises, are those of `import_episodes`."""
+    `source`, ...) and what was found. stated: whether somebody has said what the contract is; of an inferred one is
+    noted what it takes for granted. The other arguments, and what it raises, are those of `import_episodes`."""
     say = say or (lambda _: None)
     with ShardWriter(out, {"kind": "episodes", "tokenizers": {}, **manifest}, overwrite=overwrite) as writer:
         robot = source.embodiment()
         for note in notes_of(source):
             say(note)
         _, bad = survey(source, robot, skip_bad, manifest["source"], say)
+        doubts = [] if stated or robot is None else doubts_about(robot)
+        for note in doubts:
+            say(note)
         stored = stored_contract(robot, size)
         if stored is not None:
             data = json.dumps(stored.to_dict(), indent=2) + "\n"
@@ -195,7 +226,7 @@ def write_episodes(
         writer.manifest |= {
             "embodiments": {stored.name: stored.fingerprint} if stored else {},
             "left_out": sorted(getattr(source, "left_out", ())),
-            "notes": notes_of(source),
+            "notes": [*notes_of(source), *doubts],
             "skipped": {str(index): reason for index, reason in bad.found.items()},
         }
         return writer.close()
@@ -220,6 +251,18 @@ class EpisodeList:
         return iter(self.episodes[index][f"{IMAGE_PREFIX}{camera}"])
 
 
+def values_of(source: EpisodeSource, robot: Embodiment) -> dict[str, np.ndarray]:
+    """The values of each vector stream in the episodes that can be read."""
+    found: dict[str, list[np.ndarray]] = {}
+    for index in range(len(source)):
+        with suppress(MMSeqError):
+            episode = source[index]
+            for stream in robot.vectors:
+                if stream in episode:
+                    found.setdefault(stream, []).append(episode[stream])
+    return {stream: np.concatenate(values) for stream, values in found.items()}
+
+
 def notes_of(source: EpisodeSource) -> list[str]:
     """What a reader has to say: columns that nothing uses, and what is odd. Complete after `embodiment()`."""
     return list(getattr(source, "notes", ()))
@@ -233,14 +276,20 @@ def stored_contract(robot: Embodiment | None, size: int | None) -> Embodiment | 
 
 
 def survey(
-    source: EpisodeSource, robot: Embodiment | None, skip_bad: int, where: str, say: Callable[[str], None]
+    source: EpisodeSource,
+    robot: Embodiment | None,
+    skip_bad: int,
+    where: str,
+    say: Callable[[str], None],
+    how: str = SKIP,
 ) -> tuple[list[dict[str, Any]], BadEpisodes]:
     """What the index of shards would know of each episode that is not bad, found without decoding pictures.
 
+    how: to leave out `{count}` of them.
     Raises: DataError for more than `skip_bad` episodes that are bad, all named.
     """
     notes: list[dict[str, Any]] = []
-    bad = BadEpisodes(len(source), skip_bad, where, say)
+    bad = BadEpisodes(len(source), skip_bad, where, say, how)
     for index in range(len(source)):
         bad.attempt(index, lambda index=index: notes.append(_check_one(source, index, robot)))
     bad.settle()
@@ -250,8 +299,8 @@ def survey(
 class BadEpisodes:
     """The episodes that cannot be read, by number, and why; a budget of them may be left out."""
 
-    def __init__(self, total: int, budget: int, where: str, say: Callable[[str], None]):
-        self.total, self.budget, self.where, self.say = total, budget, where, say
+    def __init__(self, total: int, budget: int, where: str, say: Callable[[str], None], how: str = SKIP):
+        self.total, self.budget, self.where, self.say, self.how = total, budget, where, say, how
         self.found: dict[int, str] = {}
 
     def attempt(self, index: int, work: Callable[[], None]) -> None:
@@ -272,7 +321,8 @@ class BadEpisodes:
         reasons = " / ".join(reason.rstrip(".") for reason in list(self.found.values())[:MOST_BAD])
         if self.total == 1 or (count == self.total and len(set(self.found.values())) == 1):
             raise DataError(f"no episode of {self.where} can be read: {reasons.split(' / ')[0]}")
-        fix = f"leave them out with --skip-bad {count}" if count < self.total else "not one is left: correct the data"
+        leave = f"leave them out with {self.how.format(count=count)}"
+        fix = leave if count < self.total else "not one is left: correct the data"
         raise DataError(f"{count} of {self.total} episodes of {self.where} are bad: {reasons}", fix=fix)
 
 
@@ -319,6 +369,7 @@ def _note(episode: Episode) -> dict[str, Any]:
     """What the index of shards says of an episode."""
     note = {key: getattr(episode, key) for key in ("id", "rate_hz", "embodiment", "success")}
     note |= {"length": len(episode), "streams": list(episode.streams)}
+    note |= {f"{name}s": 1 for name in of_kind(TEXT) if name in episode.metadata}  # a question, and its answer
     note |= {"texts": len(episode.texts), "plans": len(episode.plans)}
     return note | {"spans": sorted({span.stream for span in episode.spans})}
 

@@ -209,7 +209,7 @@ class LeRobotReader(DatasetReader):
     def _hold_to(self, given: Embodiment) -> Embodiment:
         wanted = given.vectors
         for stream in dict.fromkeys((*self.vectors, *wanted)):
-            width = sum(map(self._rows.width, self.streams.get(stream, ())))
+            width = sum(map(self._rows.taken, self.streams.get(stream, ())))
             axes = len(wanted.get(stream, ()))
             if axes != width:
                 column = "+".join(self.streams.get(stream, ())) or _FOUND.get(stream, stream)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from mmseq.data.kept import Kept
 from mmseq.data.lerobot_files import REFETCH, read_parquet, whole
 from mmseq.data.lerobot_layout import PERSISTENT, Layout, Record
-from mmseq.data.mapping import Streams, kind_of
+from mmseq.data.mapping import Slice, Streams, kind_of, taken
 from mmseq.errors import EpisodeError, MMSeqError
 from mmseq.streams import OWN_VECTORS
 
@@ -29,6 +29,8 @@ class Rows:
         self._used |= {n for n in _TEXTS if n in layout.types}
         self._widths: dict[str, int] = {}
         self._tables: Kept[Path, pa.Table] = Kept(_OPEN_TABLES)
+        for name in (name for names in streams.values() for name in names if isinstance(name, Slice)):
+            self.taken(name)
 
     def record(self, index: int) -> Record:
         """An episode. Raises: EpisodeError when it cannot be read."""
@@ -98,6 +100,11 @@ class Rows:
             self._widths[name] = said if said is not None and said in seen else most
         return self._widths[name]
 
+    def taken(self, name: str) -> int:
+        """How many numbers of a row a stream takes. Raises: DataError when the map takes more than there are."""
+        part = taken(name, self.width(name))
+        return part.stop - part.start
+
     def axes(self, stream: str) -> list[str]:
         """The names of a vector's axes, over all columns that are joined."""
         names: list[str] = []
@@ -105,7 +112,8 @@ class Rows:
             own = len(self.streams[stream]) > 1 or stream not in OWN_VECTORS
             width, said = self.width(column), self.layout.features.get(column, {}).get("names")
             last = column.rpartition(".")[2]
-            names += [last] if own and width == 1 and not said else axis_names(said, width, last if own else "axis")
+            every = [last] if own and width == 1 and not said else axis_names(said, width, last if own else "axis")
+            names += every[taken(column, width)]
         return unique(names)
 
     def vector(self, record: Record, stream: str) -> np.ndarray:
@@ -121,7 +129,8 @@ class Rows:
                     f"{self.width(name)}",
                     fix=REFETCH,
                 )
-        values = np.concatenate(parts, axis=1)
+        names = self.streams[stream]
+        values = np.concatenate([v[:, taken(name, v.shape[1])] for name, v in zip(names, parts)], axis=1)
         bad = ~np.isfinite(values)
         if bad.any():
             step, axis = np.argwhere(bad)[0]

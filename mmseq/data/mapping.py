@@ -1,6 +1,7 @@
 """Mapping: which columns of a dataset fill which streams, where its names are not the usual ones.
 
     --map action=actions,proprio=joint_position+gripper_position,image.front=rgb,force=observation.ft_sensor
+    --map hand=observation.state[14:26]       numbers 14 to 25 of a vector
     --map names.yaml                          the same as YAML: {action: actions, proprio: [a, b], image: {front: rgb}}
 
 A reader lists its `Column`s and what it takes by itself; `fill` lays what the owner says over that, and `left_out`
@@ -14,7 +15,7 @@ names every column that is still unused, with the option that would take it. `im
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,54 @@ class Column:
 
     kind: str
     detail: str = ""
+
+
+class Slice(str):
+    """The name of a column of which numbers start .. stop - 1 are taken; equal to that, so that it is found by it."""
+
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def said(self) -> str:
+        """As a map writes it."""
+        return f"{self}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+
+
+_SLICE = re.compile(r"(?P<column>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
+
+
+def taken(name: str, width: int) -> slice:
+    """Which numbers of a column that has `width` fill a stream. Raises: DataError when it has not so many."""
+    if not isinstance(name, Slice):
+        return slice(0, width)
+    stop = width if name.stop is None else name.stop
+    if not name.start < stop <= width:
+        raise DataError(f"the map takes {name.said}, and {name!s} has {width} numbers", fix="take as many as there are")
+    return slice(name.start, stop)
+
+
+def base_of(name: str, columns: Collection[str]) -> str:
+    """The column that a map's entry names, whole or a slice of it."""
+    found = None if name in columns else _SLICE.fullmatch(name)
+    return found["column"] if found else name
+
+
+def _column(name: str, columns: Mapping[str, Column], stream: str, where: str) -> str:
+    """The column that a map names, or a slice of it. Raises: DataError."""
+    found = None if name in columns else _SLICE.fullmatch(name)
+    column = base_of(name, columns)
+    if column not in columns:
+        raise DataError(f"{where}: the map names the column {column!r}: {did_you_mean(column, columns)}")
+    if found is None:
+        return name
+    part = Slice(column)
+    part.start, part.stop = int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
+    if columns[column].kind != "vector" or kind_of(stream) != "vector":
+        raise DataError(f"{where}: the map takes {name} for {stream}", fix="take a part of a vector, for a vector")
+    if part.stop is not None and part.start >= part.stop:
+        raise DataError(f"{where}: {name} of the map takes nothing", fix=f"write {column}[0:3] for the first three")
+    return part
 
 
 def read_map(given: str | Mapping[str, Any] | None) -> Streams:
@@ -109,6 +158,7 @@ def fill(found: Streams, given: Streams, columns: Mapping[str, Column], where: s
     Raises: DataError naming a column that is not there, or not of the kind that the stream takes, or a stream that is
     left out though nothing fills it.
     """
+    given = {s: tuple(_column(name, columns, s, where) for name in names) for s, names in given.items()}
     for stream, names in given.items():
         if not names and stream not in found:
             raise DataError(
@@ -117,8 +167,6 @@ def fill(found: Streams, given: Streams, columns: Mapping[str, Column], where: s
             )
         kind = kind_of(stream)
         for name in names:
-            if name not in columns:
-                raise DataError(f"{where}: the map names the column {name!r}: {did_you_mean(name, columns)}")
             if columns[name].kind != kind and not (kind == "vector" and columns[name].kind == "flag"):
                 article = {"picture": "pictures", "vector": "numbers", "text": "a text", "flag": "a truth value"}[kind]
                 raise DataError(

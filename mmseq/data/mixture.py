@@ -41,6 +41,7 @@ class SourceConfig(Reading):
     weight: float = 1.0  # its share among the sources of a task
     rate_hz: float | None = None  # resample to so many steps per second; default: its own rate
     holdout: float | None = None  # share of its episodes that training never sees; default: the mix's
+    skip_bad: int = 0  # leave out up to so many episodes that cannot be read; shards were told when they were imported
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 from mmseq.data.tokens import EpisodePlan, Kind
 from mmseq.layout import sequence_length
 from mmseq.sequence import SequenceBuilder
+from mmseq.streams import lacking
 from mmseq.tasks import Task
 
 
@@ -127,8 +128,11 @@ class Moments:
         kinds = np.unique(self._plan.kind_ids[self._plan.first[self._members]])
         missing = [self.task.missing(self._visible(self._plan.kinds[k])) for k in kinds]
         if all(missing):
-            return f"no {', '.join(min(missing, key=len))}"
-        return f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
+            there = {stream for k in kinds for stream in self._visible(self._plan.kinds[k])}
+            return f"no {lacking(min(missing, key=len), there)}"
+        found = f"episodes of at most {self._plan.lengths[self._plan.episodes[self._members]].max()} steps"
+        cut = len(self._members) > len(np.unique(self._plan.episodes[self._members]))
+        return found + (", with no room at the steps that their texts belong to" if cut else "")
 
     def _at(self, place: int) -> tuple[int, int]:
         """The piece and the step of the place-th moment."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmseq.data.changed import Successful
-from mmseq.data.importing import EpisodeShardReader, open_episodes
+from mmseq.data.importing import BadEpisodes, EpisodeShardReader, open_episodes, survey
 from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.errors import DataError
 from mmseq.reading import AS_IT_IS, Reading
+from mmseq.streams import TEXT, of_kind
+from mmseq.tokenization.values import judged
 
 
 def open_source(
@@ -56,6 +58,29 @@ def open_source(
     return source
 
 
+class Budget(Protocol):
+    """A source of a mix or a recipe, as far as its bad episodes go."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def skip_bad(self) -> int: ...
+
+
+def bad_episodes(source: EpisodeSource, config: Budget, where: str, say: Callable[[str], None]) -> BadEpisodes:
+    """The episodes of a source that are bad, found as `mmseq data import` finds them; of shards none.
+
+    Raises: DataError for more than `config.skip_bad`, all named, or a budget for shards.
+    """
+    if config.skip_bad < 0:
+        raise DataError(f"{where}: skip_bad is {config.skip_bad}", fix="give how many bad episodes may be left out")
+    if hasattr(source, "embodiments"):
+        if config.skip_bad:
+            raise DataError(f"{where} is shards, which hold no bad episodes", fix="give --skip-bad when importing")
+        return BadEpisodes(len(source), 0, where, say)
+    return survey(source, source.embodiment(), config.skip_bad, where, say, how="skip_bad: {count} in the source")[1]
+
+
 def embodiments_of(source: EpisodeSource) -> list[Embodiment]:
     """Every contract that a source's episodes refer to."""
     if hasattr(source, "embodiments"):  # shards may hold several
@@ -81,7 +106,6 @@ def streams_of(notes: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every stream that some episode has, of what an index of shards says of each."""
     found: set[str] = set()
     for note in notes:
-        found |= {*note["streams"], *note.get("spans", ())}
-        found |= {stream for stream, key in (("text", "texts"), ("plan", "plans")) if note[key]}
-        found |= {"progress"} if note["success"] is True else set()
+        found |= {*note["streams"], *note.get("spans", ()), *judged(note["success"])}
+        found |= {stream for stream in of_kind(TEXT) if note.get(f"{stream}s")}
     return sorted(found)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseq.data.mixture import SourceConfig, load_mix
-from mmseq.data.reader import EpisodeSource
-from mmseq.data.sources import open_source, source_identity
+from mmseq.data.sources import bad_episodes, open_source, source_identity
 from mmseq.data.tokens import TokenShards, token_fingerprints, write_token_shards
 from mmseq.episode import Episode
 from mmseq.errors import DataError, MMSeqError
@@ -31,12 +30,15 @@ def tokenize_mix(
     root: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Write `out/<source>/` for each source of the mix; returns what became of each: `written` or `kept`.
 
     root: where the paths of the sources begin; default: the folder of the mix. overwrite: replace
     shards that were made from other data or with other tokenizers, instead of refusing.
-    on_progress(source, episodes done, episodes in all).
+    on_progress(source, episodes done, episodes in all). say: is told which episodes are left out, and why.
+    Raises: DataError for more bad episodes of a source than its `skip_bad`, all named: raw data are held to their
+    contract here as `mmseq data import` holds them.
     """
     mix = load_mix(mix_path)
     root = Path(root) if root is not None else Path(mix_path).parent
@@ -46,7 +48,7 @@ def tokenize_mix(
     if missing:
         raise DataError(f"sources of {mix_path} do not exist ({'; '.join(missing)})", fix="correct the paths or --root")
     return {
-        name: _tokenize_source(name, source, root, Path(out) / name, tokenizers, overwrite, on_progress)
+        name: _tokenize_source(name, source, root, Path(out) / name, tokenizers, overwrite, on_progress, say)
         for name, source in mix.sources.items()
     }
 
@@ -59,6 +61,7 @@ def _tokenize_source(
     tokenizers: Tokenizers,
     overwrite: bool,
     on_progress: Progress | None,
+    say: Callable[[str], None] | None,
 ) -> str:
     path = root / config.path
     identity = source_identity(path, config, rate_hz=config.rate_hz)
@@ -69,21 +72,25 @@ def _tokenize_source(
         if not overwrite:
             raise DataError(f"{directory} {why}", fix="pass --overwrite to replace it, or choose another folder")
     reader = open_source(path, config, rate_hz=config.rate_hz, embodiments=tokenizers.embodiments)
+    bad = bad_episodes(reader, config, f"source {name} ({path})", say or (lambda _: None))
+    kept = [i for i in range(len(reader)) if i not in bad.found]
+
+    def episodes() -> Iterator[Episode]:
+        yield from (reader[i] for i in kept)
+        bad.settle()  # pictures are decoded only now
+
     write_token_shards(
-        _episodes(reader),
+        episodes(),
         directory,
         tokenizers,
         name=name,
         source=identity,
-        total=len(reader),
+        total=len(kept),
         overwrite=overwrite,
-        on_progress=(lambda done, _: on_progress(name, done, len(reader))) if on_progress else None,
+        attempt=lambda n, work: bad.attempt(kept[n], work),
+        on_progress=(lambda done, _: on_progress(name, done, len(kept))) if on_progress else None,
     )
     return "written"
-
-
-def _episodes(reader: EpisodeSource) -> Iterator[Episode]:
-    return (reader[i] for i in range(len(reader)))
 
 
 def _outdated(directory: Path, identity: dict[str, Any], tokenizers: Tokenizers) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,23 +35,28 @@ def write_token_shards(
     source: dict[str, Any] | None = None,
     total: int | None = None,
     overwrite: bool = False,
+    attempt: Callable[[int, Callable[[], None]], None] = lambda _, work: work(),
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:
     """Tokenize every stream of every episode into shards; returns their manifest.
 
     source: what identifies the data that was read; kept in the manifest. total: of episodes, for
-    on_progress(done, total).
+    on_progress(done, total). attempt(n, work): does the work on the n-th episode, or leaves it out when that fails.
     """
     manifest = {"kind": "tokens", "name": name, "source": source, **token_fingerprints(tokenizers)}
     with ShardWriter(directory, manifest, overwrite=overwrite) as writer:
         for index, episode in enumerate(episodes):
             if episode.embodiment is not None:
                 tokenizers.embodiment(episode.embodiment)  # a robot without a contract is an error, not a video
-            members, note = _tokenize(episode, tokenizers)
-            writer.add(f"{index:08d}", members, metadata=note)
+            attempt(index, partial(_write_one, writer, index, episode, tokenizers))
             if on_progress is not None:
                 on_progress(index + 1, total)
         return writer.close()
+
+
+def _write_one(writer: ShardWriter, index: int, episode: Episode, tokenizers: Tokenizers) -> None:
+    members, note = _tokenize(episode, tokenizers)
+    writer.add(f"{index:08d}", members, metadata=note)
 
 
 def token_fingerprints(tokenizers: Tokenizers) -> dict[str, dict[str, str]]:

@@ -20,6 +20,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode
 from mmseq.errors import DataError, did_you_mean
 
+_KEYS = {"caption": str, "plan": str, "captions": list, "success": bool}  # of a line of captions.jsonl
 _KINDS = {str: "a text", list: "a list of texts", bool: "true or false"}
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp", ".ogv")
 
@@ -113,7 +114,7 @@ class VideoFolderReader:
                 raise DataError(f"{where} is not JSON: {error}", fix="correct or delete the line") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
                 raise DataError(f'{where} has no "file"', fix='write {"file": "a.mp4", "caption": "..."}')
-            for key, kind in (("caption", str), ("plan", str), ("captions", list), ("success", bool)):
+            for key, kind in _KEYS.items():
                 value = entry.get(key)
                 texts = value if isinstance(value, list) else []
                 if value is not None and not (isinstance(value, kind) and all(isinstance(v, str) for v in texts)):

@@ -22,24 +22,6 @@ OTHER_LAYOUT = 7  # further on, whose actions are replayed
 Controller = Callable[[], np.ndarray]
 
 
-def resting_action(contract: dict[str, Any], state: Any) -> np.ndarray:
-    """What a robot that nobody has commanded yet does, float32 (axes,): it stands still, its grippers open.
-
-    state: of an observation; an axis of an absolute robot that it lacks is sent the middle of its limits.
-    """
-    from mmseq_client import Rules, holds_position
-    from mmseq_client.contract import grippers_of
-
-    rules = Rules(contract)
-    middle = (rules.low + rules.high) / 2 if holds_position(contract) else np.zeros_like(rules.low)
-    at = rules.stands(state)
-    action = np.where(np.isnan(at), middle, at).astype(np.float32)
-    for axis, gripper in zip(rules.grippers, grippers_of(contract)):
-        action[axis] = gripper["open"]
-    rules.limit(action[None])
-    return action
-
-
 def expert_episode(env: Simulator, seed: int, layout: int, max_steps: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
     """The actions of the expert in a layout, and what was seen after each; `env` stands at the start of `seed` then.
 
@@ -65,6 +47,8 @@ def make_controller(
 
     Raises: ConfigError where a simulator has no expert.
     """
+    from mmseq_client.rules import resting_action
+
     robot = env.contract()
     axes = robot.action
     assert axes is not None

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from mmseq.errors import ServeError
-from mmseq.evaluation.controllers import OTHER_LAYOUT, expert_episode, resting_action
+from mmseq.evaluation.controllers import OTHER_LAYOUT, expert_episode
 from mmseq.evaluation.splices import SpliceMeter
 from mmseq.grammar import parse_offset
 from mmseq.simulation.base import Simulator, to_wire
+from mmseq.tasks import Task
 
 
 class Driver:
@@ -21,6 +22,7 @@ class Driver:
         """`env` stands at the start of the episode of `seed`. What the policy is shown besides what the robot sees, the
         expert makes: a demonstration in another layout, goals in this one."""
         from mmseq_client import Chunking, ControlLoop, SimulatedClock, SimulatedExecutor
+        from mmseq_client.rules import resting_action
 
         self.env, self.client = env, RecordingClient(client)
         self.clock, delay, jitter = SimulatedClock(), 1e-3 * settings["delay_ms"], 1e-3 * settings["jitter_ms"]
@@ -54,8 +56,10 @@ class Driver:
 
     def observe(self) -> dict[str, Any]:
         at = self.env.steps
-        reached = lambda steps: self._goals[min(at + steps, len(self._goals)) - 1]
-        goals = {key: reached(steps)[camera] for key, (camera, steps) in self._wanted.items()}
+        reached = lambda steps: self._goals[min(max(at + steps, 1), len(self._goals)) - 1]
+        before = range(1 - self._clip, 1)  # a clip ends there
+        goals = {k: np.stack([reached(n + i)[seen] for i in before]) for k, (seen, n) in self._wanted.items()}
+        goals = {key: goal[0] if self._clip == 1 else goal for key, goal in goals.items()}
         return self._wire(self.env.observe()) | goals
 
     def _wire(self, seen: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -70,6 +74,8 @@ class Driver:
         for key in (key for key in required if "@+" in key):
             camera, _, at = key.partition("@")
             self._wanted[key] = camera, parse_offset(at).steps(self.contract()["rate_hz"])  # type: ignore[union-attr]
+        given = [p for p in Task.parse(metadata["policy"]).place(self.contract()["rate_hz"]) if not p.predicted]
+        self._clip = max((p.steps for p in given if p.segment.at.startswith("@+")), default=1)
         ends = [key for key in kept if key.endswith("@end")]
         self._goals = self._expert(seed, seed, max_steps) if self._wanted or ends else []
         shown: dict[str, Any] = {key: self._goals[-1][key.removesuffix("@end")] for key in ends}

@@ -1,9 +1,14 @@
-"""Result: one measured number beside its baseline, and the small statistics that go with it."""
+"""Result: one measured number beside its baseline, where it was measured, and the small statistics that go with it."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import re
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +59,25 @@ def write_results(path: str | Path, results: Iterable[Result]) -> None:
     """Write a JSON list, one row per result."""
     rows = [json.dumps(asdict(result), ensure_ascii=False) for result in results]
     Path(path).write_text("[\n" + ",\n".join(f"  {row}" for row in rows) + "\n]\n" if rows else "[]\n")
+
+
+def command() -> str:
+    """What the shell was told, where that was `mmseq`."""
+    arguments = sys.argv[1:] if Path(sys.argv[0]).stem in ("mmseq", "__main__") else []
+    return shlex.join(["mmseq", *arguments])
+
+
+def machine() -> str:
+    """Cores, memory, GPU and torch, in words."""
+    import torch
+
+    try:
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{cores} cores of {model[1].strip() if model else platform.machine()}{gpu}, torch {torch.__version__}"
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

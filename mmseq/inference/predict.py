@@ -18,7 +18,7 @@ from mmseq.inference.decoding import Decoded, Decoder, Request
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.packing import collate
 from mmseq.sequence import TokenSequence, TokenSource
-from mmseq.streams import VECTOR
+from mmseq.streams import VECTOR, lacking
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 from mmseq.tokenization.values import by_name, join, values_of
@@ -66,7 +66,7 @@ def predict(
     tokenizers = model.tokenizers
     assert tokenizers is not None
     task = _task(model, arrow)
-    texts = {k: v for k, v in (("text", text), ("question", question)) if v is not None}
+    texts = {stream: said for stream, said in {"text": text, "question": question}.items() if said is not None}
     tokens = EpisodeTokens(episode, tokenizers, texts=texts)
     check_fillable(task, tokens, t, where=f"episode {episode.id!r}")
     prefix = None
@@ -125,9 +125,7 @@ def check_fillable(task: Task, tokens: EpisodeTokens, t: int, *, where: str) -> 
     task.require_fixed()
     missing = task.missing(tokens.streams, given_only=True)
     if missing:
-        raise TaskError(
-            f"{where} cannot fill {task}: it has no {', '.join(missing)}; it has {', '.join(sorted(tokens.streams))}"
-        )
+        raise TaskError(f"{where} cannot fill {task}: it has no {lacking(missing, tokens.streams)}")
     if not 0 <= t < len(tokens):
         raise TaskError(f"{where} has steps 0 to {len(tokens) - 1}, t is {t}")
     needs_robot = [s.stream for s in task.segments if s.row.kind is VECTOR]

@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mmseq.data.importing import EpisodeSource, square
+from mmseq.data.importing import square
 from mmseq.data.lerobot_writer import LeRobotWriter
+from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import open_source
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, Stream
 from mmseq.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.labelling.network import SETTINGS, LabellerNetwork, Labels
+from mmseq.streams import OWN_VECTORS
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
 
@@ -102,7 +104,7 @@ class ArrowLabeller:
         self._model = SequenceModel.from_pretrained(path)
         tokenizers = self._model.tokenizers
         assert tokenizers is not None
-        robots = {n: e for n, e in tokenizers.embodiments.items() if {"action", "proprio"} <= set(e.vectors)}
+        robots = {n: e for n, e in tokenizers.embodiments.items() if set(OWN_VECTORS) <= set(e.vectors)}
         if len(robots) != 1 and embodiment not in robots:
             raise ConfigError(
                 f"{path} knows {', '.join(robots) or 'no robot with actions and a state'}"
@@ -292,7 +294,7 @@ def _label_job(job: tuple[str, str | None, str, int, str | None, str]) -> None:
     labeller, videos = _opened[key]
     episode, confidence = label_episode(labeller, videos, index, camera)
     members = {"frames": episode[f"{IMAGE_PREFIX}{labeller.camera}"], "confidence": confidence}
-    members |= {name: episode[name] for name in ("action", "proprio")}
+    members |= {name: episode[name] for name in OWN_VECTORS}
     partial = Path(kept) / f"{index}.partial"
     save_file({name: np.ascontiguousarray(values) for name, values in members.items()}, partial)
     partial.replace(Path(kept) / f"{index}.safetensors")

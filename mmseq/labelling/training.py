@@ -20,12 +20,13 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.labelling.network import LabellerNetwork, NetworkConfig, to_windows
+from mmseq.streams import OWN_VECTORS
 
 STATE_WEIGHT = 0.3  # of the state's loss beside the action's
 ERROR_WEIGHT = 0.05  # of learning how wrong the labels are, beside learning the labels
 SWITCH_SHARE = 0.99  # of an axis's values that are one of two: then it is a switch
 MOST_BYTES = 12 << 30  # of frames in memory
-PREDICTED = ("action", "proprio")
+PREDICTED = tuple(reversed(OWN_VECTORS))  # the action first
 
 
 @dataclass(kw_only=True)

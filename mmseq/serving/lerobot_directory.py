@@ -14,11 +14,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmseq_client.contract import reads_prompt
+
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError
 from mmseq.model.export import require_new
 from mmseq.serving.keys import IMAGES, STATE
 from mmseq.serving.model_policy import ModelPolicy, required_keys
+from mmseq.streams import TEXT
 
 
 def export_lerobot(
@@ -89,6 +92,8 @@ def policy_config(
         for camera in robot.cameras
         if (key := IMAGES + camera.name) in wanted
     }
+    told = any(segment.stream == TEXT.name for segment in served.arrow.given)
+    looks = reads_prompt({"policy": str(served.arrow)})  # to plug-ins of before, which know no such setting
     if STATE in wanted and robot.proprio is not None:
         inputs[STATE] = {"type": "STATE", "shape": [len(robot.proprio)]}
     return {
@@ -100,6 +105,7 @@ def policy_config(
         "push_to_hub": False,
         "server": server,
         "arrow": str(served.arrow),
+        **({} if told == looks else {"reads_prompt": told}),
         "passes": served.passes,
         "horizon": served.horizon,
         "n_action_steps": execute,

@@ -31,12 +31,16 @@ from mmseq.serving.keys import DEMO, IMAGES
 from mmseq.serving.observation import example_observation
 from mmseq.serving.observed import (
     ObservationTokens,
+    check_rest,
     check_servable,
+    commands_before,
     kept_keys,
     lookback,
+    past_commands,
     prolonged,
     required_keys,
 )
+from mmseq.streams import lacking
 from mmseq.tasks import Task
 
 log = logging.getLogger("mmseq.serving")
@@ -84,7 +88,6 @@ class ModelPolicy:
         if "->" not in chosen and chosen not in {*self.tasks, *ALIASES}:
             raise ConfigError(f"{name} was trained on no task {chosen!r}: {did_you_mean(chosen, self.tasks)}")
         self.arrow = Task.parse(self.tasks.get(chosen, chosen))
-        check_servable(self.arrow)
         trained = [f"{task} ({arrow})" for task, arrow in self.tasks.items()]
         if trained and not any(Task.parse(a).covers(self.arrow) for a in self.tasks.values()):
             log.warning("%s was not trained on %s; it was trained on %s", name, self.arrow, ", ".join(trained))
@@ -106,6 +109,9 @@ class ModelPolicy:
             if embodiment not in self.robots:
                 raise ConfigError(f"{name} has no robot {embodiment!r}: {did_you_mean(embodiment, self.robots)}")
             self.robots = {embodiment: self.robots[embodiment]}
+        for robot in self.robots.values():
+            check_servable(self.arrow, robot.rate_hz)
+            check_rest(self.arrow, robot)
         horizons = {n: segments[-1].length.steps(e.rate_hz) for n, e in self.robots.items()}  # type: ignore[union-attr]
         if len(set(horizons.values())) > 1:
             raise ConfigError(
@@ -234,10 +240,14 @@ class ModelPolicy:
         if self.blank_images:
             seen = lambda key: key.startswith((IMAGES, DEMO))
             observation = {k: np.full_like(v, 128) if seen(k) else v for k, v in observation.items()}
+        robot = self.robots.get(str(name))
+        commands = past_commands(task, robot.rate_hz) if robot is not None else 0
+        if commands and observation.get("past_actions") is None:
+            observation = {**observation, "past_actions": np.zeros((0, len(robot.action)), np.float32)}  # type: ignore
         tokens = ObservationTokens(observation, self.tokenizers, name)
         missing = task.missing(tokens.streams, given_only=True)
         if missing:
-            raise TaskError(f"the observation cannot fill {task}: it has no {', '.join(missing)}")
+            raise TaskError(f"the observation cannot fill {task}: it has no {lacking(missing, tokens.streams)}")
         encode = lambda values, what: self.tokenizers.encode_vector(
             "action", str(name), values, what=what, where="observation"
         )
@@ -248,16 +258,29 @@ class ModelPolicy:
             now -= len(done) * task.stride(tokens.rate_hz)
             done, prefix = done | ({len(done): prefix} if prefix is not None else {}), None
         placed = task.place(tokens.rate_hz)
-        past = max((-p.start for p in placed if not p.predicted and p.start is not None), default=0)
-        if past > now:
+        given = [p for p in placed if not p.predicted and p.start is not None]
+        past = max((-p.start for p in given), default=0)  # type: ignore[operator]
+        seen = max((-p.start for p in given if p.row.clock == "observed"), default=0)  # type: ignore[operator]
+        did = observation.get("past_actions")
+        unknown = commands + tokens.now - now - len(did) if commands and did is not None else 0
+        if robot is not None and unknown > 0:
             if asked != self.arrow:
                 raise TaskError(
-                    f"{task} needs the last {past + 1} frames, the observation has {tokens.now + 1}",
-                    fix=f"send {IMAGES}<camera> with shape ({past + 1}, H, W, 3)",
+                    f"{task} needs the last {commands + tokens.now - now} commands, the observation has {len(did)}",  # type: ignore[arg-type]
+                    fix="send them as past_actions, float32 (n, axes), the last one before now",
                 )
+            rest = commands_before(robot, observation, unknown)
+            observation = {**observation, "past_actions": np.concatenate([rest, did])}  # type: ignore[list-item]
+        if seen > now and asked != self.arrow:
+            raise TaskError(
+                f"{task} needs the last {seen + 1} frames, the observation has {tokens.now + 1}",
+                fix=f"send {IMAGES}<camera> with shape ({seen + 1}, H, W, 3)",
+            )
+        if past > now:
             # the episode begins: what was seen first was seen before, too
-            tokens = ObservationTokens(prolonged(observation, past + tokens.now - now + 1), self.tokenizers, name)
+            observation = prolonged(observation, past + tokens.now - now + 1)
             now = past
+        tokens = ObservationTokens(observation, self.tokenizers, name)
         seed = int((observation.get("options") or {}).get("seed", 0))
         return task, Request(tokens, now, prefix=prefix, done=done, seed=seed)
 

@@ -2,7 +2,8 @@
 
 ==============================  =======================  =============================================
 `observation.images.<camera>`   uint8 (H, W, 3)          RGB; another size is fitted to the contract's camera
-`observation.images.<c>@+16`    uint8 (H, W, 3)          where the policy is given a future image (a goal)
+`observation.images.<c>@+16`    uint8 (H, W, 3)          where the policy is given a future image (a goal); of a
+                                                         future video[n] (n, H, W, 3); vectors likewise
 `observation.state`             float32 (proprio,)       in the order and units of the contract
 `observation.<stream>`          float32 (axes,)          each further vector stream of the contract, such as `force`
 `prompt`                        text                     the instruction
@@ -198,12 +199,13 @@ def _check_text(value: Any, key: str) -> str:
 
 def _check_given(key: str, value: Any, embodiment: Embodiment, rules: ObservationRules, *, frames: bool) -> Any:
     """One stream by its key; None when the key is not known."""
-    base = key.partition("@")[0]
+    base, at, _ = key.partition("@")
     shown = base.startswith(DEMO)  # a clip, of whatever length
+    frames = frames or bool(at)  # likewise, that ends there
     camera = base.removeprefix(DEMO if shown else IMAGES)
     cameras = {camera.name: camera for camera in embodiment.cameras}
     if base != camera and camera in cameras:
-        if shown and np.ndim(value) == 4 and len(value) > MAX_SHOWN:
+        if (shown or at) and np.ndim(value) == 4 and len(value) > MAX_SHOWN:
             raise RequestError("too_large", f"{key!r} has {len(value)} frames, at most {MAX_SHOWN} are read", key=key)
         return check_image(value, cameras[camera], key=key, frames=frames or shown)
     if base in (plans := vector_keys(embodiment, "commanded")):

@@ -87,7 +87,7 @@ class Contract:
         missing = sorted({"name", "embodiments", "tasks", "horizon"} - set(data))
         if missing:
             raise ServeError(f"the contract of {type(policy).__name__} lacks {', '.join(missing)}")
-        for derived in ("fingerprints", "image_keys", "protocol", "chunking", "hold"):
+        for derived in ("fingerprints", "image_keys", "protocol", "chunking", "hold", "reads_prompt"):
             data.pop(derived, None)
         try:
             embodiments = {name: Embodiment.from_dict(body) for name, body in dict(data.pop("embodiments")).items()}
@@ -132,6 +132,7 @@ class Contract:
             "required_keys": {name: list(self.required(body)) for name, body in self.embodiments.items()},
             "kept_keys": {name: list(keys) for name, keys in self.kept_keys.items()},
             "history": self.history,
+            "reads_prompt": self.reads_prompt,
             "prefix": self.prefix,
             "hold": {
                 n: "position" if body.action_form == "absolute" else "zero" for n, body in self.embodiments.items()
@@ -154,7 +155,7 @@ class Contract:
 
     @cached_property
     def reads_prompt(self) -> bool:
-        """Whether the policy's arrow, where it says it, is given text."""
+        """Whether the policy's arrow, where it says it, is given text; clients are told."""
         arrow = self.extra.get("policy")
         return isinstance(arrow, str) and any(segment.stream == "text" for segment in Task.parse(arrow).given)
 

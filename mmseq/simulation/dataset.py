@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from mmseq.data.lerobot_writer import LeRobotWriter
 from mmseq.errors import DataError
 from mmseq.simulation.metaworld import robot
 from mmseq.simulation.record import RecordedEpisode, embodiment
@@ -25,6 +24,8 @@ def write_lerobot(episodes: Iterable[RecordedEpisode], path: str | Path, *, repo
 
     Raises: DataError when `path` exists or there are no episodes; DependencyError without LeRobot.
     """
+    from mmseq.data.lerobot_writer import LeRobotWriter
+
     path, writer, lightweight = Path(path), None, []
     if path.exists():
         raise DataError(f"{path} already exists", fix="choose another folder or remove it")

@@ -20,7 +20,19 @@ from mmseq.errors import CheckpointError, ConfigError, EpisodeError, Fingerprint
 from mmseq.layout import Layout
 from mmseq.plugins import find
 from mmseq.sequence import SequenceBuilder
-from mmseq.streams import IMAGE_PREFIX, OWN_VECTORS, TEXT, VECTOR, kind_of_range, of_kind, row_of, stream_row
+from mmseq.streams import (
+    IMAGE_PREFIX,
+    OUTCOME,
+    OWN_VECTORS,
+    RESERVED_IDS,
+    STREAMS,
+    TEXT,
+    VECTOR,
+    kind_of_range,
+    of_kind,
+    row_of,
+    stream_row,
+)
 from mmseq.tokenization.base import READOUTS, Encoder, Tokenizer, tokenizer_class
 from mmseq.tokenization.continuous import BinTokenizer, ScalarTokenizer
 from mmseq.tokenization.text import TextTokenizer
@@ -53,6 +65,9 @@ class Tokenizers(Mapping[str, Tokenizer]):
         flat_slots: bool = False,
         streams: Sequence[str] = (),
     ):
+        # of ranges that every vocabulary has, and that nothing is trained for
+        outcomes = [row.range for row in STREAMS.values() if row.kind is OUTCOME]
+        self._reserved = {name: ScalarTokenizer(RESERVED_IDS[name]) for name in outcomes}
         self.embodiments = {e.name: e for e in embodiments}
         declared = {name for e in embodiments for name in e.vectors}
         self._tokenizers = dict(tokenizers)
@@ -72,12 +87,11 @@ class Tokenizers(Mapping[str, Tokenizer]):
         self.layout = Layout(self.vision.grid, merge, self.vectors, soft, flat=flat_slots)
         further = sorted({*declared, *self.vectors} - set(streams))
         self.vocabulary = Vocabulary(sizes, embodiments=list(self.embodiments), streams=[*streams, *further])
-        self._success = ScalarTokenizer(2)
 
     def __getitem__(self, name: str) -> Any:
         """The tokenizer of a range. Raises: TaskError when this model has none."""
-        if name == "success":
-            return self._success
+        if name in self._reserved:
+            return self._reserved[name]
         if name not in self._tokenizers:
             raise TaskError(f"this model has no tokenizer of {name!r}; it has {', '.join(self._tokenizers)}")
         return self._tokenizers[name]

@@ -20,6 +20,7 @@ class TokenizerSource(Reading):
     path: str = "???"  # episode shards, LeRobot, HDF5 or videos
     weight: float = 1.0  # share of the vision batches
     rate_hz: float | None = None  # resample to so many steps per second (datasets and videos only)
+    skip_bad: int = 0  # leave out up to so many episodes that cannot be read (datasets and videos only)
 
 
 @dataclass(kw_only=True)

@@ -250,14 +250,18 @@ def join(key: str, values: list[Any]) -> Any:
 
 
 def episode_streams(episode: Episode, tokenizers: Tokenizers, texts: Mapping[str, Any]) -> list[str]:
-    """What an episode can fill. texts: by text stream.
-
-    An episode whose outcome nobody knows is neither success nor failure: it has no `success`, and no `progress`, which
-    is the share of a successful one.
-    """
-    names = [name for name, found in texts.items() if found]
-    known = {SCALAR: episode.success is True, OUTCOME: episode.success is not None}
-    names += [name for name, row in STREAMS.items() if known.get(row.kind)]
+    """What an episode can fill. texts: by text stream."""
+    names = [name for name, found in texts.items() if found] + judged(episode.success)
     robot = tokenizers.embodiments.get(episode.embodiment or "")
     vectors = robot.vectors if robot is not None else {}
     return names + [name for name in episode.streams if name.startswith(IMAGE_PREFIX) or name in vectors]
+
+
+def judged(success: bool | None) -> list[str]:
+    """The streams that an episode has by its outcome.
+
+    One whose outcome nobody knows is neither success nor failure: it has no `success`, and no `progress`, which is the
+    share of a successful one.
+    """
+    known = {SCALAR: success is True, OUTCOME: success is not None}
+    return [name for name, row in STREAMS.items() if known.get(row.kind)]

@@ -19,16 +19,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmseq.config import load_config, to_yaml
-from mmseq.data.contract import complete, questionnaire, read_answers, unknown_units
+from mmseq.data.contract import complete, questionnaire, read_contract, unknown_units
 from mmseq.data.importing import (
     EpisodeShardReader,
     import_episodes,
@@ -36,17 +33,19 @@ from mmseq.data.importing import (
     open_episodes,
     stored_contract,
     survey,
+    values_of,
 )
 from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, least_holdout, load_mix, save_mix, task_name
+from mmseq.data.moments import Moments
 from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import streams_of
 from mmseq.data.tokenize import tokenize_mix
 from mmseq.data.tokens import EpisodePlan, TokenShards, planned_note
 from mmseq.embodiment import Embodiment
-from mmseq.errors import ConfigError, DataError, EmbodimentError, MMSeqError
+from mmseq.errors import ConfigError, DataError, EmbodimentError
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.reading import Reading
-from mmseq.streams import TEXT, VECTOR
+from mmseq.streams import TEXT, VECTOR, lacking
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import Tokenizers
 from mmseq.training.config import DataConfig, DeepSpeedConfig, LoraConfig, TrainConfig
@@ -67,7 +66,7 @@ class FinetuneConfig(Reading):
     dataset: str  # LeRobot of the new robot, or HDF5 files
     out: str = "runs/finetune"  # the folder of it all
     skip_bad: int = 0  # leave out up to so many episodes that cannot be read
-    embodiment: str | None = None  # what the dataset does not say: units, gripper (YAML)
+    embodiment: str | None = None  # what the dataset does not say: units, gripper; or a whole contract (YAML, JSON)
     rate_hz: float | None = None  # steps per second; default: the dataset's
     tasks: list[str] = field(default_factory=list)  # arrows to train instead of the checkpoint's
     lora: bool = False  # train adapters instead of every weight
@@ -118,20 +117,22 @@ def prepare(config: FinetuneConfig, *, say: Callable[[str], None], on_progress: 
     _say_doubts(stored, say)
     if stored.name not in tokenizers.embodiments:
         tokenizers = tokenizers.with_embodiments([*tokenizers.embodiments.values(), stored])
-    _new_tasks(config, old, _old_mix(checkpoint), notes, name)
+    plan = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    moments = partial(_moments, plan=plan, tokenizers=tokenizers, name=name)
+    _new_tasks(config, old, _old_mix(checkpoint), notes, name, moments)
     identity = _identity(config, robot, len(notes), recipe)
     _refuse_begun(identity, out)
-    mix = _mix(config, old, notes, name, say)
+    mix = _mix(config, old, notes, name, moments, say)
     shards = _old_tokens(config)
     folders = {key: shards / key for key in mix.sources if shards is not None and key != name}
     plans = {key: TokenShards(folder, old.tokenizers).plan for key, folder in folders.items()}
-    plans[name] = EpisodePlan(planned_note(source[i], tokenizers) for i in range(len(source)) if i not in bad.found)
+    plans[name] = plan
     recipe = fit_rows(recipe, mix, plans, tokenizers, settings=config.settings, say=say)
     _begin(identity, folders, out)  # only now: what was refused until here may be tried again with other tasks
     _import(config, robot, episodes, size, say, on_progress)
     kept = EpisodeShardReader(episodes).metadata
     if len(kept) < len(notes):  # pictures of some could not be decoded
-        mix = _mix(config, old, kept, name, say)
+        mix = _mix(config, old, kept, name, moments, say)
     tokenizers.save(out / "tokenizers")
     save_mix(mix, out / "mix.yaml")
     new_only = replace(mix, sources={name: mix.sources[name]}, tasks=[t for t in mix.tasks if t.sources == [name]])
@@ -229,10 +230,12 @@ def _contract(
         cameras = {"cameras": robot.cameras}  # the checkpoint's are of the size that it was trained with
         robot = replace(theirs, **cameras)
     elif config.embodiment is not None or not (Path(config.dataset) / "meta/embodiment.json").is_file():
-        answers = read_answers(config.embodiment) if config.embodiment else {}
+        answers = read_contract(config.embodiment) if config.embodiment else {}
         where = config.embodiment or config.dataset
+        if isinstance(answers, Embodiment):
+            return _unlike(answers, known, where), open_as(embodiment=answers)
         try:
-            robot = complete(robot, answers, where=where, values=_values(source, robot))
+            robot = complete(robot, answers, where=where, values=values_of(source, robot))
         except EmbodimentError as error:
             form = out / "embodiment.yaml"
             if config.embodiment is None and not form.exists():
@@ -240,23 +243,18 @@ def _contract(
                 form.write_text(questionnaire(robot))
             fix = f"complete {form} and pass --embodiment {form}" if form.exists() else "complete that file"
             raise EmbodimentError(str(error).rstrip("."), fix=fix) from error
-        if robot.name in known.embodiments:
-            raise EmbodimentError(
-                f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
-            )
+        _unlike(robot, known, where)
     return robot, open_as(embodiment=robot)
 
 
-def _values(source: EpisodeSource, robot: Embodiment) -> dict[str, np.ndarray]:
-    """The values of each vector stream in the episodes that can be read."""
-    found: dict[str, list[np.ndarray]] = {}
-    for index in range(len(source)):
-        with suppress(MMSeqError):
-            episode = source[index]
-            for stream in robot.vectors:
-                if stream in episode:
-                    found.setdefault(stream, []).append(episode[stream])
-    return {stream: np.concatenate(values) for stream, values in found.items()}
+def _unlike(robot: Embodiment, known: Tokenizers, where: str) -> Embodiment:
+    """The robot. Raises: EmbodimentError when the checkpoint knows another one of its name."""
+    theirs = known.embodiments.get(robot.name)
+    if theirs is not None and replace(theirs, cameras=robot.cameras).fingerprint != robot.fingerprint:
+        raise EmbodimentError(
+            f"{where}: the checkpoint knows another robot named {robot.name!r}", fix="give this one another name"
+        )
+    return robot
 
 
 def _import(
@@ -291,12 +289,26 @@ def _import(
     mark.write_text(json.dumps(identity))
 
 
-def _mix(config: FinetuneConfig, old: SequenceModel, notes: Notes, name: str, say: Callable[[str], None]) -> MixConfig:
+def _moments(task: Task, notes: Notes, *, plan: EpisodePlan, tokenizers: Tokenizers, name: str) -> Moments:
+    """Where the task can be filled, in the episodes that `notes` are of."""
+    kept = {note["id"] for note in notes}
+    members = [i for i, id_ in enumerate(plan.ids) if id_ in kept]
+    return Moments(0, 0, task, name, plan, members, tokenizers.builder())
+
+
+def _mix(
+    config: FinetuneConfig,
+    old: SequenceModel,
+    notes: Notes,
+    name: str,
+    moments: Callable[[Task, Notes], Moments],
+    say: Callable[[str], None],
+) -> MixConfig:
     """The arrows for the new robot, and beside them what is rehearsed."""
     before = _old_mix(Path(config.checkpoint))
     rehearsed = _rehearsed(config, before, name, say)
     share = config.keep if rehearsed else 0.0
-    tasks = _new_tasks(config, old, before, notes, name)
+    tasks = _new_tasks(config, old, before, notes, name, moments)
     total = sum(t.weight for t in tasks)
     tasks = [replace(t, weight=t.weight / total * (1 - share)) for t in tasks]
     total = sum(t.weight for t in rehearsed)
@@ -317,7 +329,12 @@ def _old_mix(checkpoint: Path) -> MixConfig | None:
 
 
 def _new_tasks(
-    config: FinetuneConfig, old: SequenceModel, before: MixConfig | None, notes: Notes, name: str
+    config: FinetuneConfig,
+    old: SequenceModel,
+    before: MixConfig | None,
+    notes: Notes,
+    name: str,
+    moments: Callable[[Task, Notes], Moments],
 ) -> list[TaskConfig]:
     """The arrows that the episodes can fill, be it that only some can. notes: what an index of shards says of each."""
     weights = {task_name(t): t.weight for t in before.tasks} if before else {}
@@ -326,7 +343,6 @@ def _new_tasks(
     arrows = {Task.parse(a).alias or a: a for a in config.tasks} or known
     if not any(Task.parse(a).names("action", given=False) for a in arrows.values()):
         arrows = {"policy": POLICY, **arrows}
-    longest = max(note["length"] for note in notes)
     streams = streams_of(notes)
     chosen, reasons = [], []
     for key, arrow in arrows.items():
@@ -335,9 +351,9 @@ def _new_tasks(
         task = task.without(spare - set(streams))
         missing = task.missing(streams)
         if missing:
-            reasons.append(f"{key} needs {', '.join(missing)}")
-        elif not any(len(task.moments(note["length"], float(note["rate_hz"]))) for note in notes):
-            reasons.append(f"{key} needs longer episodes than {longest} steps")
+            reasons.append(f"{key} needs {lacking(missing, streams)}")
+        elif not len(found := moments(task, notes)):  # where a text changes on the way, it must lie in one piece
+            reasons.append(f"{key} finds {found.why_empty()}")
         else:
             shares = {"weight": weights.get(key, 1.0), "parallel": parallel.get(key, 0.0)}
             chosen.append(TaskConfig(task=str(task), name=key, sources=[name], **shares))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from mmseq.training.distributed import EXIT_PREEMPTED, Preempted
 
 SAID = ("step ", "stopped ")  # beginnings of the lines that are passed on
 TAIL_LINES = 15
+# the line of a traceback that names the exception, as Python prints it and as torch does in a rank
+_EXCEPTION = re.compile(
+    r"(?P<rank>\[rank\d+\]: ?)?(?P<what>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)(?::.*)?)$"
+)
 
 
 def local_ranks() -> int:
@@ -64,6 +69,28 @@ def train_here(
         raise Preempted("asked to stop: the same command goes on from what was saved")
     if code:
         lines = log.read_text(errors="replace").splitlines()
-        own = [line for line in lines if line.startswith("mmseq: error")]
-        tail = own[-1] if own else "\n".join(lines[-TAIL_LINES:])
-        raise MMSeqError(f"training ended with code {code} ({log}): {tail}")
+        raise MMSeqError(f"training ended with code {code} ({log}): {what_failed(lines, code)}")
+
+
+def what_failed(lines: Sequence[str], code: int) -> str:
+    """Of what ranks and torchrun said, the line that tells why; the end of it all where none does.
+
+    It is an error of ours, else the exception of the rank that failed first (others may only have lost it), which
+    torch marks with `[rank0]:` once ranks have met; torchrun's table says nothing of either.
+    """
+    own = [line for line in lines if line.startswith("mmseq: error")]
+    if own:
+        return own[0]
+    found = [match for line in lines if (match := _EXCEPTION.match(line))]
+    marked = [match for match in found if match["rank"]]
+    killed = code - 128 if code > 128 else 0
+    by = f"a rank was killed by {signal.Signals(killed).name if killed in set(signal.Signals) else killed}"
+    if killed == signal.SIGKILL:  # others only lose it
+        return f"{by}, as the system does when memory runs out"
+    if marked:
+        return f"{marked[0]['rank']}{marked[0]['what']}"
+    if killed and not (killed == signal.SIGABRT and found):  # some libraries abort on the way out
+        return by
+    if found:
+        return found[-1]["what"]
+    return "\n".join(lines[-TAIL_LINES:])

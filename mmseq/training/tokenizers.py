@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mmseq.data.mixture import held_out
+from mmseq.data.mixture import holdout_rank
 from mmseq.data.reader import EpisodeSource
 from mmseq.data.shards import partial_folder, replace_folder
-from mmseq.data.sources import embodiments_of, open_source
+from mmseq.data.sources import bad_episodes, embodiments_of, open_source
 from mmseq.embodiment import Embodiment
 from mmseq.errors import ConfigError, DataError, FingerprintError, MMSeqError, did_you_mean
 from mmseq.plugins import find
@@ -38,10 +38,13 @@ EVALUATION_FRAMES = 2000  # per source
 Progress = Callable[[str, int, int], None]
 
 
-def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = None) -> dict[str, Any]:
+def train_tokenizers(
+    config: TokenizerConfig, on_progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Train what the recipe says, save it to `config.out`, complete or not at all, and return the report.
 
-    on_progress(stage, done, total). Raises: MMSeqError for a source, text or contract that does not fit.
+    on_progress(stage, done, total). say: is told which episodes are left out, and why.
+    Raises: MMSeqError for a source, text or contract that does not fit.
     """
     config.check()
     out = Path(config.out)
@@ -49,14 +52,18 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
         raise DataError(f"{out} exists and holds no tokenizers, so it is not replaced", fix="choose another out=")
     sources = {name: open_source(s.path, s, rate_hz=s.rate_hz) for name, s in config.sources.items()}
     robots = gather_embodiments({name: embodiments_of(source) for name, source in sources.items()})
-    seen, unseen = {}, {}
+    seen, unseen, unmeasured = {}, {}, {}
     for name, source in sources.items():
-        held = [held_out(f"{name}/{episode_id(source, i)}", config.holdout) for i in range(len(source))]
-        seen[name] = [i for i, h in enumerate(held) if not h]
-        unseen[name] = [i for i, h in enumerate(held) if h]
+        bad = bad_episodes(source, config.sources[name], f"source {name!r}", say or (lambda _: None)).found
+        ranks = {i: holdout_rank(f"{name}/{episode_id(source, i)}") for i in range(len(source)) if i not in bad}
+        seen[name] = [i for i, rank in ranks.items() if rank >= config.holdout]
+        unseen[name] = [i for i, rank in ranks.items() if rank < config.holdout]
         if not seen[name]:
-            raise DataError(
-                f"source {name!r}: all {len(source)} episodes are held out", fix="lower holdout or add data"
+            raise DataError(f"source {name!r}: all {len(ranks)} episodes are held out", fix="lower holdout or add data")
+        if not unseen[name]:
+            unmeasured[name] = (
+                f"none of its {len(ranks)} episodes is held out: their ids decide, and holdout={config.holdout:g} is "
+                f"too little for any; from holdout={math.ceil(100 * min(ranks.values()) + 1e-9) / 100:.2f} on one is"
             )
     vision = _train_vision(config, sources, seen, on_progress)
     tokenizers = Tokenizers(
@@ -72,7 +79,7 @@ def train_tokenizers(config: TokenizerConfig, on_progress: Progress | None = Non
         embodiments=list(robots.values()),
         merge=config.merge,
     )
-    report = evaluate_tokenizers(tokenizers, sources, unseen)
+    report = evaluate_tokenizers(tokenizers, sources, unseen) | ({"unmeasured": unmeasured} if unmeasured else {})
     partial = partial_folder(out)
     tokenizers.save(partial)
     (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")

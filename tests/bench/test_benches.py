@@ -11,6 +11,7 @@ import pytest
 
 from mmseq import cli
 from mmseq.bench.rows import BenchRow, Spread, row, take_turns
+from mmseq.bench.samples import write_lerobot
 from mmseq.testing import tiny
 
 TINY = {
@@ -79,6 +80,16 @@ def test_loader_reads_windows(tmp_path, capsys):
     rows, out = bench("loader", tmp_path, capsys, "window=4")
     assert rows["loader.live"]["value"] > 0
     assert "windows of 4" in out
+
+
+@pytest.mark.slow
+def test_loader_reads_columns_of_other_names(tmp_path, capsys):
+    pytest.importorskip("lerobot")
+    data = write_lerobot(tmp_path / "set", episodes=2, length=12, height=32, width=48)
+    given = "map={image.eye: observation.images.front, proprio: action}"
+    rows, out = bench("loader", tmp_path, capsys, f"data={data}", given)
+    assert rows["loader.live"]["value"] > 0
+    assert "differ from lerobot's by at most 0 of 255" in out
 
 
 def test_loss_holds_a_part_of_the_logits(tmp_path, capsys):
@@ -156,6 +167,8 @@ def test_serve_answers_every_client_with_its_own(tmp_path, capsys):
         ("throughput tokens=x", "mix, tokens and tokenizers belong together"),
         ("loader window=0", "window must be positive"),
         ("loader window=99", "window=99 does not fit into length=50"),
+        ("loader map.action=x", "map is of a dataset, and data names none"),
+        ("loader data=x swap_colours=[a]", "lerobot cannot exchange colours"),
         ("loss positions=-1", "positions must be positive"),
         ("decode width=65", "width must be a multiple of 64"),
         ("decode axes=27", "axes must be at most 26"),

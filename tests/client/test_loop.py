@@ -465,6 +465,26 @@ def test_a_policy_that_reads_an_instruction_is_not_run_without_one(server, robot
     assert not drive(loop, clock, 3)[-1].held
 
 
+@pytest.mark.parametrize(
+    ("told", "reads"),
+    [
+        ({"policy": "(text, image -> action[1]) * 4"}, True),  # of a server from before it said so
+        ({"policy": "image.text, image -> action[4]"}, False),
+        ({"policy": "(image -> action[1]) * 4, text", "reads_prompt": True}, True),
+        ({"policy": "text, image -> action[4]", "reads_prompt": False}, False),
+        ({}, False),
+    ],
+)
+def test_the_server_says_whether_its_policy_reads_an_instruction(server, robot, told, reads):
+    server.metadata |= told
+    loop, clock, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"))
+    if reads:
+        with pytest.raises(ClientError, match="the policy reads an instruction, and there is none"):
+            loop.run(seconds=1)
+    else:
+        assert not drive(loop, clock, 3)[-1].held
+
+
 @pytest.mark.parametrize("key", ["demo.images.front", "observation.images.front@end"])
 def test_a_policy_that_is_to_be_shown_something_is_not_run_without_it(server, robot, key):
     name, see = robot.contract()["name"], robot.observe

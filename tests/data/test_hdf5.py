@@ -453,3 +453,22 @@ def overlaps(name, content):
 def test_numbers_in_names_count(tmp_path):
     names = ["demo_10", "demo_9", "1", "b", "10", "2"]
     assert sorted(names, key=natural) == ["1", "2", "10", "b", "demo_9", "demo_10"]
+
+
+def test_parts_of_a_dataset_are_streams_of_their_own(tmp_path):
+    qpos = np.arange(27, dtype=np.float32).reshape(9, 3) / 100
+    aloha(tmp_path / "a/episode_0.hdf5", **{"observations/qpos": qpos})
+    given = read_map("proprio=observations/qpos[:2],hand=observations/qpos[2:]")
+    reader = Hdf5Reader(tmp_path / "a", map=given)
+    np.testing.assert_array_equal(reader[0]["proprio"], qpos[:, :2])
+    np.testing.assert_array_equal(reader[0]["hand"], qpos[:, 2:])
+    robot = reader.embodiment()
+    assert robot.proprio.names == ("qpos_0", "qpos_1")
+    assert robot.streams["hand"].names == ("qpos_2",)
+    assert Hdf5Reader(tmp_path / "a", embodiment=robot, map=given).embodiment() == robot
+    with h5py.File(tmp_path / "foreign.hdf5", "w") as root:
+        root["all"] = qpos
+    given = read_map("action=all[0:2],proprio=all[1:3]")
+    np.testing.assert_array_equal(Hdf5Reader(tmp_path / "foreign.hdf5", rate_hz=5, map=given)[0]["action"], qpos[:, :2])
+    with pytest.raises(DataError, match=r"takes all\[1:7\], and all has 3 numbers"):
+        open_episodes(tmp_path / "foreign.hdf5", Reading(map={"action": "all[1:7]"}), rate_hz=5)[0]

@@ -3,13 +3,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mmseq import Embodiment, plugins
 from mmseq.data.importing import EpisodeShardReader, detect_format, import_episodes, open_episodes, square
 from mmseq.data.lerobot import LeRobotReader
 from mmseq.data.shards import ShardReader
-from mmseq.errors import DataError, FingerprintError
+from mmseq.data.tokenize import tokenize_mix
+from mmseq.errors import DataError, EmbodimentError, FingerprintError
 from mmseq.mp4 import write_video
 from mmseq.testing import tiny
 
@@ -85,7 +87,8 @@ def test_frames_decide_over_the_size_that_is_promised(dataset, tmp_path):
     said = []
     import_episodes(dataset, tmp_path / "out", say=said.append)
     assert EpisodeShardReader(tmp_path / "out").embodiment() == robot
-    assert said == ["observation.images.top is 64 x 64, meta/info.json says 32 x 48"]
+    assert said[:-1] == ["observation.images.top is 64 x 64, meta/info.json says 32 x 48"]
+    assert said[-1].startswith("nobody has said the units of proprio, action (taken as unitless); whether actions are")
     assert EpisodeShardReader(tmp_path / "out").manifest["notes"] == said
 
 
@@ -172,3 +175,81 @@ def test_an_episode_of_another_rate_than_its_contract_is_refused(tmp_path, monke
     with pytest.raises(DataError, match=r"tiny-1.* has 10 steps per second, its embodiment 'arm' says 20.*resample"):
         import_episodes(tmp_path / "a.dots", tmp_path / "out")
     assert import_episodes(tmp_path / "a.dots", tmp_path / "out", skip_bad=1)["samples"] == 2
+    bundle = tiny.tokenizers()
+    (tmp_path / "mix.yaml").write_text("sources: {dots: {path: a.dots}}\ntasks: [{task: 'image -> action[2]'}]\n")
+    with pytest.raises(DataError, match=r"1 of 3 episodes of source dots .*tiny-1.* 10 steps per second.*skip_bad: 1"):
+        tokenize_mix(tmp_path / "mix.yaml", tmp_path / "tokens", bundle)
+    (tmp_path / "mix.yaml").write_text((tmp_path / "mix.yaml").read_text().replace("a.dots", "a.dots, skip_bad: 1"))
+    said = []
+    assert tokenize_mix(tmp_path / "mix.yaml", tmp_path / "tokens", bundle, say=said.append) == {"dots": "written"}
+    assert [note for note in said if "bad, left out" in note and "tiny-1" in note]
+    assert ShardReader(tmp_path / "tokens/dots", kind="tokens").manifest["samples"] == 2
+
+
+def test_pictures_that_do_not_decode_count_among_the_bad_of_a_mix(tmp_path, monkeypatch):
+    class Torn(Dots):
+        def __getitem__(self, index):
+            episode = super().__getitem__(index)
+            if index == 1:
+                episode.streams["image.front"].values = self._torn
+            return episode
+
+        def _torn(self):
+            raise DataError("frame 3 of tiny-1 is torn")
+
+    monkeypatch.setitem(plugins._registered["readers"], "dots", Torn)
+    (tmp_path / "a.dots").write_text("[20.0, 20.0, 20.0]")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("sources: {dots: {path: a.dots}}\ntasks: [{task: 'image -> action[2]'}]\n")
+    with pytest.raises(DataError, match=r"1 of 3 episodes of source dots .*frame 3 of tiny-1 is torn"):
+        tokenize_mix(mix, tmp_path / "tokens", tiny.tokenizers())
+    assert not (tmp_path / "tokens/dots").exists()
+    mix.write_text(mix.read_text().replace("a.dots", "a.dots, skip_bad: 1"))
+    tokenize_mix(mix, tmp_path / "tokens", tiny.tokenizers())
+    assert ShardReader(tmp_path / "tokens/dots", kind="tokens").manifest["samples"] == 2
+    tiny.write_episodes(tmp_path / "shards", [tiny.episode(0)], (tiny.embodiment(),))
+    mix.write_text(mix.read_text().replace("a.dots", "shards"))
+    with pytest.raises(DataError, match="is shards, which hold no bad episodes"):
+        tokenize_mix(mix, tmp_path / "other", tiny.tokenizers())
+
+
+def test_a_contract_is_taken_whole_or_as_a_form_by_what_the_file_holds(written, tmp_path):
+    path, _ = written
+    form = {"name": "widow", "proprio": {"units": "m"}, "action": {"units": "m"}, "gripper": None}
+    robots = []
+    for name, text in (("form.yaml", yaml.safe_dump(form)), ("form.json", json.dumps(form))):
+        (tmp_path / name).write_text(text)
+        said = []
+        import_episodes(path, tmp_path / "out", embodiment=tmp_path / name, overwrite=True, say=said.append)
+        robots.append(EpisodeShardReader(tmp_path / "out").embodiment())
+        assert not any("nobody has said" in note for note in said)
+    assert robots[0].name == "widow"
+    assert robots[0].action.units == ("m",) * 3
+    robots[0].save(tmp_path / "whole.txt")
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(robots[0].to_dict()))
+    for name in ("whole.txt", "whole.yaml"):
+        import_episodes(path, tmp_path / "out", embodiment=str(tmp_path / name), overwrite=True)
+        robots.append(EpisodeShardReader(tmp_path / "out").embodiment())
+    assert len({robot.fingerprint for robot in robots}) == 1
+    (tmp_path / "open.yaml").write_text("name: widow\n")
+    with pytest.raises(EmbodimentError, match=r"open.yaml leaves open the units of proprio .*which value of gripper"):
+        import_episodes(path, tmp_path / "no", embodiment=tmp_path / "open.yaml")
+    (tmp_path / "half.yaml").write_text("name: widow\nrate_hz: 10\nproprio: {units: m}\n")
+    with pytest.raises(
+        EmbodimentError, match=r"half.yaml: not a valid embodiment.*leave out rate_hz, which a form has not"
+    ):
+        import_episodes(path, tmp_path / "no", embodiment=tmp_path / "half.yaml")
+
+
+def test_what_an_inferred_contract_takes_for_granted_is_noted(written, tmp_path):
+    said = []
+    import_episodes(written[0], tmp_path / "out", say=said.append)
+    (note,) = [note for note in said if "nobody has said" in note]
+    for part in (
+        "units of proprio, action (taken as",
+        "(taken as delta)",
+        "value of gripper is open",
+        "--embodiment FILE",
+    ):
+        assert part in note
+    assert note in EpisodeShardReader(tmp_path / "out").manifest["notes"]

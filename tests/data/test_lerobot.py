@@ -7,10 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmseq import Embodiment, Episode
-from mmseq.data.importing import import_episodes, open_episodes
+from mmseq.data.importing import EpisodeShardReader, import_episodes, open_episodes
 from mmseq.data.lerobot import LeRobotReader
+from mmseq.data.mapping import read_map
+from mmseq.data.sources import source_identity
 from mmseq.embodiment import Camera
 from mmseq.errors import DataError, EmbodimentError, EpisodeError
+from mmseq.reading import Reading
 
 
 def edit_info(path, **changes):
@@ -462,3 +465,26 @@ def test_a_given_contract_is_held_to_the_vectors_that_are_mapped(dataset):
     held = LeRobotReader(dataset, rate_hz=5, map=mapped).embodiment()
     assert (held.rate_hz, held.proprio) == (5, robot.proprio)
     assert held.action.maximum == slow.action.maximum  # of sums over two steps
+
+
+def test_parts_of_a_column_are_streams_of_their_own(dataset, tmp_path):
+    whole = LeRobotReader(dataset)
+    given = read_map(
+        "proprio=observation.state[:2],hand=observation.state[2:3],motion=action[1:]+observation.state[:1]"
+    )
+    reader = LeRobotReader(dataset, map=given)
+    robot, state = reader.embodiment(), whole[0]["proprio"]
+    assert robot.proprio.names == ("x", "y")
+    assert robot.streams["hand"].names == ("gripper",)
+    assert robot.streams["motion"].names == (*whole.embodiment().action.names[1:], "x")
+    np.testing.assert_array_equal(reader[0]["proprio"], state[:, :2])
+    np.testing.assert_array_equal(reader[0]["hand"], state[:, 2:])
+    np.testing.assert_array_equal(reader[0]["motion"], np.concatenate([whole[0]["action"][:, 1:], state[:, :1]], 1))
+    assert LeRobotReader(dataset, embodiment=robot, map=given).embodiment() == robot
+    manifest = import_episodes(dataset, tmp_path / "out", Reading(map={"hand": "observation.state[2:3]"}))
+    assert manifest["map"] == {"hand": ["observation.state[2:3]"]}
+    np.testing.assert_array_equal(EpisodeShardReader(tmp_path / "out")[0]["hand"], state[:, 2:])
+    other = Reading(map={"hand": "observation.state[1:3]"})
+    assert source_identity(dataset, other) != source_identity(dataset, Reading(map={"hand": "observation.state[2:3]"}))
+    with pytest.raises(DataError, match=r"takes observation\.state\[2:9\], and observation\.state has 3 numbers"):
+        LeRobotReader(dataset, map=read_map("hand=observation.state[2:9]"))

@@ -663,7 +663,7 @@ def test_a_picture_that_does_not_decode_is_found_on_the_way(tmp_path):
     said = []
     with pytest.raises(DataError, match=r"1 of 3 .*observation.images.front of row 0 .*--skip-bad 1"):
         import_episodes(path, tmp_path / "out", say=said.append)
-    assert [note.partition(":")[0] for note in said] == ["bad, looking for more"]
+    assert [note.partition(":")[0] for note in said if "nobody" not in note] == ["bad, looking for more"]
     import_episodes(path, tmp_path / "out", skip_bad=1)
     assert [e.id for e in EpisodeShardReader(tmp_path / "out")] == ["set/000001", "set/000002"]
     with pytest.raises(DataError, match="skip_bad is -1"):
@@ -678,7 +678,7 @@ def test_an_empty_episode_is_left_out_by_itself(tmp_path, version):
     said = []
     import_episodes(path, tmp_path / "out", say=said.append)
     assert [e.id for e in EpisodeShardReader(tmp_path / "out")] == ["set/000000", "set/000002"]
-    assert said == ["episode 1: empty and left out"]
+    assert [note for note in said if "nobody" not in note] == ["episode 1: empty and left out"]
 
 
 def test_a_null_index_is_the_problem_of_its_episode(tmp_path):

@@ -1,6 +1,8 @@
+import pickle
+
 import pytest
 
-from mmseq.data.mapping import Column, describe, fill, left_out, read_map
+from mmseq.data.mapping import Column, describe, fill, left_out, read_map, taken
 from mmseq.errors import ConfigError, DataError
 
 COLUMNS = {
@@ -140,3 +142,36 @@ def test_advice_joins_to_actions_and_takes_no_name_twice():
     }
     assert left_out({"qpos": Column("vector")}, {})["qpos"] == "proprio=qpos"
     assert left_out({"qpos": Column("vector")}, FOUND)["qpos"] == "qpos=qpos"
+
+
+def test_a_part_of_a_vector_is_taken():
+    given = read_map(
+        "hand=observation.state[2:5],proprio=observation.state[:2]+observation.ft[4:],force=observation.ft"
+    )
+    streams = fill(FOUND, given, COLUMNS, "here")
+    hand = streams["hand"][0]
+    assert (hand, hand.start, hand.stop, hand.said) == ("observation.state", 2, 5, "observation.state[2:5]")
+    assert [n.said for n in streams["proprio"]] == ["observation.state[:2]", "observation.ft[4:]"]
+    assert [taken(n, 6) for n in (hand, *streams["proprio"])] == [slice(2, 5), slice(0, 2), slice(4, 6)]
+    assert taken("observation.state", 6) == slice(0, 6)
+    assert "observation.state" not in left_out(COLUMNS, streams)
+    with pytest.raises(DataError, match=r"takes observation\.state\[2:5\], and observation\.state has 4 numbers"):
+        taken(hand, 4)
+    assert taken(pickle.loads(pickle.dumps(hand)), 6) == slice(2, 5)
+    named = COLUMNS | {"odd[0:2]": Column("vector")}
+    assert fill(FOUND, read_map("hand=odd[0:2]"), named, "here")["hand"] == ("odd[0:2]",)  # it is called that
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("hand=observation.stat[0:2]", "names the column 'observation.stat': did you mean 'observation.state'"),
+        ("hand=observation.state[3:3]", r"takes nothing. Write observation.state\[0:3\] for the first three"),
+        ("image.front=rgb[0:2]", "Take a part of a vector, for a vector"),
+        ("hand=instruction[0:2]", "Take a part of a vector, for a vector"),
+        ("hand=observation.state[0]", "names the column"),
+    ],
+)
+def test_a_part_that_cannot_be_taken_is_named(given, message):
+    with pytest.raises(DataError, match=message):
+        fill(FOUND, read_map(given), COLUMNS, "here")

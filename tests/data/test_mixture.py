@@ -226,7 +226,17 @@ def test_a_step_knows_where_its_samples_came_from(world):
         ({"sources": {"robt": SourceConfig(path="x")}}, DataError, "no token shards"),
         ({"tasks": [TaskConfig(task="image -> acton[2]")]}, TaskError, "unknown stream"),
         ({"tasks": [TaskConfig(task="image -> text", sources=["vdeo"])]}, ConfigError, "did you mean 'video'"),
-        ({"tasks": [TaskConfig(task="image -> action[2]", sources=["video"])]}, ConfigError, "video: no action"),
+        (
+            {"tasks": [TaskConfig(task="image -> action[2]", sources=["video"])]},
+            ConfigError,
+            r"video: no action \(there is image",
+        ),
+        ({"tasks": [TaskConfig(task="image.frnt -> text")]}, ConfigError, "no image.frnt .did you mean 'image.front'"),
+        (
+            {"tasks": [TaskConfig(task="forse[2], image -> text")]},
+            ConfigError,
+            "robot: no forse .there is action, image",
+        ),
         ({"tasks": [TaskConfig(task="image -> action[400]")]}, ConfigError, "episodes of at most"),
         ({"tasks": [TaskConfig(task="policy"), TaskConfig(task="policy")]}, ConfigError, "two tasks are named"),
         ({"tasks": [TaskConfig(task="image -> text", weight=0)]}, ConfigError, "all weights are zero"),

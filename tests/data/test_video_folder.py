@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from mmseq.data.importing import open_episodes
 from mmseq.data.video import read_frames
 from mmseq.data.video_folder import VideoFolderReader, read_video_episode, resample_indices
 from mmseq.errors import DataError
 from mmseq.mp4 import write_video
+from mmseq.reading import Reading
 
 
 @pytest.fixture
@@ -74,3 +76,13 @@ def test_a_bad_line_of_captions_is_named(tmp_path, textured, line, message):
 def test_an_empty_folder_says_what_belongs_there(tmp_path):
     with pytest.raises(DataError, match=r"holds no videos.*\.mp4"):
         VideoFolderReader(tmp_path)
+
+
+def test_a_video_is_read_as_its_owner_says(clip):
+    path, _ = clip
+    read = lambda **said: open_episodes(path, Reading(**said), format="video", rate_hz=5)[0]
+    plain, changed = read(), read(swap_colours=["main"], assume_success=True)
+    assert (plain.success, changed.success) == (None, True)
+    np.testing.assert_array_equal(changed["image.main"], plain["image.main"][..., ::-1])
+    with pytest.raises(DataError, match="no map changes"):
+        read(map={"image.a": "b"})

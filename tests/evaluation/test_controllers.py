@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mmseq_client.rules import resting_action
 
 from mmseq.embodiment import Axes, Gripper
 from mmseq.errors import ConfigError
-from mmseq.evaluation.controllers import OTHER_LAYOUT, make_controller, resting_action
+from mmseq.evaluation.controllers import OTHER_LAYOUT, make_controller
 from mmseq.testing import tiny
 
 

@@ -180,6 +180,36 @@ def test_a_goal_is_what_the_expert_reaches(arrow, steps_ahead, monkeypatch):
             np.testing.assert_array_equal(found, model.tokenizers.vision.encode(frame))
 
 
+@pytest.mark.parametrize(
+    ("arrow", "execute"), [("image, action[2]@-2 -> action[4]", 1), ("action[3]@-4 -> action[4]", 2)]
+)
+def test_past_commands_are_what_the_robot_was_sent(arrow, execute, monkeypatch):
+    asked, episode, model = drive(arrow, monkeypatch, execute=execute)
+    builder = model.tokenizers.builder()
+    rest = model.tokenizers.encode_vector("action", "arm", np.float32([[0, 0, 0, -1]]))
+    for step, (task, request) in zip(range(0, 8, execute), asked, strict=True):
+        given = next(p for p in task.place(20.0) if p.stream == "action" and not p.predicted)
+        found = builder.codes(given, None, request.tokens, request.now, 0)
+        steps = range(step + given.start, step + given.stop)
+        wanted = np.concatenate([rest if at < 0 else episode.codes("action", at, at + 1) for at in steps])
+        np.testing.assert_array_equal(found, wanted)  # and before it was sent anything, it stood
+
+
+def test_a_clip_of_what_is_to_come_is_what_the_expert_does(monkeypatch):
+    asked, _, model = drive("image, video[3]@+4, image@+2, proprio@+4 -> action[2]", monkeypatch)
+    builder, encode = model.tokenizers.builder(), model.tokenizers.vision.encode
+    assert len(asked) == 8
+    for step, (task, request) in enumerate(asked):
+        _, clip, goal, state = (p for p in task.place(20.0) if not p.predicted)
+        reached = [min(max(step + ahead, 1), 10) for ahead in (2, 3, 4)]
+        frames = [np.full((1, 16, 16, 3), (40 + 7 * at) % 256, np.uint8) for at in reached]
+        found = builder.codes(clip, "front", request.tokens, request.now, 0)
+        np.testing.assert_array_equal(found, np.concatenate([encode(frame) for frame in frames]))
+        np.testing.assert_array_equal(builder.codes(goal, "front", request.tokens, request.now, 0), encode(frames[0]))
+        stands = model.tokenizers.encode_vector("proprio", "arm", np.full((1, 3), 0.02 * reached[2], np.float32))
+        np.testing.assert_array_equal(builder.codes(state, None, request.tokens, request.now, 0), stands)
+
+
 def test_a_client_that_shows_nothing_is_told_what_is_missing():
     from mmseq_client import Client, RefusedError
 

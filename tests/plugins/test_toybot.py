@@ -70,6 +70,9 @@ def test_from_a_file_to_a_robot(place):
     write_log(place / "toy.toylog")
     out = mmseq(place, "data", "import", "toy.toylog", "shards")
     assert "6 episodes of toybot" in out
+    found = mmseq(place, "doctor")
+    for part in ("toylog of mmseq-toybot", "force-levels of", "gentle of", "(mmseq_toybot:ToyReader)"):
+        assert part in found
     contract = json.loads((place / "shards/embodiments/toybot.json").read_text())
     assert contract["streams"]["force"]["names"] == FORCES
     vision = {"size": 16, "patch": 4, "levels": [4, 4], "width": 16, "hidden": 16, "steps": 3, "augment": ["shift"]}

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmseq.episode import Episode
 from mmseq.errors import CheckpointError, ConfigError, ModelError, TaskError
 from mmseq.serving import Server, ServerConfig
 from mmseq.serving.errors import RequestError
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.serving.observation import ObservationRules, check_observation, example_observation
-from mmseq.serving.observed import ObservationTokens
+from mmseq.serving.observed import ObservationTokens, required_keys
 from mmseq.serving.policy import Contract
 from mmseq.testing import tiny
 from support.wire import http
@@ -121,7 +122,9 @@ def test_each_robot_has_its_own_keys():
     [
         ("answer, image -> action[4]", "given answer, which nobody sends"),
         ("image, progress -> action[2]", "given progress"),
-        ("image, proprio@+2 -> action[2]", "given proprio"),
+        ("image, action[4]@-2 -> action[2]", r"given action\[4\]@-2, which is not over by now"),
+        ("image, action[2]@+2 -> action[2]", r"given action\[2\]@\+2, which is not over by now"),
+        ("image, motion[2]@-2 -> action[2]", r"given motion\[2\]@-2, which nobody sends"),
         ("image, image@+1..3 -> action[2]", "only training draws one"),
         ("image.wrist -> action[2]", "has the cameras"),
     ],
@@ -289,6 +292,103 @@ def test_a_robot_without_cameras_looks_back_at_its_states():
         assert policy.infer({"observation.state": seen, "prompt": "go"})["actions"].shape == (4, 4)
 
 
-def test_a_policy_that_is_given_past_commands_is_refused_before_it_is_asked():
-    with pytest.raises(ConfigError, match=r"given action\[2\]@-2, which nobody sends"):
-        ModelPolicy(tiny.model(), arrow="image, action[2]@-2 -> action[4]")
+def test_a_policy_is_given_what_its_robot_did(policy):
+    """And as an episode begins, that it stood still with its gripper open."""
+    arrow, episode = "image, action[2]@-2 -> action[4]", tiny.episode(2)
+    looks_back = ModelPolicy(policy.model, arrow=arrow)
+    contract = Contract.from_policy(looks_back)
+    assert contract.history == 3
+    assert contract.required(contract.embodiments["arm"]) == ("observation.images.front",)
+    rest = np.array([[0, 0, 0, -1.0]] * 2, np.float32)  # its actions are changes
+    with Server(looks_back, ServerConfig(port=0)) as server, mmseq_client.Client("127.0.0.1", server.port) as client:
+        sent = rest
+        for step in range(4):  # asked at each step: what it was sent last is what it did
+            seen = {"observation.images.front": episode["image.front"][step]}
+            now = Episode.from_arrays(
+                "now",
+                RATE,
+                {"image.front": episode["image.front"][[step] * 3], "action": np.concatenate([sent[-2:], sent[-1:]])},
+                embodiment="arm",
+            )
+            expected = policy.model.predict(arrow, now, 2)["action"]
+            reply = client.infer({**seen, "step": step})["actions"]
+            np.testing.assert_allclose(reply, expected, atol=1e-6)
+            sent = np.concatenate([sent, reply[:1]])
+
+
+def test_a_client_says_what_its_robot_did(policy):
+    arrow, episode = "image, action[2]@-2 -> action[4]", tiny.episode(2)
+    expected = policy.model.predict(arrow, episode, 4)["action"]
+    seen = {"observation.images.front": episode["image.front"][4], "past_actions": episode["action"][:4]}
+    np.testing.assert_allclose(ModelPolicy(policy.model, arrow=arrow).infer(seen)["actions"], expected)
+    with pytest.raises(TaskError, match=r"needs the last 2 commands, the observation has 1.*past_actions"):
+        policy.predict(arrow, {**seen, "past_actions": episode["action"][3:4]})
+    assert policy.predict("image, action[2]@-2 -> image@+1", seen)["image"].shape == (16, 16, 3)
+
+
+def test_what_an_absolute_robot_did_before_its_episode_is_where_it_stands():
+    robot = replace(tiny.embodiment(), action_form="absolute")
+    policy = ModelPolicy(tiny.model(tiny.tokenizers((robot,))), arrow="action[2]@-2, image -> action[4]")
+    seen = {"observation.images.front": GOAL, "observation.state": np.float32([0.25, -0.5, 1.0])}
+    assert required_keys(policy.arrow, robot) == ["observation.images.front", "observation.state"]
+    did = np.float32([[0.25, -0.5, 1.0, -1.0]] * 2)
+    now = policy.infer({**seen, "past_actions": did})["actions"]
+    np.testing.assert_array_equal(policy.infer(seen)["actions"], now)
+    np.testing.assert_array_equal(policy.infer({**seen, "past_actions": did[:1]})["actions"], now)
+    silent = replace(robot, proprio=tiny.axes("abc"))
+    with pytest.raises(ConfigError, match=r"nobody knows those of x, y, z of robot 'arm'.*proprio\[2\]"):
+        ModelPolicy(tiny.model(tiny.tokenizers((silent,))), arrow="image, action[2]@-2 -> action[4]")
+
+
+@pytest.mark.parametrize("arrow", ["image, video[4]@+8 -> action[5]", "image, proprio[2]@+3, image@+3 -> action[5]"])
+def test_what_lies_ahead_is_sent_with_its_offset(policy, arrow):
+    episode = tiny.episode(2)
+    goal_policy = ModelPolicy(policy.model, arrow=arrow)
+    contract = Contract.from_policy(goal_policy)
+    seen = {"observation.images.front": episode["image.front"][4]}
+    ahead = {
+        "observation.images.front@+8": episode["image.front"][9:13],
+        "observation.state@+3": episode["proprio"][6:8],
+        "observation.images.front@+3": episode["image.front"][7],
+    }
+    required = contract.required(contract.embodiments["arm"])
+    seen |= {key: ahead[key] for key in required if key in ahead}
+    assert set(seen) == set(required)
+    expected = policy.model.predict(arrow, episode, 4)["action"]
+    with Server(goal_policy, ServerConfig(port=0)) as server, mmseq_client.Client("127.0.0.1", server.port) as client:
+        np.testing.assert_allclose(client.infer(seen)["actions"], expected, atol=1e-6)
+    np.testing.assert_allclose(policy.predict(arrow, seen)["action"], expected, atol=1e-6)
+    short = {key: value[-1:] if "@" in key and len(value) in (2, 4) else value for key, value in seen.items()}
+    with pytest.raises(
+        TaskError, match=r"future video of 4 frames .*there it has 1|needs 'observation.state' of steps 2"
+    ):
+        goal_policy.infer(short)
+
+
+def test_two_offsets_that_are_one_step_are_one_picture(policy):
+    arrow, episode = f"image, image@+4, image@+{4 / RATE}s -> action[4]", tiny.episode(2)
+    twice = ModelPolicy(policy.model, arrow=arrow)
+    seen = {"observation.images.front": episode["image.front"][4]}
+    goal = {"observation.images.front@+4": episode["image.front"][8]}
+    assert required_keys(twice.arrow, twice.robots["arm"]) == [*seen, *goal]
+    expected = policy.model.predict(arrow, episode, 4)["action"]
+    np.testing.assert_allclose(twice.infer({**seen, **goal})["actions"], expected)
+    both = {**seen, **goal, f"observation.images.front@+{4 / RATE}s": GOAL}
+    with pytest.raises(
+        TaskError, match=r"front@\+0.2s' is given a second time: at 20 Hz '.*front@\+4' is the same step"
+    ):
+        twice.infer(both)
+
+
+@pytest.mark.parametrize(
+    ("arrow", "reads"),
+    [
+        ("text, image -> action[4]", True),
+        ("(text, image -> action[1]) * 2", True),
+        ("(image -> action[1]) * 2, text", True),
+        ("image, proprio -> action[4]", False),
+        ("image -> text, action[4]", False),
+    ],
+)
+def test_a_contract_says_whether_the_policy_reads_an_instruction(policy, arrow, reads):
+    assert Contract.from_policy(ModelPolicy(policy.model, arrow=arrow)).to_dict()["reads_prompt"] is reads

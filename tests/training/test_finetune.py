@@ -266,7 +266,7 @@ def test_columns_of_other_names_are_mapped_and_bad_episodes_left_out(base, tmp_p
     mapped = {"action": ("actions",)}
     with pytest.raises(DataError, match=r"1 of 6 episodes .* 'joint_1' is nan at step 3.*--skip-bad 1"):
         begin(map=mapped)
-    with pytest.raises(ConfigError, match="needs longer episodes than 14 steps"):
+    with pytest.raises(ConfigError, match="inverse_dynamics finds episodes of at most 14 steps"):
         begin(map=mapped, skip_bad=1, tasks=["image, image@+60 -> action[4]"])
     assert not (tmp_path / "out/episodes").exists()
     assert begin(map=mapped, skip_bad=1) == "arm3"
@@ -322,3 +322,50 @@ def test_rows_hold_the_longest_sequence_or_it_is_said_before_the_import(base, tm
     config = replace(config, out=str(tmp_path / "longer"), settings=[f"data.row_tokens={longest}"])
     prepare(config, say=print, on_progress=lambda *_: None)
     assert load_config(TrainConfig, tmp_path / "longer/recipe.yaml").data.row_tokens == longest
+
+
+def test_what_episodes_say_of_their_outcome_is_trained(base, tmp_path):
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True)
+    arrows = ["image -> success", "image -> progress", "image -> action[4]"]
+    config = FinetuneConfig(
+        checkpoint=str(base), dataset=str(dataset), embodiment=str(answers), out=str(tmp_path / "out"), tasks=arrows
+    )
+    begin = lambda **more: prepare(replace(config, **more), say=print, on_progress=lambda *_: None)
+    trained = lambda out: {t.task for t in load_mix(tmp_path / out / "new.yaml").tasks}
+    begin()  # nobody says how the episodes ended
+    assert trained("out") == {"image -> action[4]"}
+    begin(out=str(tmp_path / "judged"), assume_success=True)
+    assert trained("judged") == set(arrows)
+    for task in load_mix(tmp_path / "judged/new.yaml").tasks:  # and it can be
+        recipe = load_config(TrainConfig, tmp_path / "judged/recipe.yaml")
+        mixture = open_mixture(recipe, load_mix(tmp_path / "judged/mix.yaml"), Tokenizers.load(recipe.data.tokenizers))
+        assert any(len(m) for m in mixture.moments if str(m.task) == task.task)
+
+
+def test_an_arrow_without_room_where_its_subtask_is_under_way_is_not_trained(base, tmp_path):
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dataset, answers = write_robot(tmp_path / "robot", axes=3, cameras=("main",), rate_hz=10, proprio=True)
+    file = next(dataset.glob("data/*/*.parquet"))
+    table = pq.read_table(file)
+    said = ["push" if i % 14 >= 10 else "" for i in range(len(table))]  # in the last four steps of an episode
+    pq.write_table(table.append_column("subtask", pa.array(said)), file)
+    info = json.loads((dataset / "meta/info.json").read_text())
+    info["features"]["subtask"] = {"dtype": "string", "shape": [1], "names": None}
+    (dataset / "meta/info.json").write_text(json.dumps(info))
+    config = FinetuneConfig(
+        checkpoint=str(base),
+        dataset=str(dataset),
+        embodiment=str(answers),
+        map={"plan": "subtask"},
+        out=str(tmp_path / "out"),
+    )
+    begin = lambda *arrows: prepare(replace(config, tasks=list(arrows)), say=print, on_progress=lambda *_: None)
+    none, some = "image@+6, text, plan -> action[8]", "image, text, plan -> action[2]"
+    with pytest.raises(ConfigError, match="finds episodes of at most 14 steps, with no room at the steps that"):
+        begin(none)
+    begin("image -> action[4]", none, some)
+    assert {t.task for t in load_mix(tmp_path / "out/new.yaml").tasks} == {"image -> action[4]", some}

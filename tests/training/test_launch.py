@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mmseq.errors import MMSeqError
+from mmseq.training.local import train_here, what_failed
+
 CPU = {"DS_ACCELERATOR": "cpu"}
 MORE = ["steps=4", "deepspeed.dtype=fp32"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -116,3 +119,39 @@ def test_a_step_of_slurm_that_says_too_little_is_refused(run):
     assert process.returncode == 2
     assert said.splitlines()[-1].startswith("mmseq: error: SLURM_STEP_ID is set without SLURM_LOCALID")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("if r == '1': raise RuntimeError('no such kernel')", r"\[rank1\]: RuntimeError: no such kernel$"),
+        ("raise ValueError('two lines,\\nof which the first counts')", r"ValueError: two lines,$"),
+        (
+            "os.kill(os.getpid(), 9) if r == '0' else time.sleep(5)",
+            "killed by SIGKILL, as the system does",
+        ),
+    ],
+)
+def test_a_rank_that_breaks_says_why_to_whoever_started_it_here(trainer, tmp_path, monkeypatch, does, says):
+    """Not torchrun, whose table names files that are gone by then."""
+    broken = f"import os, time\ndef build_engine(*_):\n    r = os.environ['RANK']\n    {does}\n    time.sleep(5)\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif 'RANK' in os.environ:\n    import mmseq.training.engine as e\n    exec({broken!r}, vars(e))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    _, recipe, *settings = trainer.command(tmp_path / "run", "deepspeed.dtype=fp32")
+    with pytest.raises(MMSeqError, match=says) as failed:
+        train_here(Path(recipe), settings, ranks=2, log=tmp_path / "log")
+    assert "\n" not in str(failed.value)
+
+
+def test_of_what_was_said_the_cause_is_told():
+    table = ["=" * 60, "mmseq FAILED", "  traceback : mmseq: error: hidden", "=" * 60]
+    ours = ["mmseq: error (rank 1): no such file", "mmseq: error: rank 1 is gone", *table]
+    assert what_failed(ours, 2) == "mmseq: error (rank 1): no such file"
+    caught = ["OSError: libavutil.so.57: cannot open", "falling back"]  # what a library said and lived with
+    ranks = [*caught, "[rank1]: torch.OutOfMemoryError: CUDA", "[rank0]: RuntimeError: Connection closed", *table]
+    assert what_failed(ranks, 1) == "[rank1]: torch.OutOfMemoryError: CUDA"
+    assert what_failed([*caught, "KeyError: 'x'", *table], 1) == "KeyError: 'x'"
+    assert what_failed(["step 1", *table], 1) == "\n".join(["step 1", *table])
+    assert what_failed(table, 128 + 11) == "a rank was killed by SIGSEGV"

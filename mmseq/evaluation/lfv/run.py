@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseq.bench.rows import command, machine
 from mmseq.evaluation.lfv.manifest import Cell, Config, cells, fingerprint, layouts
 from mmseq.evaluation.lfv.record import Recorder
 from mmseq.evaluation.lfv.report import write_page
 from mmseq.evaluation.lfv.rows import Row, read_rows, write_rows
 from mmseq.evaluation.lockstep import Controller, Layout, Outcome, Seen, drive
+from mmseq.evaluation.results import command, machine
 from mmseq.plugins import find
 from mmseq.simulation.experts import task_language
 

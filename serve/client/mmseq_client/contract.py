@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,16 @@ def differences(mine: Any, theirs: Any, prefix: str = "") -> list[str]:
         keys = sorted(set(mine) | set(theirs))
         return [line for key in keys for line in differences(mine.get(key), theirs.get(key), prefix + key + ".")]
     return [] if mine == theirs else [f"{prefix[:-1]}: {mine} here, {theirs} on the server"]
+
+
+def reads_prompt(metadata: dict[str, Any]) -> bool:
+    """Whether the policy that is served reads an instruction: what its server says, which can read arrows.
+
+    One from before it said so names the arrow: there, whether `text` stands before the first `->`.
+    """
+    said = metadata.get("reads_prompt")
+    given = str(metadata.get("policy", "")).partition("->")[0]
+    return said if isinstance(said, bool) else re.search(r"(?<![\w.])text(?![\w.])", given) is not None
 
 
 def holds_position(embodiment: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmseq_client.chunking import Ask, ChunkBuffer, Chunking
 from mmseq_client.client import Client
-from mmseq_client.contract import holds_position, rest_action
+from mmseq_client.contract import holds_position, reads_prompt, rest_action
 from mmseq_client.errors import (
     ClientError,
     ContractError,
@@ -91,9 +91,8 @@ class ControlLoop:
         max_age = None if max_age_s is None else int(max_age_s * self.rate_hz + 1e-6)
         prefix = bool(metadata.get("prefix"))
         self.buffer = ChunkBuffer(chunking, client.horizon, max_age, prefix, self.gate.rules.grippers)
-        given = str(metadata.get("policy", "")).partition("->")[0]  # the arrow that is served
         self._past, self._shown = Past(int(metadata.get("history", 1))), dict(shown or {})
-        self._reads_text = "text" in given.replace(",", " ").split()
+        self._reads_text = reads_prompt(metadata)
         of_robot = lambda key: (metadata.get(key) or {}).get(embodiment.get("name"), ())
         self._kept = tuple(of_robot("kept_keys"))  # what is shown once: a demonstration, a goal
         cameras = [f"observation.images.{camera['name']}" for camera in embodiment.get("cameras", ())]

@@ -196,6 +196,21 @@ class Rules:
         return at
 
 
+def resting_action(contract: dict[str, Any], state: Any) -> np.ndarray:
+    """What a robot that nobody has commanded yet does, float32 (axes,): it stands still, its grippers open.
+
+    state: of an observation; an axis of an absolute robot that it lacks is sent the middle of its limits.
+    """
+    rules = Rules(contract)
+    middle = (rules.low + rules.high) / 2 if holds_position(contract) else np.zeros_like(rules.low)
+    at = rules.stands(state)
+    action = np.where(np.isnan(at), middle, at).astype(np.float32)
+    for axis, gripper in zip(rules.grippers, grippers_of(contract)):
+        action[axis] = gripper["open"]
+    rules.limit(action[None])
+    return action
+
+
 def _too_far(before: np.ndarray, after: np.ndarray, max_step: np.ndarray) -> np.ndarray:
     size = np.maximum(np.abs(before), np.abs(after))
     return np.abs(after - before) > max_step * (1 + TOLERANCE) + ROUNDING * size  # NaN is not

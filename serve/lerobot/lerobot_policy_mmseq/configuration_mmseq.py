@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lerobot.configs import PreTrainedConfig
+from mmseq_client.contract import reads_prompt
 
 
 @PreTrainedConfig.register_subclass("mmseq")
@@ -18,6 +19,7 @@ class MmseqConfig(PreTrainedConfig):
     answer. arrow, passes: see `mmseq serve --policy`, `--passes`. horizon: control steps of a chunk. n_action_steps:
     of these, how many are executed before the next is asked for. rate_hz: control steps per second.
     action_feature_names: the order of the actions. prompt: the instruction where LeRobot gives none.
+    reads_prompt: whether the arrow is given one; None: as it looks.
     """
 
     server: str | None = None
@@ -31,6 +33,7 @@ class MmseqConfig(PreTrainedConfig):
     rate_hz: float = 0.0
     action_feature_names: list[str] = field(default_factory=list)
     prompt: str | None = None
+    reads_prompt: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +42,7 @@ class MmseqConfig(PreTrainedConfig):
 
     @property
     def wants_prompt(self) -> bool:
-        return "text" in (self.arrow or "").split("->")[0].replace(",", " ").split()
+        return reads_prompt({"policy": self.arrow or "", "reads_prompt": self.reads_prompt})
 
     @property
     def observation_delta_indices(self) -> None:
