@@ -77,7 +77,7 @@ class LeRobotWriter:
                 frame = {column: values[step] for column, values in seen.items()}
                 frame |= {column: np.array([columns[column][step]], np.float32) for column in self.columns}
                 frame |= {OUTCOME: np.array([bool(episode.success)])} if self._outcomes else {}
-                texts, plans = (episode.texts_of(stream, step) for stream in ("text", "plan"))
+                texts, plans = episode.texts_of("text", step), episode.texts_of("plan", step)
                 text = texts[0] if texts else ""
                 self._dataset.add_frame({**frame, "task": text})
                 self._tasks[text] = {**said, "paraphrases": texts, "plan": plans[0] if plans else ""}
