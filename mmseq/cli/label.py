@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmseq.cli.parser import Group, Parser, add_overrides, filled
+from mmseq.cli.parser import Group, Parser, add_overrides, add_reading, filled
 
 
 def add(commands: Group) -> None:
@@ -27,6 +27,7 @@ def _label_options(c: Parser) -> None:
     c.add_argument("out", metavar="OUT", help="the LeRobot v3 dataset that is written")
     c.add_argument("--embodiment", metavar="NAME", help="the robot, of a checkpoint that knows several")
     c.fields(LabelConfig, camera="NAME", min_confidence="SHARE", workers="N")
+    add_reading(c)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode, Stream
 from mmseq.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.labelling.network import SETTINGS, LabellerNetwork, Labels
+from mmseq.reading import Reading
 from mmseq.streams import OWN_VECTORS
 from mmseq.tasks import Task
 from mmseq.tokenization.bundle import EpisodeTokens
@@ -47,9 +48,9 @@ class VideoLabeller(Protocol):
     def label(self, frames: np.ndarray) -> Labels: ...
 
 
-@dataclass(kw_only=True)
-class LabelConfig:
-    """What is labelled, and what becomes of it."""
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(Reading):
+    """What is labelled, how it is read, and what becomes of it."""
 
     camera: str | None = None  # of the source, that is taken for the labeller's; default: its only one
     min_confidence: float = 0.0  # episodes below it on average are left out
@@ -217,14 +218,16 @@ def label_source(
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another folder or remove it")
     opened = open_labeller(labeller, embodiment)
-    videos = open_source(source, rate_hz=None if _has_shards(source) else opened.contract.rate_hz)
+    videos = open_source(source, config, rate_hz=None if _has_shards(source) else opened.contract.rate_hz)
     kept = out.with_name(out.name + ".labels")
     kept.mkdir(parents=True, exist_ok=True)
-    mark = hashlib.sha256(f"{Path(source).resolve()} {opened.origin} {config.camera}".encode()).hexdigest()
+    mark = hashlib.sha256(
+        f"{Path(source).resolve()} {opened.origin} {config.camera} {config.said()}".encode()
+    ).hexdigest()
     if (kept / "of").is_file() and (kept / "of").read_text() != mark:
         raise DataError(f"{kept} holds labels of another run", fix="remove it")
     (kept / "of").write_text(mark)
-    jobs = [(str(labeller), embodiment, str(source), i, config.camera, str(kept)) for i in range(len(videos))]
+    jobs = [(str(labeller), embodiment, str(source), i, config, str(kept)) for i in range(len(videos))]
     jobs = [job for job in jobs if not (kept / f"{job[3]}.safetensors").is_file()]
     done = len(videos) - len(jobs)
     for _ in _run(jobs, config.workers):
@@ -284,15 +287,15 @@ def _start_worker() -> None:
 _opened: dict[tuple, tuple[VideoLabeller, EpisodeSource]] = {}  # of this process
 
 
-def _label_job(job: tuple[str, str | None, str, int, str | None, str]) -> None:
-    path, embodiment, source, index, camera, kept = job
-    key = (path, embodiment, source)
+def _label_job(job: tuple[str, str | None, str, int, LabelConfig, str]) -> None:
+    path, embodiment, source, index, config, kept = job
+    key = (path, embodiment, source, str(config.said()))
     if key not in _opened:
         labeller = open_labeller(path, embodiment)
         rate_hz = None if _has_shards(source) else labeller.contract.rate_hz
-        _opened[key] = labeller, open_source(source, rate_hz=rate_hz)
+        _opened[key] = labeller, open_source(source, config, rate_hz=rate_hz)
     labeller, videos = _opened[key]
-    episode, confidence = label_episode(labeller, videos, index, camera)
+    episode, confidence = label_episode(labeller, videos, index, config.camera)
     members = {"frames": episode[f"{IMAGE_PREFIX}{labeller.camera}"], "confidence": confidence}
     members |= {name: episode[name] for name in OWN_VECTORS}
     partial = Path(kept) / f"{index}.partial"

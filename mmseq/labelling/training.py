@@ -20,6 +20,7 @@ from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.errors import ConfigError, DataError, did_you_mean
 from mmseq.labelling.network import LabellerNetwork, NetworkConfig, to_windows
+from mmseq.reading import Reading
 from mmseq.streams import OWN_VECTORS
 
 STATE_WEIGHT = 0.3  # of the state's loss beside the action's
@@ -29,9 +30,9 @@ MOST_BYTES = 12 << 30  # of frames in memory
 PREDICTED = tuple(reversed(OWN_VECTORS))  # the action first
 
 
-@dataclass(kw_only=True)
-class LabellerConfig:
-    """How a labeller is trained."""
+@dataclass(frozen=True, kw_only=True)
+class LabellerConfig(Reading):
+    """How a labeller is trained, and how its sources are read."""
 
     sources: list[str] = field(default_factory=list)  # the robot's episodes: demonstrations, and play above all
     out: str = "???"  # its folder
@@ -139,7 +140,7 @@ def measure(labeller: LabellerNetwork, episodes: Sequence[Episode]) -> dict[str,
 
 def _gather(config: LabellerConfig) -> tuple[Embodiment, str, list[Episode]]:
     """The robot that all sources are of, the camera, and their episodes."""
-    sources = [open_source(path) for path in config.sources]
+    sources = [open_source(path, config) for path in config.sources]
     contracts = {c.name: c for source in sources for c in embodiments_of(source)}
     if len(contracts) != 1:
         raise DataError(

@@ -18,6 +18,8 @@ from mmseq.data.sources import open_source, source_identity
 from mmseq.demo import run as demo
 from mmseq.demo.config import DemoConfig
 from mmseq.errors import ConfigError, MMSeqError
+from mmseq.labelling.labels import LabelConfig
+from mmseq.labelling.training import LabellerConfig
 from mmseq.model.sequence_model import SequenceModel
 from mmseq.reading import Reading
 from mmseq.serving.launch import ServeSettings, loader
@@ -28,6 +30,7 @@ from mmseq.training.finetune import FinetuneConfig
 
 h5py = pytest.importorskip("h5py")
 STEPS = 12
+SCHEMAS = [SourceConfig, TokenizerSource, FinetuneConfig, DemoConfig, chunks.Config, LabelConfig, LabellerConfig]
 SAID = {"swapped": ["--swap-colours", "front"], "renamed": ["--map", "action=controls"]}
 
 
@@ -66,7 +69,7 @@ def run(capsys, *argv):
 
 @pytest.mark.parametrize(
     "door",
-    ["predict", "tokenizer eval", "serve", "demo", "data import", "finetune"],
+    ["predict", "tokenizer eval", "serve", "demo", "data import", "finetune", "label"],
 )
 def test_every_command_that_opens_a_dataset_has_the_options(capsys, door):
     with pytest.raises(SystemExit):
@@ -76,7 +79,7 @@ def test_every_command_that_opens_a_dataset_has_the_options(capsys, door):
         assert f"  --{field.name.replace('_', '-')}" in listed
 
 
-@pytest.mark.parametrize("schema", [SourceConfig, TokenizerSource, FinetuneConfig, DemoConfig, chunks.Config])
+@pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_schema_that_names_a_dataset_has_the_settings(schema):
     assert issubclass(schema, Reading)
 

@@ -123,6 +123,18 @@ def test_video_becomes_a_dataset_that_lerobot_reads(work, tmp_path):
     assert again.texts[0] == "turn dial 1"
 
 
+def test_video_is_read_as_its_owner_says(work, tmp_path):
+    folder, _, _ = work
+    swapped = LabelConfig(swap_colours=["main"])
+    label_source(folder / "labeller", folder / "videos", tmp_path / "out", swapped)
+    frames = open_source(folder / "videos")[1]["image.main"][..., ::-1]
+    expected = PixelLabeller(folder / "labeller").label(frames)
+    np.testing.assert_allclose(open_source(tmp_path / "out")[1]["action"], expected.action, atol=1e-5)
+    options = {"out": str(tmp_path / "l"), "steps": 1, "swap_colours": ["front"]}
+    with pytest.raises(DataError, match="holds shards, which swap_colours does not change"):
+        train_labeller(LabellerConfig(sources=[str(folder / "play")], **options))
+
+
 def test_it_goes_on_after_a_kill_and_notices_another_run(work, tmp_path, monkeypatch):
     folder, _, _ = work
     from mmseq.labelling import labels

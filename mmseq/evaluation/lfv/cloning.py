@@ -21,6 +21,7 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.evaluation.lfv.manifest import Config
 from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
+from mmseq.reading import AS_IT_IS
 
 CHUNK = 2  # actions that are predicted, as our model does
 WORDS = 512  # buckets
@@ -56,7 +57,7 @@ class BehaviourCloning:
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         camera = f"{IMAGE_PREFIX}{data.contract.cameras[0].name}"
-        source = open_source(data.robot)
+        source = open_source(data.robot, AS_IT_IS)
         frames, states, actions, words = (torch.cat(part) for part in zip(*(_samples(e, camera) for e in source)))
         centre, spread = states.mean(0), states.std(0) + 1e-6
         network = Network(states.shape[1], actions.shape[2])

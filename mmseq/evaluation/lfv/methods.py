@@ -30,6 +30,7 @@ from mmseq.evaluation.lockstep import Controller, Seen
 from mmseq.labelling.labels import PixelLabeller, label_episode
 from mmseq.labelling.network import SETTINGS
 from mmseq.labelling.training import LabellerConfig, train_labeller
+from mmseq.reading import AS_IT_IS
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.simulation.base import to_wire
 
@@ -114,7 +115,7 @@ class Labelled(RobotOnly):
         labelled = data.video.with_name(f"{data.video.name}-labelled-{data.robot.name}")  # shared by methods
         if not holds_shards(labelled):
             labeller = PixelLabeller(self._labeller(data, seed))
-            videos = open_source(data.video)
+            videos = open_source(data.video, AS_IT_IS)
             episodes = [label_episode(labeller, videos, i, None)[0] for i in range(len(videos))]
             write_episodes(
                 EpisodeList(episodes, data.contract), labelled, {"name": "labelled", "source": str(data.video)}
