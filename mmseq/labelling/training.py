@@ -6,7 +6,7 @@ mmseq labeller train sources=[shards/robot,shards/play] out=runs/labeller
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,15 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
     """
     config.check()
     contract, camera, episodes = _gather(config)
-    taught = [e for e in episodes if not held_out(e.id, config.holdout)] or episodes
+    judged = [e for e in episodes if held_out(e.id, config.holdout)]
+    taught = [e for e in episodes if not held_out(e.id, config.holdout)]
+    if not taught:
+        raise DataError(f"all {len(episodes)} episodes are held out", fix="lower holdout or add episodes")
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
-    frames, targets, switches = _stack(taught, camera)
+    frames, targets, switches = _stack(taught, camera, contract)
     centre, spread = targets.mean(0), targets.std(0) + 1e-6
+    spread[np.ptp(targets, axis=0) == 0] = 1  # what never moves: rounding would be all that there is to learn
     height, width = frames.shape[1:3]
     network = NetworkConfig(camera=camera, height=height, width=width, around=tuple(config.around))
     labeller = LabellerNetwork(network, contract, centre, spread, switches)
@@ -99,13 +103,14 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
         expected = F.softplus(error) + 1e-6  # never told by the labels' own loss, so that these stay means
         surprise = (squared.detach() / expected + expected.log()).mean()
         loss = (weights * squared).mean() + ERROR_WEIGHT * surprise
+        if not torch.isfinite(loss):
+            raise DataError(f"the labeller's loss is {loss.item()} at step {step}", fix="lower learning_rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if on_progress is not None:
             on_progress(step + 1, config.steps)
-    judged = [e for e in episodes if held_out(e.id, config.holdout)]
     report = {"taught": len(taught), "steps": int(sum(map(len, taught))), "sources": list(config.sources)}
     report |= {"held_out": measure(labeller, judged)} if judged else {}
     labeller.save(config.out, report)
@@ -115,10 +120,11 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
 def measure(labeller: LabellerNetwork, episodes: Sequence[Episode]) -> dict[str, Any]:
     """How good labels are on episodes whose truth is known: R2 of each axis, or for a switch the share that is right.
 
-    `shuffled` is the same for labels of another step: what guessing the distribution gives.
+    `shuffled` is the same for labels of another step: what guessing the distribution gives. An axis that never moves in
+    these episodes, and is no switch, has no R2 and is left out.
     """
     camera = f"{IMAGE_PREFIX}{labeller.config.camera}"
-    truth = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes])
+    truth = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes]).astype(np.float64)
     found = np.concatenate([labeller.label(e[camera]).values for e in episodes])
     shuffled = found[np.random.default_rng(0).permutation(len(found))]
     names = [f"{stream}.{axis}" for stream in PREDICTED for axis in labeller.contract.vectors[stream].names]
@@ -128,20 +134,23 @@ def measure(labeller: LabellerNetwork, episodes: Sequence[Episode]) -> dict[str,
             middle = sum(labeller.switches[axis]) / 2
             return float(np.mean((labels[:, axis] > middle) == (truth[:, axis] > middle)))
         residue = ((labels[:, axis] - truth[:, axis]) ** 2).sum()
-        return float(1 - residue / max(((truth[:, axis] - truth[:, axis].mean()) ** 2).sum(), 1e-9))
+        return float(1 - residue / ((truth[:, axis] - truth[:, axis].mean()) ** 2).sum())
 
+    told = [axis for axis in range(len(names)) if axis in labeller.switches or np.ptp(truth[:, axis]) > 0]
     return {
         "episodes": len(episodes),
         "switches": [names[axis] for axis in labeller.switches],
-        "labels": {name: score(found, axis) for axis, name in enumerate(names)},
-        "shuffled": {name: score(shuffled, axis) for axis, name in enumerate(names)},
+        "labels": {names[axis]: score(found, axis) for axis in told},
+        "shuffled": {names[axis]: score(shuffled, axis) for axis in told},
     }
 
 
 def _gather(config: LabellerConfig) -> tuple[Embodiment, str, list[Episode]]:
     """The robot that all sources are of, the camera, and their episodes."""
-    sources = [open_source(path, config) for path in config.sources]
-    contracts = {c.name: c for source in sources for c in embodiments_of(source)}
+    sources, contracts = [], {}
+    for path in config.sources:  # all by the contract of the first: its axes, limits and rate are the labeller's
+        sources.append(open_source(path, config, embodiments=contracts))
+        contracts = {c.name: c for c in embodiments_of(sources[-1])} | contracts
     if len(contracts) != 1:
         raise DataError(
             f"a labeller is of one robot, the sources are of {sorted(contracts) or 'none'}", fix="name one robot's"
@@ -158,29 +167,51 @@ def _gather(config: LabellerConfig) -> tuple[Embodiment, str, list[Episode]]:
     camera = config.camera or cameras[0]
     episodes = [source[i] for source in sources for i in range(len(source))]
     episodes = [e for e in episodes if e.embodiment == contract.name and camera in e.cameras]
+    episodes = [e for e in episodes if all(name in e for name in PREDICTED)]
     if not episodes:
-        raise DataError(f"no episode of {', '.join(config.sources)} shows {contract.name!r} to {camera!r}")
+        raise DataError(
+            f"no episode of {', '.join(config.sources)} shows {contract.name!r} to {camera!r}, and what it did"
+        )
     return contract, camera, episodes
 
 
-def _stack(episodes: Sequence[Episode], camera: str) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, float]]]:
-    """Frames uint8 (steps, H, W, 3), actions and states float32 (steps, axes), and the axes that are switches."""
-    first = episodes[0][f"{IMAGE_PREFIX}{camera}"]
+def _stack(
+    episodes: Sequence[Episode], camera: str, contract: Embodiment
+) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[float, float]]]:
+    """Frames uint8 (steps, H, W, 3), actions and states float32 (steps, axes), and the axes that are switches.
+
+    Raises: DataError for more frames than `MOST_BYTES`, or of several sizes; EpisodeError for a value that is not
+    finite or outside the contract's limits.
+    """
+    name = f"{IMAGE_PREFIX}{camera}"
+    first = episodes[0][name]
     steps = sum(map(len, episodes))
     if steps * first[0].nbytes > MOST_BYTES:
         raise DataError(
             f"{steps:,} frames of {first.shape[1:]} do not fit into {MOST_BYTES >> 30} GiB of memory",
             fix="name fewer episodes, or import them with a smaller --size",
         )
-    frames = np.concatenate([e[f"{IMAGE_PREFIX}{camera}"] for e in episodes])
-    targets = np.concatenate([np.concatenate([e[name] for name in PREDICTED], 1) for e in episodes])
+    frames, at = np.empty((steps, *first.shape[1:]), np.uint8), 0
+    for episode in episodes:
+        own = episode[name]
+        if own.shape[1:] != first.shape[1:]:
+            raise DataError(
+                f"episode {episode.id!r} has frames of {own.shape[1:]}, others of {first.shape[1:]}",
+                fix="import them with the same --size",
+            )
+        frames[at : at + len(own)] = own
+        episode.streams[name] = replace(episode.streams[name], values=frames[at : at + len(own)])  # one copy is enough
+        at += len(own)
+    check = lambda e, stream: contract.vectors[stream].check(e[stream], what=stream, where=f"episode {e.id!r}")
+    targets = np.concatenate([np.concatenate([check(e, stream) for stream in PREDICTED], 1) for e in episodes])
     switches = {}
     for axis in range(episodes[0]["action"].shape[1]):
         low, high = float(targets[:, axis].min()), float(targets[:, axis].max())
-        near = np.minimum(targets[:, axis] - low, high - targets[:, axis]) <= 0.02 * (high - low)
-        if high > low and near.mean() >= SWITCH_SHARE:
+        below, above = targets[:, axis] - low, high - targets[:, axis]
+        shares = [float((apart <= 0.02 * (high - low)).mean()) for apart in (below, above)]
+        if high > low and sum(shares) >= SWITCH_SHARE and min(shares) >= 1 - SWITCH_SHARE:  # not one that hardly moves
             switches[axis] = (low, high)
-    return frames, targets.astype(np.float32), switches
+    return frames, targets, switches
 
 
 def _change(windows: Tensor, config: LabellerConfig, generator: torch.Generator) -> Tensor:
