@@ -22,7 +22,7 @@ def add(commands: Group) -> None:
 def _label_options(c: Parser) -> None:
     from mmseq.labelling.labels import LabelConfig
 
-    c.add_argument("reader", metavar="LABELLER", help="what `mmseq labeller train` wrote, or a checkpoint")
+    c.add_argument("labeller", metavar="LABELLER", help="what `mmseq labeller train` wrote, or a checkpoint")
     c.add_argument("source", metavar="SOURCE", help="videos, shards or a dataset")
     c.add_argument("out", metavar="OUT", help="the LeRobot v3 dataset that is written")
     c.add_argument("--embodiment", metavar="NAME", help="the robot, of a checkpoint that knows several")
@@ -51,7 +51,7 @@ def _label(args: argparse.Namespace) -> None:
     config = filled(LabelConfig, args)
     with progress("labelling", "episodes") as update:
         report = label_source(
-            args.reader, args.source, args.out, config, embodiment=args.embodiment, on_progress=update
+            args.labeller, args.source, args.out, config, embodiment=args.embodiment, on_progress=update
         )
     print(f"{args.out}: {report['episodes']} episodes, confidence {report['confidence']:.2f} on average")
     if report["left_out"]:

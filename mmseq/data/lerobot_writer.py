@@ -35,7 +35,7 @@ class LeRobotWriter:
 
     contract: of the robot; its cameras and vectors become columns, by LeRobot's names. columns: further ones, a number
     a step, which `add` is given. The first episode decides whether outcomes are written.
-    Raises: DataError when `path` exists; DependencyError without LeRobot.
+    Raises: DataError when `path` exists, or a rate that LeRobot cannot have; DependencyError without LeRobot.
     """
 
     def __init__(
@@ -44,6 +44,11 @@ class LeRobotWriter:
         self.path, self.contract, self.columns = Path(path), contract, columns
         if self.path.exists():
             raise DataError(f"{path} already exists", fix="choose another folder or remove it")
+        if contract.rate_hz != round(contract.rate_hz):
+            raise DataError(
+                f"{contract.name!r} has {contract.rate_hz:g} steps per second, LeRobot writes whole numbers of them",
+                fix="import its data again with another --rate-hz",
+            )
         require("lerobot", "lerobot")
         self._repo_id, self._dataset, self._outcomes = repo_id, None, False
         self._tasks: dict[str, dict[str, Any]] = {}
@@ -60,12 +65,21 @@ class LeRobotWriter:
     def add(self, episode: Episode, columns: Mapping[str, np.ndarray] | None = None, **said: Any) -> None:
         """Append an episode. columns: a number for each step, for each column. said: of its task, in mmseq.json.
 
-        Raises: EpisodeError when it lacks what the contract has, or an outcome where others have one.
+        Raises: EpisodeError when it lacks what the contract has, or an outcome where others have one, has another
+        rate, or more than `MAX_EPISODE_STEPS`.
         """
         columns = columns or {}
         missing = [name for name in self._names if name not in episode] + [c for c in self.columns if c not in columns]
         if missing:
             raise EpisodeError(f"episode {episode.id!r} has no {', '.join(missing)}, which the dataset has")
+        mine, theirs = self.contract.rate_hz, episode.rate_hz
+        if abs(mine - theirs) > 1e-6:
+            raise EpisodeError(f"episode {episode.id!r} has {theirs:g} steps per second, the dataset {mine:g}")
+        if len(episode) > MAX_EPISODE_STEPS:
+            raise EpisodeError(
+                f"episode {episode.id!r} has {len(episode)} steps, LeRobot's writer holds {MAX_EPISODE_STEPS}",
+                fix="cut it into shorter ones",
+            )
         with _quiet():
             if self._dataset is None:
                 self._outcomes = episode.success is not None
@@ -111,7 +125,7 @@ class LeRobotWriter:
             features[OUTCOME] = {"dtype": "bool", "shape": (1,), "names": None}  # of the episode
         return LeRobotDataset.create(
             self._repo_id,
-            fps=round(episode.rate_hz),
+            fps=round(self.contract.rate_hz),
             features=features,
             root=self.path,
             robot_type=self.contract.name,

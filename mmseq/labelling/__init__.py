@@ -6,6 +6,7 @@
 ===============  ================================================================================
 `network.py`     eyes of its own: a small convolutional network over a window of frames
 `training.py`    it learns from a robot's episodes, play above all, and is judged on held-out ones
+`parts.py`       long video in parts that fit into memory
 `labels.py`      episodes of video become episodes of the robot, each step with a confidence
 ===============  ================================================================================
 

@@ -6,11 +6,13 @@ label_source(open_labeller("runs/labeller"), "videos", "labelled")
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +22,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mmseq.data.importing import square
-from mmseq.data.lerobot_writer import LeRobotWriter
+from mmseq.data.lerobot_writer import MAX_EPISODE_STEPS, LeRobotWriter
 from mmseq.data.reader import EpisodeSource
-from mmseq.data.sources import open_source
+from mmseq.data.sources import open_source, source_identity
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode, Stream
-from mmseq.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from mmseq.errors import CheckpointError, ConfigError, DataError, MMSeqError, did_you_mean
 from mmseq.inference.decoding import Decoder, Request
 from mmseq.labelling.network import SETTINGS, LabellerNetwork, Labels
+from mmseq.labelling.parts import Parts
 from mmseq.reading import Reading
 from mmseq.streams import OWN_VECTORS
 from mmseq.tasks import Task
@@ -94,7 +97,8 @@ class PixelLabeller:
 class ArrowLabeller:
     """A checkpoint: inverse dynamics between frames `APART` steps apart, and the state of each frame.
 
-    A step's action is the mean over all pairs of frames that enclose it; where they disagree, confidence is low.
+    A step's action is the mean over all pairs of frames that enclose it, of a gripper the vote nearest to that; where
+    they disagree, confidence is low. The last step, which no pair encloses, has the action before it.
     """
 
     actions, states = f"image, image@+{APART} -> action[{APART}]", "image -> proprio"
@@ -139,14 +143,14 @@ class ArrowLabeller:
         for start, chunk in enumerate(chunks):
             for step, action in enumerate(chunk):
                 votes[start + step].append(action)
-        votes[-APART:] = [v or votes[length - APART - 1] for v in votes[-APART:]]
+        votes[-1] = votes[-2]  # no pair of frames encloses the last step
         action = np.stack([np.mean(v, 0) for v in votes])
-        for gripper in self.contract.grippers:
+        for gripper in self.contract.grippers:  # between open and closed may lie nothing, so a mean is no vote
             axis = axes["action"].names.index(gripper.axis)
-            middle = (gripper.open + gripper.closed) / 2
-            high, low = max(gripper.open, gripper.closed), min(gripper.open, gripper.closed)
-            action[:, axis] = np.where(action[:, axis] > middle, high, low)
-        spread = np.maximum(action.std(0), 1e-6)
+            for step, vote in enumerate(np.stack(v)[:, axis] for v in votes):
+                action[step, axis] = vote[np.abs(vote - action[step, axis]).argmin()]
+        reach = np.subtract(axes["action"].high, axes["action"].low)
+        spread = np.maximum(reach / np.sqrt(12), 1e-6)  # of values that lie evenly: the video may hardly move an axis
         doubt = np.stack([np.std(v, 0) for v in votes]) / spread
         error = np.concatenate([doubt**2, np.tile(doubt.mean(1, keepdims=True) ** 2, (1, state.shape[1]))], 1)
         return Labels(np.concatenate([action, state], 1).astype(np.float32), error, action.shape[1])
@@ -167,34 +171,33 @@ def label_episode(
 ) -> tuple[Episode, np.ndarray]:
     """An episode of the robot from one of video, and the confidence of each step, float32 (steps,).
 
-    Its words and its outcome stay; its frames are scaled to those of the robot's camera.
+    Its words and its outcome stay; its frames are scaled to those of the robot's camera. camera: of the episode,
+    which is taken for the labeller's; None: its only one.
+    Raises: ConfigError for a camera that is not there; DataError for another rate than the robot's, at which the frames
+    around a step would say something else, or frames that are missing.
     """
-    episode = source[index]
-    wanted = next(c for c in labeller.contract.cameras if c.name == labeller.camera)
+    episode, contract = source[index], labeller.contract
+    wanted = next(c for c in contract.cameras if c.name == labeller.camera)
     if camera not in episode.cameras if camera else len(episode.cameras) != 1:
         raise ConfigError(
-            f"episode {episode.id!r} has the cameras {', '.join(episode.cameras)}"
+            f"episode {episode.id!r} has the cameras {', '.join(episode.cameras) or 'none'}"
             + (f", not {camera!r}" if camera else ""),
             fix="name the one to label with --camera",
         )
-    chosen = camera or episode.cameras[0]
-    frames = np.stack([_fit(frame, wanted.height, wanted.width) for frame in source.frames(index, chosen)])
+    if abs(episode.rate_hz - contract.rate_hz) > 1e-6:
+        raise DataError(
+            f"episode {episode.id!r} has {episode.rate_hz:g} steps per second, {contract.name!r} {contract.rate_hz:g}",
+            fix=f"import the video with --rate-hz {contract.rate_hz:g}",
+        )
+    frames, count = np.empty((len(episode), wanted.height, wanted.width, 3), np.uint8), 0
+    for count, frame in enumerate(source.frames(index, camera or episode.cameras[0]), start=1):
+        frames[min(count, len(episode)) - 1] = _fit(frame, wanted.height, wanted.width)
+    if count != len(episode):
+        raise DataError(f"episode {episode.id!r} has {count} frames for {len(episode)} steps", fix="repair the video")
     found = labeller.label(frames)
-    times = np.arange(len(frames)) / labeller.contract.rate_hz
-    limits = labeller.contract.vectors
-    streams = {
-        f"{IMAGE_PREFIX}{labeller.camera}": Stream(frames, times),
-        "action": Stream(_within(found.action, limits["action"]), times),
-        "proprio": Stream(_within(found.state, limits["proprio"]), times),
-    }
-    labelled = replace(
-        episode,
-        rate_hz=labeller.contract.rate_hz,
-        streams=streams,
-        embodiment=labeller.contract.name,
-        metadata={**episode.metadata, "labelled_by": labeller.origin},
-    )
-    return labelled, found.confidence
+    limits = contract.vectors
+    values = {"action": _within(found.action, limits["action"]), "proprio": _within(found.state, limits["proprio"])}
+    return _of_robot(episode, labeller, {"frames": frames, **values}), found.confidence
 
 
 def label_source(
@@ -208,54 +211,85 @@ def label_source(
 ) -> dict[str, Any]:
     """Label every episode of a source, and write them to `out` as a LeRobot v3 dataset with a column `CONFIDENCE`.
 
-    labeller: as for `open_labeller`. What was labelled lies in `<out>.labels` until the dataset is whole, so that the
-    same call goes on after a kill. Returns what is also in meta/mmseq.json: by whom, how sure, how many were left out.
-    Raises: DataError when `out` exists or nothing is left; ConfigError for a camera that is not there.
+    labeller: as for `open_labeller`. A video of more than `MAX_EPISODE_STEPS` becomes several episodes. What was
+    labelled lies in `<out>.labels` until the dataset is whole, so that the same call goes on after a kill. Returns what
+    is also in meta/mmseq.json: by whom, how sure, how many were left out.
+    Raises: DataError when `out` exists, nothing is left, or `<out>.labels` is of another labeller or other video;
+    ConfigError for a camera that is not there.
     """
     config = config or LabelConfig()
     config.check()
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another folder or remove it")
-    opened = open_labeller(labeller, embodiment)
-    videos = open_source(source, config, rate_hz=None if _has_shards(source) else opened.contract.rate_hz)
+    run = _Run(str(labeller), embodiment, str(source), config)
+    opened, videos = run.open()
     kept = out.with_name(out.name + ".labels")
-    kept.mkdir(parents=True, exist_ok=True)
-    mark = hashlib.sha256(
-        f"{Path(source).resolve()} {opened.origin} {config.camera} {config.said()}".encode()
-    ).hexdigest()
+    mark = run.mark(opened)
     if (kept / "of").is_file() and (kept / "of").read_text() != mark:
-        raise DataError(f"{kept} holds labels of another run", fix="remove it")
+        raise DataError(
+            f"{kept} holds labels of another run: the labeller, the video or how it is read was another",
+            fix="remove it, or choose another folder",
+        )
+    unfinished = kept / "dataset"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it wrote
+    writer = _writer(opened, unfinished)  # what it refuses, it refuses before anything is labelled
+    kept.mkdir(parents=True, exist_ok=True)
     (kept / "of").write_text(mark)
-    jobs = [(str(labeller), embodiment, str(source), i, config, str(kept)) for i in range(len(videos))]
-    jobs = [job for job in jobs if not (kept / f"{job[3]}.safetensors").is_file()]
-    done = len(videos) - len(jobs)
-    for _ in _run(jobs, config.workers):
+    left = [i for i in range(len(videos)) if not (kept / f"{i}.safetensors").is_file()]
+    done = len(videos) - len(left)
+    for _ in _label_all(run, opened, videos, left, kept):
         done += 1
         if on_progress is not None:
             on_progress(done, len(videos))
-    report = _write(opened, videos, kept, out, config)
+    report = _write(opened, videos, kept, writer, config)
+    unfinished.rename(out)
     shutil.rmtree(kept)
     return report
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What is labelled, by whom: what each process opens for itself."""
+
+    labeller: str
+    embodiment: str | None
+    source: str
+    config: LabelConfig
+
+    def open(self) -> tuple[VideoLabeller, EpisodeSource]:
+        labeller = open_labeller(self.labeller, self.embodiment)
+        source = open_source(self.source, self.config, rate_hz=labeller.contract.rate_hz)
+        return labeller, Parts(source, MAX_EPISODE_STEPS)
+
+    def mark(self, labeller: VideoLabeller) -> str:
+        """What changes when labels would."""
+        files = source_identity(self.source, self.config)["sha256"], source_identity(self.labeller)["sha256"]
+        said = [*files, labeller.contract.fingerprint, labeller.origin, self.config.camera]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _writer(labeller: VideoLabeller, path: Path) -> LeRobotWriter:
+    contract, labelled = labeller.contract, tuple(c for c in labeller.contract.cameras if c.name == labeller.camera)
+    contract = replace(contract, cameras=labelled, streams={})  # nobody reads further streams off a picture
+    return LeRobotWriter(path, contract, repo_id="mmseq/labelled", columns=(CONFIDENCE,))
+
+
 def _write(
-    labeller: VideoLabeller, videos: EpisodeSource, kept: Path, out: Path, config: LabelConfig
+    labeller: VideoLabeller, videos: EpisodeSource, kept: Path, writer: LeRobotWriter, config: LabelConfig
 ) -> dict[str, Any]:
-    cameras = tuple(c for c in labeller.contract.cameras if c.name == labeller.camera)
-    contract = replace(labeller.contract, cameras=cameras)
     confidences, left_out = [], []
     known = all(videos[index].success is not None for index in range(len(videos)))  # LeRobot has it of all or none
-    with LeRobotWriter(out, contract, repo_id="mmseq/labelled", columns=(CONFIDENCE,)) as writer:
+    with writer:
         for index in range(len(videos)):
             found = load_file(kept / f"{index}.safetensors")
-            if found["confidence"].mean() < config.min_confidence:
+            confidence = found.pop("confidence")
+            if confidence.mean() < config.min_confidence:
                 left_out.append(videos[index].id)
                 continue
-            confidences.append(float(found["confidence"].mean()))
-            episode = _with(videos[index], found, labeller)
-            episode = episode if known else replace(episode, success=None)
-            writer.add(episode, {CONFIDENCE: found["confidence"]})
+            confidences.append(float(confidence.mean()))
+            episode = _of_robot(videos[index], labeller, found)
+            writer.add(episode if known else replace(episode, success=None), {CONFIDENCE: confidence})
         if not confidences:
             raise DataError(f"no episode has a confidence of {config.min_confidence}", fix="ask for less")
         report = {"labelled_by": labeller.origin, "confidence": float(np.mean(confidences)), "left_out": left_out}
@@ -263,50 +297,56 @@ def _write(
     return report | {"episodes": len(confidences)}
 
 
-def _with(episode: Episode, found: dict[str, np.ndarray], labeller: VideoLabeller) -> Episode:
-    times = np.arange(len(found["action"])) / labeller.contract.rate_hz
-    names = {"frames": f"{IMAGE_PREFIX}{labeller.camera}", "action": "action", "proprio": "proprio"}
-    streams = {stream: Stream(found[key], times) for key, stream in names.items()}
-    return replace(episode, rate_hz=labeller.contract.rate_hz, streams=streams, embodiment=labeller.contract.name)
+def _of_robot(episode: Episode, labeller: VideoLabeller, values: Mapping[str, np.ndarray]) -> Episode:
+    """An episode of video with what was read off it: `frames`, `action` and `proprio`, (steps, ...)."""
+    rate_hz = labeller.contract.rate_hz
+    names = {"frames": f"{IMAGE_PREFIX}{labeller.camera}"}
+    streams = {names.get(k, k): Stream(v, np.arange(len(v)) / rate_hz) for k, v in values.items()}
+    said = {**episode.metadata, "labelled_by": labeller.origin}
+    return replace(episode, rate_hz=rate_hz, streams=streams, embodiment=labeller.contract.name, metadata=said)
 
 
-def _run(jobs: list[tuple], workers: int) -> Iterator[None]:
-    if workers <= 1 or len(jobs) <= 1:
-        yield from map(_label_job, jobs)
+def _label_all(
+    run: _Run, labeller: VideoLabeller, videos: EpisodeSource, indices: Sequence[int], kept: Path
+) -> Iterator[None]:
+    if run.config.workers <= 1 or len(indices) <= 1:
+        for index in indices:
+            yield _label_one(labeller, videos, index, run.config, kept)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
-        yield from pool.map(_label_job, jobs)
+    context, workers = multiprocessing.get_context("spawn"), min(run.config.workers, len(indices))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(run,)) as pool:
+        try:
+            yield from pool.map(_label_in_worker, [(index, kept) for index in indices])
+        except BrokenProcessPool as error:
+            raise MMSeqError(
+                "a process that labelled ended without a word", fix="give fewer workers, or the machine more memory"
+            ) from error
 
 
-def _start_worker() -> None:
+_of_worker: list[Any] = []  # what this process was started for, and with
+
+
+def _start_worker(run: _Run) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    _of_worker.append(run)
 
 
-_opened: dict[tuple, tuple[VideoLabeller, EpisodeSource]] = {}  # of this process
+def _label_in_worker(job: tuple[int, Path]) -> None:
+    index, kept = job
+    if len(_of_worker) == 1:  # opened here, since what is raised where a process starts reaches nobody
+        _of_worker.extend(_of_worker[0].open())
+    run, labeller, videos = _of_worker
+    _label_one(labeller, videos, index, run.config, kept)
 
 
-def _label_job(job: tuple[str, str | None, str, int, LabelConfig, str]) -> None:
-    path, embodiment, source, index, config, kept = job
-    key = (path, embodiment, source, str(config.said()))
-    if key not in _opened:
-        labeller = open_labeller(path, embodiment)
-        rate_hz = None if _has_shards(source) else labeller.contract.rate_hz
-        _opened[key] = labeller, open_source(source, config, rate_hz=rate_hz)
-    labeller, videos = _opened[key]
+def _label_one(labeller: VideoLabeller, videos: EpisodeSource, index: int, config: LabelConfig, kept: Path) -> None:
     episode, confidence = label_episode(labeller, videos, index, config.camera)
     members = {"frames": episode[f"{IMAGE_PREFIX}{labeller.camera}"], "confidence": confidence}
     members |= {name: episode[name] for name in OWN_VECTORS}
-    partial = Path(kept) / f"{index}.partial"
+    partial = kept / f"{index}.partial"
     save_file({name: np.ascontiguousarray(values) for name, values in members.items()}, partial)
-    partial.replace(Path(kept) / f"{index}.safetensors")
-
-
-def _has_shards(path: str | Path) -> bool:
-    from mmseq.data.shards import holds_shards
-
-    return holds_shards(path)
+    partial.replace(kept / f"{index}.safetensors")
 
 
 def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:

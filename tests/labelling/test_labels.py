@@ -1,6 +1,7 @@
 """Labels for video: learned from play, written as a LeRobot dataset, gone on with after a kill, and refused in time."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +14,14 @@ from safetensors.numpy import load_file
 
 from mmseq.cli import main
 from mmseq.data.importing import EpisodeList, import_episodes, write_episodes
+from mmseq.data.lerobot_writer import LeRobotWriter
 from mmseq.data.sources import open_source
-from mmseq.episode import TextSpan
-from mmseq.errors import CheckpointError, ConfigError, DataError
-from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelLabeller, label_source, open_labeller
+from mmseq.embodiment import Axes
+from mmseq.episode import Episode, TextSpan
+from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, FingerprintError
+from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelLabeller, label_episode, label_source, open_labeller
 from mmseq.labelling.network import LabellerNetwork, to_windows
+from mmseq.labelling.parts import Parts
 from mmseq.labelling.training import LabellerConfig, measure, train_labeller
 from mmseq.mp4 import write_video
 from mmseq.simulation.metaworld import robot
@@ -154,8 +158,11 @@ def test_it_goes_on_after_a_kill_and_notices_another_run(work, tmp_path, monkeyp
     kept = tmp_path / "out.labels"
     assert sorted(p.name for p in kept.glob("*.safetensors")) == ["0.safetensors", "1.safetensors"]
     before = load_file(kept / "0.safetensors")["action"]
-    with pytest.raises(DataError, match="labels of another run"):
-        label_source(folder / "labeller", folder / "play", tmp_path / "out")
+    other = tmp_path / "labeller"
+    shutil.copytree(folder / "labeller", other)
+    for labeller, source in ((folder / "labeller", folder / "play"), (other, folder / "videos")):
+        with pytest.raises(DataError, match="labels of another run"):
+            label_source(labeller, source, tmp_path / "out")
     assert (kept / "0.safetensors").is_file()
     label_source(folder / "labeller", folder / "videos", tmp_path / "out")
     assert seen == [0, 1, 2, 2]
@@ -244,6 +251,10 @@ def test_a_checkpoint_labels_with_its_arrows(tmp_path):
     np.testing.assert_allclose(
         found.state[step], model.predict(arrows["state"], episode, t=step)["proprio"][-1], atol=1e-4
     )
+    np.testing.assert_array_equal(found.action[-1], found.action[-2])  # nothing shows what the last step did
+    held = [chunks[step - 3 + i][3 - i] for i in range(4)]
+    at = labeller.contract.action.names.index(gripper[0])
+    assert found.action[step][at] in [np.float32(vote[at]) for vote in held]
     assert found.confidence.shape == (len(episode),)
     with pytest.raises(DataError, match="too short"):
         labeller.label(episode[camera][:4])
@@ -261,3 +272,154 @@ def test_words_of_each_step_stay_and_outcomes_are_of_all_or_none(work, tmp_path)
     back = open_source(tmp_path / "out")
     assert [e.success for e in (back[0], back[1])] == [None, None]
     assert [back[1].texts_of("text", step) for step in (9, 10)] == [["reach the dial"], ["turn it"]]
+
+
+def video(path, episodes, **changes):
+    """Shards of the pictures of episodes."""
+    seen = lambda e: {k: v for k, v in e.streams.items() if k.startswith("image.")}
+    return stored(path, [replace(e, streams=seen(e), embodiment=None, success=None, **changes) for e in episodes], None)
+
+
+def test_a_labeller_that_was_trained_again_is_another_run_and_is_read_again(work, tmp_path, monkeypatch):
+    folder, new, _ = work
+    filmed, mine = video(tmp_path / "filmed", new[:2]), tmp_path / "labeller"
+    shutil.copytree(folder / "labeller", mine)
+    label_source(mine, filmed, tmp_path / "before")
+    monkeypatch.setattr(LeRobotWriter, "add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        label_source(mine, filmed, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()  # half a dataset is none
+    network = LabellerNetwork.load(mine)
+    network.centre += 0.05
+    network.save(mine, {})
+    with pytest.raises(DataError, match="labels of another run"):
+        label_source(mine, filmed, tmp_path / "out")
+    label_source(mine, filmed, tmp_path / "after")
+    before, after = (open_source(tmp_path / name)[0]["proprio"] for name in ("before", "after"))
+    assert np.abs(after - before).mean() > 0.03
+
+
+def test_a_run_that_was_killed_while_it_wrote_goes_on(work, tmp_path, monkeypatch):
+    folder, new, _ = work
+    filmed, real, added = video(tmp_path / "filmed", new[:2]), LeRobotWriter.add, []
+
+    def dies(self, *args):
+        added.append(args)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(LeRobotWriter, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        label_source(folder / "labeller", filmed, tmp_path / "out")
+    assert label_source(folder / "labeller", filmed, tmp_path / "out")["episodes"] == 2
+    assert len(open_source(tmp_path / "out")) == 2
+    assert not (tmp_path / "out.labels").exists()
+
+
+def test_video_of_another_rate_is_refused(work, tmp_path):
+    """At 5 Hz the frames around a step lie four times as far apart as the labeller knows them."""
+    folder, new, _ = work
+    slow = [Episode.from_arrays("slow", 5, {"image.front": new[0]["image.front"]})]
+    with pytest.raises(DataError, match="5 Hz, asked for 20"):
+        label_source(folder / "labeller", stored(tmp_path / "slow", slow, None), tmp_path / "out")
+    with pytest.raises(DataError, match=r"'slow' has 5 steps per second.*20.*--rate-hz 20"):
+        label_episode(PixelLabeller(folder / "labeller"), EpisodeList(slow), 0, None)
+
+
+def test_missing_frames_are_told(work):
+    folder, new, _ = work
+    source = EpisodeList(new[:1])
+    source.frames = lambda index, camera: iter(new[0]["image.front"][:-1])
+    with pytest.raises(DataError, match=f"has {LENGTH - 1} frames for {LENGTH} steps"):
+        label_episode(PixelLabeller(folder / "labeller"), source, 0, None)
+
+
+def test_a_robot_with_further_streams_gets_the_labels_that_there_are(work, tmp_path):
+    folder, new, _ = work
+    network = LabellerNetwork.load(folder / "labeller")
+    network.contract = replace(network.contract, streams={"force": Axes.from_values(np.zeros((2, 1)))})
+    network.save(tmp_path / "labeller", {})
+    label_source(tmp_path / "labeller", video(tmp_path / "filmed", new[:1]), tmp_path / "out")
+    assert set(open_source(tmp_path / "out")[0].streams) == {"image.front", "action", "proprio"}
+
+
+def test_a_long_video_comes_in_parts(work, tmp_path, monkeypatch):
+    folder, new, _ = work
+    spans = [TextSpan("text", 0, 10, ("reach",)), TextSpan("text", 10, LENGTH, ("turn",))]
+    whole = replace(new[0], spans=spans, success=True)
+    parts = Parts(EpisodeList([whole, new[1]]), 16)
+    assert [len(e) for e in (parts[i] for i in range(len(parts)))] == [13, 13, 14] * 2
+    assert [parts[i].id for i in range(3)] == [f"{whole.id}#{n}" for n in (1, 2, 3)]
+    assert [parts[i].success for i in range(3)] == [None, None, True]
+    said = [parts[step // 13 if step < 39 else 2].texts_of("text", step % 13)[0] for step in range(39)]
+    assert said == ["reach"] * 10 + ["turn"] * 29
+    frames = np.concatenate([np.stack(list(parts.frames(i, "front"))) for i in range(3)])
+    np.testing.assert_array_equal(frames, whole["image.front"])
+    np.testing.assert_array_equal(parts[1]["image.front"], whole["image.front"][13:26])
+    assert Parts(EpisodeList([whole]), LENGTH)[0] is whole
+    from mmseq.labelling import labels
+
+    monkeypatch.setattr(labels, "MAX_EPISODE_STEPS", 25)
+    report = label_source(folder / "labeller", video(tmp_path / "filmed", new[:1]), tmp_path / "out")
+    assert report["episodes"] == 2
+    assert [len(e) for e in open_source(tmp_path / "out")] == [20, 20]
+
+
+def test_what_a_writer_would_lose_is_refused(tmp_path):
+    contract = robot()
+    with pytest.raises(DataError, match=r"12\.5 steps per second, LeRobot writes whole numbers"):
+        LeRobotWriter(tmp_path / "a", replace(contract, rate_hz=12.5))
+    arrays = {
+        "image.front": np.zeros((5000, 1, 1, 3), np.uint8),
+        **dict.fromkeys(("proprio", "action"), np.ones((5000, 4))),
+    }
+    writer = LeRobotWriter(tmp_path / "a", contract)
+    with pytest.raises(EpisodeError, match="has 5000 steps"):
+        writer.add(Episode.from_arrays("long", 20, arrays))
+    with pytest.raises(EpisodeError, match="has 10 steps per second, the dataset 20"):
+        writer.add(Episode.from_arrays("slow", 10, {k: v[:5] for k, v in arrays.items()}))
+    assert not (tmp_path / "a").exists()
+
+
+def test_axes_that_hardly_move_are_no_switches_and_those_that_never_do_teach_nothing(tmp_path):
+    """One that is always 500 is labelled so; one that leaves its end for a moment stays what it is."""
+    contract, random, episodes = robot(size=16), np.random.default_rng(0), []
+    axes = lambda **limits: replace(contract.action, **limits)
+    wide = {"minimum": (-1.0, -1.0, 0.0, 0.0), "maximum": (1.0, 1.0, 600.0, 1.0)}
+    contract = replace(contract, action=axes(**wide, low=wide["minimum"], high=wide["maximum"]), grippers=())
+    for number in range(8):
+        action = random.uniform(-1, 1, (40, 4)).astype(np.float32)
+        action[:, 1] = np.sign(action[:, 1])  # a switch that is no gripper
+        action[:, 2] = 500
+        action[:, 3] = 0
+        action[:3, 3] = (0.3, 0.8, 0.5) if number == 0 else 0
+        arrays = {"image.front": random.integers(0, 255, (40, 16, 16, 3), np.uint8), "action": action}
+        arrays["proprio"] = np.zeros((40, 4), np.float32) + 0.3
+        episodes.append(Episode.from_arrays(f"e{number}", 20, arrays, embodiment=contract.name))
+    path = stored(tmp_path / "shards", episodes, contract)
+    config = LabellerConfig(sources=[str(path)], out=str(tmp_path / "l"), steps=30, batch=16, holdout=0.4)
+    report = train_labeller(config)
+    assert report["held_out"]["switches"] == ["action.dy"]
+    told = report["held_out"]["labels"]
+    assert not {"action.dz", "proprio.x"} & set(told)
+    assert all(np.isfinite(value) for value in told.values())
+    found = PixelLabeller(tmp_path / "l").label(episodes[0]["image.front"])
+    np.testing.assert_allclose(found.action[:, 2], 500, atol=5)
+    assert set(found.action[:, 1]) <= {-1.0, 1.0}
+    with pytest.raises(DataError, match="all 8 episodes are held out"):
+        train_labeller(replace(config, holdout=0.999999))
+    spoilt = replace(contract, rate_hz=10)
+    other = stored(tmp_path / "other", [Episode.from_arrays("o", 10, arrays, embodiment=contract.name)], spoilt)
+    with pytest.raises(FingerprintError, match="rate_hz"):
+        train_labeller(replace(config, sources=[str(path), str(other)]))
+
+
+def test_values_that_are_not_finite_do_not_become_a_labeller():
+    from mmseq.labelling.training import _stack
+
+    arrays = {"image.front": np.zeros((5, 64, 64, 3), np.uint8), "proprio": np.full((5, 4), 0.3)}
+    bad = Episode.from_arrays("bad", 20, arrays | {"action": np.full((5, 4), np.nan)})
+    with pytest.raises(EpisodeError, match="'dx' is nan at step 0"):
+        _stack([bad], "front", robot())
