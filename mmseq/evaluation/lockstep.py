@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -84,9 +85,11 @@ def drive(
     texts: chooses what a robot is asked for among the simulator's instructions; default: the plainest.
     Raises: ConfigError without layouts; MMSeqError for what goes wrong in a simulator.
     """
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}", fix="give at least 1")
     if not layouts:
         raise ConfigError("there is no episode to drive", fix="name at least one layout")
-    order = sorted(range(len(layouts)), key=lambda i: (layouts[i].options, layouts[i].task))  # making one is slow
+    order = sorted(range(len(layouts)), key=lambda i: (repr(layouts[i].options), layouts[i].task))  # making one is slow
     outcomes: dict[int, Outcome] = {}
     context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
     started: list[_Worker] = []
@@ -101,7 +104,7 @@ def drive(
             started.append(worker)
             for slot in range(min(SIMULATORS, len(worker.waiting))):
                 _begin(worker, slot, layouts)
-            here.send(("look", None, None, None))
+            _send(worker, "look")
         busy = deque(started)
         while busy:
             worker = busy.popleft()
@@ -119,7 +122,12 @@ def drive(
 
 def _begin(worker: _Worker, slot: int, layouts: Sequence[Layout]) -> None:
     number = worker.waiting.popleft() if worker.waiting else None
-    worker.pipe.send(("begin", slot, number, None if number is None else layouts[number]))
+    _send(worker, "begin", slot, number, None if number is None else layouts[number])
+
+
+def _send(worker: _Worker, what: str, slot: int | None = None, number: int | None = None, payload: Any = None) -> None:
+    with suppress(OSError):  # it ended: why is what is received next
+        worker.pipe.send((what, slot, number, payload))
 
 
 def _turn(
@@ -132,7 +140,7 @@ def _turn(
     """Decide for a worker's robots; they then move while others are decided for. Returns whether any is left."""
     try:
         found = worker.pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise MMSeqError("a simulator's process ended without a word", fix="give the machine more memory") from None
     if isinstance(found, str):
         raise MMSeqError(f"a simulator failed: {found}")
@@ -147,9 +155,11 @@ def _turn(
             asking.append((slot, Seen(layout, observation, text, step)))
     if asking:
         chunks = controller.act([seen for _, seen in asking])
-        worker.pipe.send(("act", None, None, {slot: chunk for (slot, _), chunk in zip(asking, chunks, strict=True)}))
+        if not all(map(len, chunks)):
+            raise MMSeqError("the controller decided for no step", fix="give at least one action each time it is asked")
+        _send(worker, "act", payload={slot: chunk for (slot, _), chunk in zip(asking, chunks, strict=True)})
     if found:
-        worker.pipe.send(("look", None, None, None))
+        _send(worker, "look")
     return bool(found)
 
 

@@ -1,5 +1,7 @@
 """Lock-step: the same outcomes for any number of workers, each robot asked for its own task, failures told."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -76,7 +78,28 @@ def test_words_can_be_chosen(replay):
     assert replay.asked[0][0][2] == task_language("handle-press").instructions[-1]
 
 
+def test_a_simulator_that_fails_while_others_are_decided_for_says_why(replay):
+    """Its process is gone when it is told what to do next."""
+
+    class Slow(Replay):
+        def act(self, seen):
+            if len(seen) < 8:  # one has ended, and the next of its simulator's cannot be made
+                time.sleep(1.5)
+            return super().act(seen)
+
+    with pytest.raises(MMSeqError, match="no Meta-World task 'zero'"):
+        drive(Slow(), [*LAYOUTS, *LAYOUTS[:2], Layout("zero", 0)], workers=1)
+
+
 def test_what_goes_wrong_is_told(replay):
+    class Idle:
+        def act(self, seen):
+            return [np.zeros((0, 4)) for _ in seen]
+
+    with pytest.raises(MMSeqError, match="decided for no step"):
+        drive(Idle(), LAYOUTS[:1])
+    with pytest.raises(ConfigError, match="workers is 0"):
+        drive(replay, LAYOUTS, workers=0)
     with pytest.raises(ConfigError, match="no episode"):
         drive(replay, [])
     with pytest.raises(MMSeqError, match="no Meta-World task 'handle-pres'"):
