@@ -8,23 +8,24 @@ import pytest
 
 pytest.importorskip("metaworld")
 
+from mmseq import plugins
 from mmseq.cli import main
 from mmseq.data.sources import open_source
 from mmseq.errors import ConfigError
 from mmseq.evaluation.lfv import run as lfv
 from mmseq.evaluation.lfv.manifest import (
     LADDER,
-    MW7,
     ROBOT_TASKS,
     VIDEO_TASKS,
     Config,
     cells,
     fingerprint,
     layouts,
+    training_fingerprint,
 )
 from mmseq.evaluation.lfv.record import Recorder
-from mmseq.evaluation.lfv.report import summarise
-from mmseq.evaluation.lfv.rows import Row
+from mmseq.evaluation.lfv.report import summarise, write_page
+from mmseq.evaluation.lfv.rows import Row, read_rows
 from mmseq.evaluation.results import wilson
 from mmseq.simulation.experts import TASKS, task_language
 
@@ -46,7 +47,7 @@ def test_tasks_are_known_and_words_of_video_tasks_are_heard_nowhere_else():
     assert len(ROBOT_TASKS) == 12
     assert len(VIDEO_TASKS) == 8
     assert not set(ROBOT_TASKS) & set(VIDEO_TASKS)
-    assert {*ROBOT_TASKS, *VIDEO_TASKS, *MW7} <= set(TASKS)
+    assert {*ROBOT_TASKS, *VIDEO_TASKS} <= set(TASKS)
     said = lambda tasks: {text for task in tasks for text in task_language(task).instructions}
     assert not said(ROBOT_TASKS) & said(VIDEO_TASKS)
 
@@ -55,6 +56,10 @@ def test_a_manifest_is_the_same_on_every_machine():
     assert fingerprint(Config()) == fingerprint(Config(out="elsewhere", seeds=[1, 2], methods=["model"]))
     assert fingerprint(Config()) != fingerprint(Config(steps=501))
     assert fingerprint(Config(**SMALL)) == "f1fbff5c7ab31494"
+    taught = training_fingerprint(Config())
+    assert taught == training_fingerprint(Config(episodes=3, shifts=["light"], execute=2, max_steps=9, reworded=True))
+    others = ({"steps": 501}, {"videos": 3}, {"play": 0}, {"vision_steps": 3}, {"labeller_steps": 3})
+    assert taught not in [training_fingerprint(Config(**other)) for other in others]
     ordered = [str(cell) for cell in cells(Config(methods=["model", "labelled"], seeds=[0, 1]))]
     assert ordered == ["model-d50-V0-s0", "labelled-d50-V0-s0", "model-d50-V0-s1", "labelled-d50-V0-s1"]
     driven = layouts(Config(episodes=2), ["door-open", "door-close"], "light")
@@ -73,6 +78,12 @@ def test_a_manifest_is_the_same_on_every_machine():
         ({"shifts": ["dark"]}, "shifts: no 'dark'"),
         ({"episodes": 0}, "episodes is 0"),
         ({"seeds": []}, "seeds is empty"),
+        ({"video": []}, "video is empty"),
+        ({"seeds": [0, 0]}, r"seeds names something twice: \[0, 0\]"),
+        ({"execute": 3}, "execute is 3"),
+        ({"robot_tasks": ["door-opne"]}, "did you mean 'door-open'"),
+        ({"methods": ["true_labels"], "video": ["V4"]}, "true_labels-d50-V4-s0: there is no truth"),
+        ({"methods": ["labelled"], "video_tasks": []}, "there is no video"),
         ({"demonstrations": [0]}, r"demonstrations \[0\]"),
         ({"video_tasks": ["door-open"]}, "robot_tasks and video_tasks"),
     ],
@@ -169,3 +180,82 @@ def test_gains_are_over_the_same_layouts():
     assert low <= gain <= high
     assert (labelled["low"], labelled["high"]) == pytest.approx(wilson(5, 6))
     assert random["gain"] is None
+
+
+def test_floors_of_two_methods_are_two(tmp_path):
+    common = {"demonstrations": 5, "video": "V0", "group": "video", "shift": "plain", "minutes": 1.0, "seed": 0}
+    common |= {"manifest": "m", "machine": "x", "task": "a", "method": "blanked_images"}
+    rows = [Row(floor_of=name, outcomes=[name == "model"] * 2, **common) for name in ("model", "cloning")]
+    assert [(row["successes"], row["episodes"]) for row in summarise(rows)] == [(2, 2), (0, 2)]
+    write_page(tmp_path / "page.html", rows, Config(), "command")
+    page = (tmp_path / "page.html").read_text()
+    assert all(page.count(f"blanked_images of {name}") == 2 for name in ("model", "cloning"))
+
+
+def test_rows_from_before_floors_named_their_method_are_read(tmp_path):
+    row = {"method": "model", "demonstrations": 50, "video": "V0", "seed": 0, "group": "robot", "task": "door-open"}
+    row |= {"shift": "plain", "outcomes": [True], "minutes": 1.0, "machine": "x", "manifest": fingerprint(Config())}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    assert read_rows(path, Config(), "model") == [Row(**row)]
+    assert read_rows(path, Config(steps=501), "model") is None
+    assert read_rows(path, Config(floors=["model"]), "model") is None  # they are yet to be driven
+    path.write_text(json.dumps([row, row | {"method": "random"}]))
+    assert len(read_rows(path, Config(floors=["model"]), "model") or ()) == 2
+
+
+class Still:
+    """A method that keeps a file, and never moves."""
+
+    needs = ("truth",)
+
+    def __init__(self, config, say):
+        pass
+
+    def train(self, data, out, seed):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "checkpoint").touch()
+        return self
+
+    def act(self, seen):
+        return [np.zeros((1, 4)) for _ in seen]
+
+
+def test_what_was_made_of_another_configuration_is_not_used(tmp_path, monkeypatch):
+    """Other tasks of the same number, other steps: neither data nor checkpoints are those of another run."""
+    plugins.register("methods", "still", Still)
+    made, said = [], []
+    monkeypatch.setattr(Recorder, "_write", lambda self, path, *_: made.append(path))
+    monkeypatch.setattr(Recorder, "_film", lambda self, rung: [])
+    monkeypatch.setattr(Recorder, "_demonstrations", lambda self, *_: [])
+    monkeypatch.setattr("mmseq.evaluation.lfv.record.record_play", lambda *_, **__: [])
+    monkeypatch.setattr(lfv, "drive", lambda *_, **__: [])
+    small = Config(**SMALL, out=str(tmp_path), methods=["still"], video=["V0", "V4"], floors=[])
+    run = lambda config: lfv.run(config, said.append)
+    monkeypatch.setattr(lfv, "write_page", lambda *_: None)
+    run(small)
+    assert said == ["still-d2-V0-s0", "still-d2-V4-s0 is left out: there is no truth"]
+    run(replace(small, robot_tasks=["door-open"]))
+    run(replace(small, steps=4))
+    assert len({path.parent for path in made}) == 2
+    trained = [path.name for path in (tmp_path / "trained").iterdir()]
+    assert len(trained) == 3
+    assert all(name.startswith("still-d2-V0-s0-") for name in trained)
+
+
+def test_video_whose_recording_was_killed_is_recorded_again(tmp_path, monkeypatch):
+    recorder = Recorder(Config(out=str(tmp_path), **SMALL), 0, lambda _: None)
+    real, written = Recorder._write, []
+
+    def dies(self, path, *args):
+        written.append(path.name)
+        if len(written) == 4:  # the demonstrations, the play, the truth, and then the video
+            raise KeyboardInterrupt
+        real(self, path, *args)
+
+    monkeypatch.setattr(Recorder, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.data("V0", 2)
+    data = recorder.data("V0", 2)
+    assert written[2:] == ["V0-3-true", "V0-3", "V0-3-true", "V0-3"]
+    assert len(list(open_source(data.video))) == len(list(open_source(data.truth))) == 3

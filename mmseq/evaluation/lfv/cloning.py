@@ -18,12 +18,11 @@ from torch import Tensor
 
 from mmseq.data.sources import open_source
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.lfv.manifest import Config
+from mmseq.evaluation.lfv.manifest import CHUNK, Config
 from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
 from mmseq.reading import AS_IT_IS
 
-CHUNK = 2  # actions that are predicted, as our model does
 WORDS = 512  # buckets
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 1e-3, 0.05
 STEPS = 3  # of cloning for one of our model's: it is so much smaller

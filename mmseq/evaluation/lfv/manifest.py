@@ -1,6 +1,7 @@
 """What the benchmark is made of, without a simulator: tasks, the ladder of video, cells and layouts.
 
-All of it follows from the configuration alone, so that every machine has the same; `fingerprint` says so in the rows.
+All of it follows from the configuration alone, so that every machine has the same; `fingerprint` says so in the rows,
+`training_fingerprint` in the names of what was trained.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mmseq.errors import ConfigError, did_you_mean
 from mmseq.evaluation.lockstep import Layout
@@ -18,6 +20,7 @@ from mmseq.simulation.shifts import SHIFTS
 VERSION = 1  # of the benchmark: a change that moves numbers makes it another
 FIRST_LAYOUT = 500_000  # of those that are driven; recording never draws so few of so small numbers
 SPREAD = 1.5
+CHUNK = 2  # actions that every method here predicts at once
 
 ROBOT_TASKS = (
     *("button-press-topdown", "button-press", "coffee-button", "door-open", "drawer-open", "window-open"),
@@ -27,11 +30,6 @@ ROBOT_TASKS = (
 VIDEO_TASKS = (
     *("window-close", "faucet-open", "drawer-close", "door-unlock", "door-close", "plate-slide-back"),
     *("button-press-topdown-wall", "handle-pull"),
-)
-# The seven tasks of AVDC's table in Meta-World that later papers report (5 demonstrations, 25 trials)
-MW7 = (
-    *("door-open", "door-close", "button-press", "button-press-topdown", "faucet-open", "faucet-close"),
-    "handle-press",
 )
 
 
@@ -66,7 +64,7 @@ LADDER = {
 class Config:
     """Which cells are run, and how large they are."""
 
-    out: str = "runs/lfv"  # data, checkpoints and rows; what is there already is kept
+    out: str = "runs/lfv"  # data, checkpoints and rows; what is there already, of the same settings, is kept
     methods: list[str] = field(default_factory=lambda: ["model", "labelled", "true_labels"])  # by name
     video: list[str] = field(default_factory=lambda: ["V0"])  # rungs of the ladder
     demonstrations: list[int] = field(default_factory=lambda: [50])  # of each robot task
@@ -96,9 +94,14 @@ class Config:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}", fix="give at least 1")
-        for name in ("methods", "demonstrations", "seeds", "robot_tasks", "shifts"):
+        for name in ("methods", "video", "demonstrations", "seeds", "robot_tasks", "shifts"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty", fix="name at least one")
+        for name, values in asdict(self).items():
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ConfigError(f"{name} names something twice: {values}", fix="it would count twice: name it once")
+        if self.execute > CHUNK:
+            raise ConfigError(f"execute is {self.execute}", fix=f"a decision is {CHUNK} actions: give 1 to {CHUNK}")
         if self.play < 0 or min(self.demonstrations) < 1 or min(self.seeds) < 0:
             raise ConfigError(
                 f"play is {self.play}, demonstrations {self.demonstrations}, seeds {self.seeds}",
@@ -131,16 +134,38 @@ def cells(config: Config) -> Iterator[Cell]:
                     yield Cell(method=method, demonstrations=count, video=video, seed=seed)
 
 
+def there_is(config: Config, video: str) -> dict[str, bool]:
+    """Which parts of `Data` a cell with this video has."""
+    filmed = bool(config.video_tasks)
+    return {"play": config.play > 0, "video": filmed, "truth": filmed and LADDER[video].body == "robot"}
+
+
 def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:
     """What is driven of some tasks: the same for every method, so that they are compared pair by pair."""
     options = (("shift", shift), ("spread", SPREAD))
     return [Layout(task, FIRST_LAYOUT + i, options) for task in tasks for i in range(config.episodes)]
 
 
+OF_CELLS = ("out", "methods", "floors", "seeds", "demonstrations", "video")  # what a cell says of itself
+OF_DRIVING = ("shifts", "reworded", "episodes", "execute", "max_steps")  # which nothing that is trained depends on
+
+
 def fingerprint(config: Config) -> str:
     """16 hexadecimal digits of everything that decides a cell's number but the machine."""
-    of_cells = ("out", "methods", "floors", "seeds", "demonstrations", "video")
-    said = {k: v for k, v in asdict(config).items() if k not in of_cells}
+    return digest(_said(config, OF_CELLS))[:16]
+
+
+def training_fingerprint(config: Config) -> str:
+    """8 hexadecimal digits of what decides what a method learns, of a cell: another's checkpoint is none of its."""
+    return digest(_said(config, (*OF_CELLS, *OF_DRIVING)))[:8]
+
+
+def _said(config: Config, but: Sequence[str]) -> dict[str, Any]:
+    said = {k: v for k, v in asdict(config).items() if k not in but}
     said |= {"version": VERSION, "first_layout": FIRST_LAYOUT, "spread": SPREAD}
-    said["ladder"] = {name: asdict(rung) for name, rung in LADDER.items()}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    return said | {"ladder": {name: asdict(rung) for name, rung in LADDER.items()}}
+
+
+def digest(said: Any) -> str:
+    """The SHA-256 of what JSON can hold, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,9 @@
         def train(self, data: Data, out: Path, seed: int) -> Controller: ...
 
 `train` learns from `data` (from `data.truth` only where that is the point: a ceiling), keeps what it wants in `out`,
-and returns what drives the robots (`mmseq.evaluation.lockstep.Controller`). Those here that train our model do so with
+and returns what drives the robots (`mmseq.evaluation.lockstep.Controller`). `out` is of one cell and of everything that
+decides what is learned, so what lies there is its own. A method may have `needs`, names of fields of `Data` without
+which a cell of it is left out. Those here that train our model do so with
 the same tokenizers, for as many steps of as many tokens.
 """
 
@@ -23,8 +25,8 @@ from mmseq.data.mixture import MixConfig, SourceConfig, TaskConfig, save_mix
 from mmseq.data.shards import holds_shards
 from mmseq.data.sources import open_source
 from mmseq.data.tokenize import tokenize_mix
-from mmseq.errors import ConfigError, MMSeqError
-from mmseq.evaluation.lfv.manifest import Config
+from mmseq.errors import MMSeqError
+from mmseq.evaluation.lfv.manifest import CHUNK, Config
 from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
 from mmseq.labelling.labels import PixelLabeller, label_episode
@@ -49,7 +51,8 @@ class Method(Protocol):
 class RobotOnly:
     """Our model, taught by the demonstrations alone: what video has to beat."""
 
-    policy = "text, image -> action[2]"  # no state: see `LabelledState`
+    needs: tuple[str, ...] = ()
+    policy = f"text, image -> action[{CHUNK}]"  # no state: see `LabelledState`
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self.config, self.say = config, say
@@ -100,21 +103,24 @@ class RobotOnly:
 class TrueLabels(RobotOnly):
     """The ceiling: the video with the actions and states that it was made with."""
 
+    needs = ("truth",)
+
     def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
-        if data.truth is None:
-            raise ConfigError("nobody knows true labels of this video: no robot is in it", fix="leave true_labels out")
+        assert data.truth is not None
         return {"truth": data.truth}
 
 
 class Labelled(RobotOnly):
     """Actions and states read off the video by a labeller that knows the robot's demonstrations and its play."""
 
+    needs = ("video",)
+
     def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
-        if data.video is None:
-            return {}
-        labelled = data.video.with_name(f"{data.video.name}-labelled-{data.robot.name}")  # shared by methods
+        assert data.video is not None
+        trained = self._labeller(data, seed)
+        labelled = data.video.with_name(f"{data.video.name}-{trained.name}")  # shared by methods
         if not holds_shards(labelled):
-            labeller = PixelLabeller(self._labeller(data, seed))
+            labeller = PixelLabeller(trained)
             videos = open_source(data.video, AS_IT_IS)
             episodes = [label_episode(labeller, videos, i, None)[0] for i in range(len(videos))]
             write_episodes(
@@ -124,11 +130,11 @@ class Labelled(RobotOnly):
 
     def _labeller(self, data: Data, seed: int) -> Path:
         """Shared by all methods and videos of a seed and its robot data."""
-        out = data.robot.parent / f"labeller-{data.robot.name}"
+        steps = self.config.labeller_steps
+        out = data.robot.parent / f"labeller{steps}-{data.robot.name}-{_named(data.play)}"
         if not (out / SETTINGS).is_file():
             self.say(f"training {out.name}")
             sources = [str(path) for path in (data.robot, data.play) if path is not None]
-            steps = self.config.labeller_steps
             train_labeller(LabellerConfig(sources=sources, out=str(out), steps=steps, seed=seed, holdout=HOLDOUT))
         return out
 
@@ -140,13 +146,13 @@ class LabelledState(Labelled):
     when it meets the real one (docs/learning_from_video.md).
     """
 
-    policy = "text, image, proprio -> action[2]"
+    policy = f"text, image, proprio -> action[{CHUNK}]"
 
 
 class ModelState(RobotOnly):
     """Our model, taught by the demonstrations alone, given the state."""
 
-    policy = "text, image, proprio -> action[2]"
+    policy = f"text, image, proprio -> action[{CHUNK}]"
 
 
 class ModelController:
@@ -178,7 +184,8 @@ def shared_tokenizers(data: Data, config: Config, seed: int, say: Callable[[str]
     from mmseq.tokenization.recipe import TokenizerConfig
     from mmseq.training.tokenizers import train_tokenizers
 
-    out = data.robot.parent / f"tokenizers-{data.robot.name}-{data.video.name if data.video else 'none'}"
+    made_of = "-".join(_named(path) for path in (data.robot, data.play, data.video))
+    out = data.robot.parent / f"tokenizers{config.vision_steps}-{made_of}"
     if not (out / "tokenizers.json").is_file():
         say(f"training {out.name}")
         sources = {"robot": data.robot, "play": data.play, "video": data.video}
@@ -186,3 +193,7 @@ def shared_tokenizers(data: Data, config: Config, seed: int, say: Callable[[str]
         settings += [f"sources.{name}.path={path}" for name, path in sources.items() if path is not None]
         train_tokenizers(load_config(TokenizerConfig, RECIPES / "demo_tokenizers.yaml", settings), lambda *_: None)
     return out
+
+
+def _named(data: Path | None) -> str:
+    return data.name if data is not None else "none"

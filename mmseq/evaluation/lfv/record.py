@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mmseq.data.importing import EpisodeList, write_episodes
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.lfv.manifest import LADDER, SPREAD, Config
+from mmseq.evaluation.lfv.manifest import LADDER, SPREAD, VERSION, Config, digest, there_is
 from mmseq.simulation.experts import TASKS, task_language
 from mmseq.simulation.metaworld import robot
 from mmseq.simulation.play import record_play
@@ -51,8 +51,9 @@ class Recorder:
     def data(self, rung: str, demonstrations: int) -> Data:
         """Raises: DataError when an expert fails again and again."""
         config = self.config
-        tasks = "-".join(str(len(t)) for t in (config.robot_tasks, config.video_tasks))
-        folder = self.folder / f"tasks{tasks}"
+        tasks = config.robot_tasks, config.video_tasks
+        made_of = digest([VERSION, *tasks, SPREAD, EXPERTS, {k: asdict(rung) for k, rung in LADDER.items()}])[:8]
+        folder = self.folder / f"tasks{'-'.join(str(len(t)) for t in tasks)}-{made_of}"
         taught = self._store(
             folder / f"robot{demonstrations}",
             lambda: self._demonstrations(config.robot_tasks, demonstrations),
@@ -70,8 +71,7 @@ class Recorder:
             episodes = list(self._film(rung))
             self._write(truth, episodes, self.contract)
             self._write(filmed, [_without_actions(e) for e in episodes], None)
-        own = LADDER[rung].body == "robot"
-        return Data(taught, play or None, filmed, truth if own else None, self.contract)
+        return Data(taught, play or None, filmed, truth if there_is(config, rung)["truth"] else None, self.contract)
 
     def _store(self, path: Path, make: Callable[[], Iterable[RecordedEpisode]], contract: Embodiment | None) -> Path:
         if not holds_shards(path):
@@ -80,7 +80,8 @@ class Recorder:
 
     def _write(self, path: Path, episodes: Sequence[Episode], contract: Embodiment | None) -> None:
         self.say(f"{len(episodes)} episodes for {path.relative_to(self.config.out)}")
-        write_episodes(EpisodeList(episodes, contract), path, {"name": path.name, "source": f"seed {self.seed}"})
+        said = {"name": path.name, "source": f"seed {self.seed}"}
+        write_episodes(EpisodeList(episodes, contract), path, said, overwrite=True)  # the half of a pair, after a kill
 
     def _demonstrations(self, tasks: Sequence[str], count: int) -> Iterable[RecordedEpisode]:
         return record_episodes(tasks, count, seed=self.seed, spread=SPREAD, **EXPERTS)

@@ -15,7 +15,7 @@ from mmseq.evaluation.report.figures import track
 from mmseq.evaluation.results import bootstrap, wilson
 
 BASELINE = "model"  # what taught by demonstrations alone does: gains are over it
-KEYS = ("method", "demonstrations", "video", "group", "shift")
+KEYS = ("method", "floor_of", "demonstrations", "video", "group", "shift")
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -50,6 +50,11 @@ def _gain(chosen: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float, flo
     return (float(np.mean(gains)), *interval) if interval else None
 
 
+def named(method: str, floor_of: str | None) -> str:
+    """What tables call a method; of a floor also whose policy it was."""
+    return f"{method} of {floor_of}" if floor_of else method
+
+
 def print_summary(rows: Sequence[Row]) -> None:
     """A table of `summarise`."""
     from rich.console import Console
@@ -59,7 +64,13 @@ def print_summary(rows: Sequence[Row]) -> None:
     for row in summarise(rows):
         gain = row["gain"] and "{:+.0%} ({:+.0%} to {:+.0%})".format(*row["gain"])
         table.add_row(
-            *(row["method"], str(row["demonstrations"]), row["video"], row["group"], row["shift"]),
+            *(
+                named(row["method"], row["floor_of"]),
+                str(row["demonstrations"]),
+                row["video"],
+                row["group"],
+                row["shift"],
+            ),
             *(f"{row['successes']}/{row['episodes']} = {row['share']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"),
             *(gain or "", str(row["seeds"]), f"{row['minutes']:.1f}"),
         )
@@ -72,11 +83,13 @@ def write_page(path: Path, rows: Sequence[Row], config: Config, command: str) ->
     made.globals["bar"] = lambda row: track(
         row["share"], None, 0, 1, "good" if (row["gain"] or (0, 0, 0))[1] > 0 else "plain", (row["low"], row["high"])
     )
-    methods = list(dict.fromkeys((r.method, r.demonstrations, r.video, r.shift) for r in rows))
+    column = lambda r: (named(r.method, r.floor_of), r.demonstrations, r.video, r.shift)
+    methods = list(dict.fromkeys(map(column, rows)))
     tasks = list(dict.fromkeys((r.group, r.task) for r in rows))
     wins: dict[tuple, list[bool]] = {}
     for row in rows:
-        wins.setdefault((row.method, row.demonstrations, row.video, row.shift, row.task), []).extend(row.outcomes)
+        wins.setdefault((*column(row), row.task), []).extend(row.outcomes)
+    made.globals["named"] = named
     page = made.get_template("page_of_cells.html").render(
         groups={group: [r for r in summarise(rows) if r["group"] == group] for group in ("video", "robot")},
         methods=methods,

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseq.evaluation.lfv.manifest import Cell, Config, cells, fingerprint, layouts
+from mmseq.errors import ConfigError
+from mmseq.evaluation.lfv.manifest import (
+    Cell,
+    Config,
+    cells,
+    fingerprint,
+    layouts,
+    there_is,
+    training_fingerprint,
+)
 from mmseq.evaluation.lfv.record import Recorder
 from mmseq.evaluation.lfv.report import write_page
 from mmseq.evaluation.lfv.rows import Row, read_rows, write_rows
@@ -24,20 +33,37 @@ from mmseq.simulation.experts import task_language
 def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
     """All cells of a configuration, from `config.out` where they are there already, and a page about them.
 
+    A cell whose method needs what its video has not (true labels of a person's) is left out, and said to be.
     Raises: ConfigError before anything is recorded.
     """
     config.check()
+    for task in (*config.robot_tasks, *config.video_tasks):
+        task_language(task)
+    lacking = {cell: _lacking(cell, config) for cell in cells(config)}
+    if all(lacking.values()):
+        (cell, lacks), *_ = lacking.items()
+        raise ConfigError(f"{cell}: there is no {lacks}", fix="compare other methods, or on other video")
     rows: list[Row] = []
-    for cell in cells(config):
+    for cell, lacks in lacking.items():
+        if lacks:
+            say(f"{cell} is left out: there is no {lacks}")
+            continue
         kept = Path(config.out) / "cells" / str(cell) / "rows.json"
-        stored = read_rows(kept, config)
+        stored = read_rows(kept, config, cell.method)
         if stored is None:
             say(f"{cell}")
-            stored = _run_cell(cell, config, kept.parent, say)
+            trained = Path(config.out) / "trained" / f"{cell}-{training_fingerprint(config)}"
+            stored = _run_cell(cell, config, trained, say)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             write_rows(kept, stored)
         rows += stored
     write_page(Path(config.out) / "report.html", rows, config, command())
     return rows
+
+
+def _lacking(cell: Cell, config: Config) -> str:
+    there = there_is(config, cell.video)
+    return " and no ".join(name for name in getattr(find("methods", cell.method), "needs", ()) if not there[name])
 
 
 def _run_cell(cell: Cell, config: Config, out: Path, say: Callable[[str], None]) -> list[Row]:
@@ -58,7 +84,15 @@ def _run_cell(cell: Cell, config: Config, out: Path, say: Callable[[str], None])
     said = {"demonstrations": cell.demonstrations, "video": cell.video, "seed": cell.seed, "minutes": minutes}
     said |= {"manifest": fingerprint(config), "machine": machine()}
     return [
-        Row(method=method, shift=shift, group=group, task=task, outcomes=outcomes, **said)
+        Row(
+            method=method,
+            floor_of=cell.method if method != cell.method else None,
+            shift=shift,
+            group=group,
+            task=task,
+            outcomes=outcomes,
+            **said,
+        )
         for method, shift, group, found in driven
         for task, outcomes in _by_task(found)
     ]
