@@ -125,17 +125,23 @@ def open_episodes(
 
 
 def square(frame: np.ndarray, size: int) -> np.ndarray:
-    """Crop the largest centred square of uint8 (H, W, 3) and scale it to (size, size, 3).
+    """Crop the largest centred square of uint8 (H, W, 3) and scale it to (size, size, 3), as `fitted` does."""
+    return fitted(frame, size, size)
 
-    Shrinking averages areas; enlarging interpolates bicubically.
+
+def fitted(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Crop the largest centred part of that shape of uint8 (H, W, 3) and scale it to (height, width, 3).
+
+    Shrinking averages areas; enlarging interpolates bicubically. As `mmseq_client.images.fit` has it, on robots.
     """
-    height, width = frame.shape[:2]
-    if height == width == size:
+    if frame.shape[:2] == (height, width):
         return frame
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    how = Image.Resampling.BOX if size <= side else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(frame).resize((size, size), how, box=(left, top, left + side, top + side)))
+    scale = min(frame.shape[0] / height, frame.shape[1] / width)
+    crop_h, crop_w = round(scale * height), round(scale * width)
+    top, left = (frame.shape[0] - crop_h) // 2, (frame.shape[1] - crop_w) // 2
+    how = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC
+    box = (left, top, left + crop_w, top + crop_h)
+    return np.asarray(Image.fromarray(frame).resize((width, height), how, box=box))
 
 
 def import_episodes(

@@ -94,7 +94,9 @@ class LeRobotWriter:
                 texts, plans = episode.texts_of("text", step), episode.texts_of("plan", step)
                 text = texts[0] if texts else ""
                 self._dataset.add_frame({**frame, "task": text})
-                self._tasks[text] = {**said, "paraphrases": texts, "plan": plans[0] if plans else ""}
+                known = self._tasks.get(text, {"paraphrases": [], "plan": ""})  # of an episode before, told otherwise
+                phrasings = list(dict.fromkeys([*known["paraphrases"], *texts]))
+                self._tasks[text] = {**said, "paraphrases": phrasings, "plan": known["plan"] or (plans or [""])[0]}
             self._dataset.save_episode()
 
     def close(self, contract: Embodiment | None = None, **said: Any) -> None:

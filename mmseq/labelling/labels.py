@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from mmseq.data.importing import square
+from mmseq.data.importing import fitted
 from mmseq.data.lerobot_writer import MAX_EPISODE_STEPS, LeRobotWriter
 from mmseq.data.reader import EpisodeSource
 from mmseq.data.sources import open_source, source_identity
@@ -171,8 +171,8 @@ def label_episode(
 ) -> tuple[Episode, np.ndarray]:
     """An episode of the robot from one of video, and the confidence of each step, float32 (steps,).
 
-    Its words and its outcome stay; its frames are scaled to those of the robot's camera. camera: of the episode,
-    which is taken for the labeller's; None: its only one.
+    Its words and its outcome stay; its frames are cropped and scaled to those of the robot's camera. camera: of the
+    episode, which is taken for the labeller's; None: its only one.
     Raises: ConfigError for a camera that is not there; DataError for another rate than the robot's, at which the frames
     around a step would say something else, or frames that are missing.
     """
@@ -191,7 +191,7 @@ def label_episode(
         )
     frames, count = np.empty((len(episode), wanted.height, wanted.width, 3), np.uint8), 0
     for count, frame in enumerate(source.frames(index, camera or episode.cameras[0]), start=1):
-        frames[min(count, len(episode)) - 1] = _fit(frame, wanted.height, wanted.width)
+        frames[min(count, len(episode)) - 1] = fitted(frame, wanted.height, wanted.width)
     if count != len(episode):
         raise DataError(f"episode {episode.id!r} has {count} frames for {len(episode)} steps", fix="repair the video")
     found = labeller.label(frames)
@@ -347,16 +347,6 @@ def _label_one(labeller: VideoLabeller, videos: EpisodeSource, index: int, confi
     partial = kept / f"{index}.partial"
     save_file({name: np.ascontiguousarray(values) for name, values in members.items()}, partial)
     partial.replace(kept / f"{index}.safetensors")
-
-
-def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    if frame.shape[:2] == (height, width):
-        return frame
-    if height != width:
-        raise ConfigError(
-            f"frames are {frame.shape[:2]}, the robot's camera is {(height, width)}", fix="scale the video to that"
-        )
-    return square(frame, height)
 
 
 def _within(values: np.ndarray, axes: Axes) -> np.ndarray:

@@ -26,6 +26,7 @@ from mmseq.evaluation.lfv.manifest import (
 from mmseq.evaluation.lfv.record import Recorder
 from mmseq.evaluation.lfv.report import summarise, write_page
 from mmseq.evaluation.lfv.rows import Row, read_rows
+from mmseq.evaluation.lockstep import Layout, Seen
 from mmseq.evaluation.results import wilson
 from mmseq.simulation.experts import TASKS, task_language
 
@@ -202,6 +203,15 @@ def test_rows_from_before_floors_named_their_method_are_read(tmp_path):
     assert read_rows(path, Config(floors=["model"]), "model") is None  # they are yet to be driven
     path.write_text(json.dumps([row, row | {"method": "random"}]))
     assert len(read_rows(path, Config(floors=["model"]), "model") or ()) == 2
+
+
+def test_other_words_are_never_those_of_the_task():
+    heard = []
+    recording = type("Recording", (), {"act": lambda self, seen: heard.extend(one.text for one in seen) or []})
+    seen = lambda task: Seen(Layout(task, 0), {}, task_language(task).instructions[0], 0)
+    lfv.OtherWords(recording()).act([seen(task) for task in (*TASKS, *ROBOT_TASKS)])
+    for task, text in zip((*TASKS, *ROBOT_TASKS), heard, strict=True):
+        assert text not in task_language(task).instructions
 
 
 class Still:

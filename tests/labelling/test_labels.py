@@ -16,7 +16,7 @@ from mmseq.cli import main
 from mmseq.data.importing import EpisodeList, import_episodes, write_episodes
 from mmseq.data.lerobot_writer import LeRobotWriter
 from mmseq.data.sources import open_source
-from mmseq.embodiment import Axes
+from mmseq.embodiment import Axes, Camera
 from mmseq.episode import Episode, TextSpan
 from mmseq.errors import CheckpointError, ConfigError, DataError, EpisodeError, FingerprintError
 from mmseq.labelling.labels import CONFIDENCE, LabelConfig, PixelLabeller, label_episode, label_source, open_labeller
@@ -343,6 +343,32 @@ def test_a_robot_with_further_streams_gets_the_labels_that_there_are(work, tmp_p
     network.save(tmp_path / "labeller", {})
     label_source(tmp_path / "labeller", video(tmp_path / "filmed", new[:1]), tmp_path / "out")
     assert set(open_source(tmp_path / "out")[0].streams) == {"image.front", "action", "proprio"}
+
+
+def test_video_of_another_shape_is_cropped_as_on_a_robot(work):
+    from mmseq_client.images import fit
+
+    folder, new, _ = work
+    network = LabellerNetwork.load(folder / "labeller")
+
+    class Wide:  # a labeller whose camera is no square
+        contract = replace(robot(), cameras=(Camera(name="front", height=24, width=40),))
+        camera, origin = "front", {}
+        label = staticmethod(lambda frames: network.label(new[0]["image.front"]))
+
+    labelled, _ = label_episode(Wide, EpisodeList(new[:1]), 0, None)
+    frames = new[0]["image.front"]
+    np.testing.assert_array_equal(labelled["image.front"], np.stack([fit(f, 24, 40) for f in frames]))
+    assert labelled["image.front"].shape[1:] == (24, 40, 3)
+
+
+def test_what_is_said_of_a_task_in_several_episodes_is_kept(tmp_path):
+    arrays = {"image.front": np.zeros((4, 16, 16, 3), np.uint8), "proprio": np.full((4, 4), 0.3, np.float32)}
+    arrays["action"] = np.zeros((4, 4), np.float32)
+    with LeRobotWriter(tmp_path / "out", robot(size=16)) as writer:
+        for name, texts, plans in (("a", ["A", "B"], ["first this"]), ("b", ["A", "C"], [])):
+            writer.add(Episode.from_arrays(name, 20, arrays, texts=texts, plans=plans))
+    assert [(e.texts, e.plans) for e in open_source(tmp_path / "out")] == [(["A", "B", "C"], ["first this"])] * 2
 
 
 def test_a_long_video_comes_in_parts(work, tmp_path, monkeypatch):

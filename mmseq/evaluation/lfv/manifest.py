@@ -75,7 +75,7 @@ class Config:
     videos: int = 50  # of each video task
     play: int = 40  # episodes of undirected play, three seconds each, in the scene of each robot task
     shifts: list[str] = field(default_factory=lambda: ["plain"])  # under which policies are driven
-    reworded: bool = False  # also ask in words that no episode had first
+    reworded: bool = False  # ask in the last of a task's phrasings in place of the first
     episodes: int = 10  # driven for each task
     execute: int = 1  # control steps of a decision
     max_steps: int = 90  # after which an episode has failed

@@ -107,13 +107,17 @@ def _floors(controller: Controller) -> Iterable[tuple[str, Controller]]:
 
 
 class OtherWords:
-    """A policy that is always asked for the same thing, whatever the task."""
+    """A policy that is always asked for the same thing, whatever the task; in that task for another."""
 
-    def __init__(self, controller: Controller, text: str = task_language("coffee-button").instructions[0]):
-        self._controller, self._text = controller, text
+    def __init__(self, controller: Controller, tasks: tuple[str, str] = ("coffee-button", "door-lock")):
+        self._controller, self._tasks = controller, tasks
 
     def act(self, seen: Sequence[Seen]) -> Sequence[np.ndarray]:
-        return self._controller.act([Seen(s.layout, s.observation, self._text, s.step) for s in seen])
+        return self._controller.act([Seen(s.layout, s.observation, self._text(s.layout.task), s.step) for s in seen])
+
+    def _text(self, task: str) -> str:
+        asked, instead = self._tasks
+        return task_language(instead if task == asked else asked).instructions[0]
 
 
 class RandomActions:
