@@ -176,6 +176,15 @@ def label_episode(
     Raises: ConfigError for a camera that is not there; DataError for another rate than the robot's, at which the frames
     around a step would say something else, or frames that are missing.
     """
+    frames = _seen(labeller, source, index, camera)
+    found = labeller.label(frames)
+    limits = labeller.contract.vectors
+    values = {"action": _within(found.action, limits["action"]), "proprio": _within(found.state, limits["proprio"])}
+    return _of_robot(source[index], labeller, frames, values), found.confidence
+
+
+def _seen(labeller: VideoLabeller, source: EpisodeSource, index: int, camera: str | None) -> np.ndarray:
+    """The frames of an episode as the labeller's camera would have them, uint8 (steps, H, W, 3)."""
     episode, contract = source[index], labeller.contract
     wanted = next(c for c in contract.cameras if c.name == labeller.camera)
     if camera not in episode.cameras if camera else len(episode.cameras) != 1:
@@ -194,10 +203,7 @@ def label_episode(
         frames[min(count, len(episode)) - 1] = fitted(frame, wanted.height, wanted.width)
     if count != len(episode):
         raise DataError(f"episode {episode.id!r} has {count} frames for {len(episode)} steps", fix="repair the video")
-    found = labeller.label(frames)
-    limits = contract.vectors
-    values = {"action": _within(found.action, limits["action"]), "proprio": _within(found.state, limits["proprio"])}
-    return _of_robot(episode, labeller, {"frames": frames, **values}), found.confidence
+    return frames
 
 
 def label_source(
@@ -288,7 +294,8 @@ def _write(
                 left_out.append(videos[index].id)
                 continue
             confidences.append(float(confidence.mean()))
-            episode = _of_robot(videos[index], labeller, found)
+            frames = _seen(labeller, videos, index, config.camera)  # again: raw ones of hours would fill the disk
+            episode = _of_robot(videos[index], labeller, frames, found)
             writer.add(episode if known else replace(episode, success=None), {CONFIDENCE: confidence})
         if not confidences:
             raise DataError(f"no episode has a confidence of {config.min_confidence}", fix="ask for less")
@@ -297,11 +304,13 @@ def _write(
     return report | {"episodes": len(confidences)}
 
 
-def _of_robot(episode: Episode, labeller: VideoLabeller, values: Mapping[str, np.ndarray]) -> Episode:
-    """An episode of video with what was read off it: `frames`, `action` and `proprio`, (steps, ...)."""
+def _of_robot(
+    episode: Episode, labeller: VideoLabeller, frames: np.ndarray, values: Mapping[str, np.ndarray]
+) -> Episode:
+    """An episode of video with what was read off its frames (steps, H, W, 3): `action` and `proprio`, (steps, axes)."""
     rate_hz = labeller.contract.rate_hz
-    names = {"frames": f"{IMAGE_PREFIX}{labeller.camera}"}
-    streams = {names.get(k, k): Stream(v, np.arange(len(v)) / rate_hz) for k, v in values.items()}
+    found = {f"{IMAGE_PREFIX}{labeller.camera}": frames, **values}
+    streams = {name: Stream(v, np.arange(len(v)) / rate_hz) for name, v in found.items()}
     said = {**episode.metadata, "labelled_by": labeller.origin}
     return replace(episode, rate_hz=rate_hz, streams=streams, embodiment=labeller.contract.name, metadata=said)
 
@@ -342,8 +351,7 @@ def _label_in_worker(job: tuple[int, Path]) -> None:
 
 def _label_one(labeller: VideoLabeller, videos: EpisodeSource, index: int, config: LabelConfig, kept: Path) -> None:
     episode, confidence = label_episode(labeller, videos, index, config.camera)
-    members = {"frames": episode[f"{IMAGE_PREFIX}{labeller.camera}"], "confidence": confidence}
-    members |= {name: episode[name] for name in OWN_VECTORS}
+    members = {"confidence": confidence} | {name: episode[name] for name in OWN_VECTORS}
     partial = kept / f"{index}.partial"
     save_file({name: np.ascontiguousarray(values) for name, values in members.items()}, partial)
     partial.replace(kept / f"{index}.safetensors")
