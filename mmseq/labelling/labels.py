@@ -39,6 +39,7 @@ from mmseq.tokenization.bundle import EpisodeTokens
 CONFIDENCE = "label.confidence"  # the column of a dataset
 APART = 4  # steps between the two frames from which a checkpoint tells actions
 BATCH = 32  # requests that a checkpoint answers together
+LEAST_FILMED = 0.95  # frames of a video for a step of the robot: 29 of 30 are as good as 30
 
 
 class VideoLabeller(Protocol):
@@ -174,7 +175,7 @@ def label_episode(
     Its words and its outcome stay; its frames are cropped and scaled to those of the robot's camera. camera: of the
     episode, which is taken for the labeller's; None: its only one.
     Raises: ConfigError for a camera that is not there; DataError for another rate than the robot's, at which the frames
-    around a step would say something else, or frames that are missing.
+    around a step would say something else, for video that was filmed at a lower one, or frames that are missing.
     """
     frames = _seen(labeller, source, index, camera)
     found = labeller.label(frames)
@@ -197,6 +198,13 @@ def _seen(labeller: VideoLabeller, source: EpisodeSource, index: int, camera: st
         raise DataError(
             f"episode {episode.id!r} has {episode.rate_hz:g} steps per second, {contract.name!r} {contract.rate_hz:g}",
             fix=f"import the video with --rate-hz {contract.rate_hz:g}",
+        )
+    filmed_hz = episode.metadata.get("source_rate_hz", episode.rate_hz)
+    if filmed_hz < LEAST_FILMED * contract.rate_hz:
+        raise DataError(
+            f"episode {episode.id!r} was filmed at {filmed_hz:g} frames per second, {contract.name!r} has "
+            f"{contract.rate_hz:g} steps: the same frame would stand for several, and nothing move between them",
+            fix="leave it out, or train a labeller on episodes of a lower rate (mmseq data import --rate-hz)",
         )
     frames, count = np.empty((len(episode), wanted.height, wanted.width, 3), np.uint8), 0
     for count, frame in enumerate(source.frames(index, camera or episode.cameras[0]), start=1):
@@ -228,6 +236,9 @@ def label_source(
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another folder or remove it")
+    for what in (source, labeller):
+        if out.resolve().is_relative_to(Path(what).resolve()):
+            raise DataError(f"{out} lies in {what}, which is read", fix="choose a folder beside it")
     run = _Run(str(labeller), embodiment, str(source), config)
     opened, videos = run.open()
     kept = out.with_name(out.name + ".labels")

@@ -189,6 +189,9 @@ def test_bad_input_is_refused_before_work(work, tmp_path):
     folder, new, _ = work
     with pytest.raises(DataError, match="already exists"):
         label_source(folder / "labeller", folder / "videos", folder / "play")
+    for inside in ("videos/out", "labeller/out"):
+        with pytest.raises(DataError, match="which is read"):
+            label_source(folder / "labeller", folder / "videos", folder / inside)
     with pytest.raises(CheckpointError, match="neither a labeller nor a checkpoint"):
         open_labeller(folder / "play")
     with pytest.raises(ConfigError, match="of 'metaworld_sawyer', not of 'panda'"):
@@ -326,6 +329,17 @@ def test_video_of_another_rate_is_refused(work, tmp_path):
         label_source(folder / "labeller", stored(tmp_path / "slow", slow, None), tmp_path / "out")
     with pytest.raises(DataError, match=r"'slow' has 5 steps per second.*20.*--rate-hz 20"):
         label_episode(PixelLabeller(folder / "labeller"), EpisodeList(slow), 0, None)
+
+
+def test_video_that_was_filmed_at_a_lower_rate_is_refused(work, tmp_path):
+    """Its frames would be repeated: a robot that stands still at every other step."""
+    folder, new, _ = work
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos/slow.mp4", new[0]["image.front"], 10)
+    with pytest.raises(DataError, match=r"'slow.mp4' was filmed at 10 frames per second.*has 20 steps"):
+        label_source(folder / "labeller", tmp_path / "videos", tmp_path / "out")
+    quick = replace(new[0], metadata={"source_rate_hz": 19.98})
+    label_episode(PixelLabeller(folder / "labeller"), EpisodeList([quick]), 0, None)
 
 
 def test_missing_frames_are_told(work):
