@@ -176,3 +176,8 @@ def test_a_further_stream_takes_no_name_that_means_something_else(name):
 def test_a_further_stream_is_not_called_as_a_camera(name):
     with pytest.raises(EmbodimentError, match="is no free name of a stream"):
         tiny.embodiment(cameras=("front",)).with_vectors({name: tiny.axes("ab")})
+
+
+def test_an_axis_may_have_one_value():
+    still = Axes(names=("x",), units=("m",), low=(1.0,), high=(1.0,), minimum=(1.0,), maximum=(1.0,))
+    np.testing.assert_array_equal(still.check(np.ones((2, 1)), what="state", where="here"), np.ones((2, 1)))

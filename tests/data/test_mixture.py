@@ -196,6 +196,13 @@ def test_weighting_by_frames_follows_the_moments(world):
     np.testing.assert_allclose(mixture.weights, sizes / sizes.sum())
 
 
+def test_a_task_of_no_weight_need_not_be_filled(world):
+    mixture = make(world, weights={"video[2] -> text": 1.0, "text, image -> video[500]": 0.0})
+    assert {m.task_index for m in mixture.moments} == {0}
+    with pytest.raises(ConfigError, match="no episode can fill the task"):
+        make(world, weights={"video[2] -> text": 1.0, "text, image -> video[500]": 0.1})
+
+
 def test_shares_add_up(world):
     shares = make(world).shares()
     assert sum(r["samples"] for r in shares) == pytest.approx(1)

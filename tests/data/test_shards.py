@@ -279,3 +279,11 @@ def test_two_writers_of_one_directory(tmp_path):
         with pytest.raises(DataError, match="another process is writing"):
             ShardWriter(tmp_path / "x", {"kind": "tokens"})
         writer.add("0", {"json": {}})
+
+
+@pytest.mark.parametrize("name", ["/tmp/elsewhere.json", "../elsewhere.json", "embodiments/../../elsewhere.json"])
+def test_a_file_lies_in_its_directory(tmp_path, name):
+    made = {"kind": "tokens", "tokenizers": {}}
+    with pytest.raises(DataError, match="outside the shard directory"), ShardWriter(tmp_path / "out", made) as writer:
+        writer.add_file(name, b"{}")
+    assert not (tmp_path / "elsewhere.json").exists()
