@@ -181,3 +181,11 @@ def test_a_further_stream_is_not_called_as_a_camera(name):
 def test_an_axis_may_have_one_value():
     still = Axes(names=("x",), units=("m",), low=(1.0,), high=(1.0,), minimum=(1.0,), maximum=(1.0,))
     np.testing.assert_array_equal(still.check(np.ones((2, 1)), what="state", where="here"), np.ones((2, 1)))
+
+
+def test_the_limits_themselves_are_within_them():
+    axes = tiny.embodiment().action
+    ends = np.array([axes.minimum, axes.maximum])
+    np.testing.assert_allclose(axes.check(ends, what="action", where="here"), ends)
+    with pytest.raises(EpisodeError, match="outside"):
+        axes.check(ends * 1.001, what="action", where="here")

@@ -265,3 +265,8 @@ def test_what_is_lacking_comes_with_what_there_is():
     for stream in ("action[2]", "forse[2]"):
         with pytest.raises(TaskError, match=r"has no .*there is image.main, progress, success, text|has no forse"):
             tiny.model().predict(f"{stream}, image -> text", tiny.video(), t=3)
+
+
+def test_a_repetition_takes_as_long_as_its_longest_chunk():
+    assert Task.parse("text, (image, proprio -> action[2], motion[5]) * 3").stride(20) == 5
+    assert Task.parse("text, (image, proprio -> action[5], motion[2]) * 3").stride(20) == 5

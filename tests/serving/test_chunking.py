@@ -150,3 +150,7 @@ def test_what_opens_and_closes_is_the_newest_chunks_alone():
     np.testing.assert_allclose(mean[:7, 0], np.arange(1, 8) + 10 * np.exp(-0.01) / (1 + np.exp(-0.01)), rtol=1e-6)
     np.testing.assert_array_equal(mean[:, 1], rows(11)[:, 1])
     assert mean[7, 0] == 18  # of which only the newest speaks
+
+
+def test_an_ensemble_may_weigh_all_chunks_alike():
+    assert Chunking(mode="ensemble", decay=0.0).decay == 0

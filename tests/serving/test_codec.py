@@ -265,3 +265,8 @@ def test_the_most_values_that_json_may_have():
     assert codec.from_json(b"[1,2,3]", limits) == [1, 2, 3]
     with pytest.raises(ServeError, match="over 3 values"):
         codec.from_json(b"[1,2,3,4]", limits)
+
+
+def test_the_last_character_of_all_is_one():
+    value = np.array(["\U0010ffff"])
+    np.testing.assert_array_equal(codec.unpack(codec.pack(value)), value)
