@@ -9,7 +9,6 @@ the machine allows: simulators step in processes of their own while the other ha
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmseq.errors import ConfigError, MMSeqError
+from mmseq.simulation.workers import start_worker
 
 SIMULATORS = 8  # of a worker; what is decided together are the robots of one worker
 
@@ -165,8 +165,7 @@ def _turn(
 
 def _simulate(pipe: Connection, simulator: str, max_steps: int) -> None:
     """A worker: simulators in slots, each with the episode that it has and the actions that it was given."""
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    start_worker()
     from mmseq.plugins import find
 
     make, slots = find("simulators", simulator), {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,10 @@ class LabellerNetwork(nn.Module):
         super().__init__()
         self.config, self.contract, self.switches = config, contract, switches
         self.action_axes = len(contract.vectors["action"].names)
-        layers: list[nn.Module] = []
-        width = 3 * len(config.around)
-        for channels in config.channels:
-            layers += [nn.Conv2d(width, channels, 3, 2, 1), nn.GroupNorm(GROUPS, channels), nn.ReLU()]
-            width = channels
         shrunk = lambda pixels: -(-pixels // 2 ** len(config.channels))
-        flat = width * shrunk(config.height) * shrunk(config.width)
-        layers += [nn.Flatten(), nn.Linear(flat, config.hidden), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
+        flat = config.channels[-1] * shrunk(config.height) * shrunk(config.width)
+        layers = convolutions(3 * len(config.around), config.channels)
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, config.hidden), nn.ReLU())
         self.mean = nn.Linear(config.hidden, len(centre))
         self.error = nn.Linear(config.hidden, len(centre))  # its softplus is the squared error to expect
         self.register_buffer("centre", torch.as_tensor(centre, dtype=torch.float32))
@@ -152,6 +149,14 @@ class Labels:
     def confidence(self) -> np.ndarray:
         """float32 (steps,), 0 to 1: the share of the axes' variance that the labels are expected to explain."""
         return np.clip(1 - self.squared_error.mean(1), 0, 1).astype(np.float32)
+
+
+def convolutions(width: int, channels: Sequence[int]) -> list[nn.Module]:
+    """Layers from `width` channels to each of `channels` in turn, each of which halves the picture."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise((width, *channels)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(GROUPS, after), nn.ReLU()]
+    return layers
 
 
 def to_windows(pixels: Tensor) -> Tensor:

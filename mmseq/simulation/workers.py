@@ -47,14 +47,15 @@ def _results[T](work: Callable[[tuple], T], jobs: Sequence[tuple], workers: int)
         yield from map(work, jobs)
         return
     context = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=start_worker) as pool:
         try:
             yield from pool.map(work, jobs)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
+def start_worker() -> None:
+    """What a process does before it simulates."""
     os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's software renderer would start a thread per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("mmseq_client").setLevel(logging.ERROR)  # each episode of the closed loop begins with a hold

@@ -21,8 +21,10 @@ from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.evaluation.lfv.manifest import CHUNK, Config
 from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
+from mmseq.labelling.network import convolutions, to_windows
 from mmseq.reading import AS_IT_IS
 
+CHANNELS = (32, 64, 96, 128)  # of the layers of its eyes
 WORDS = 512  # buckets
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 1e-3, 0.05
 STEPS = 3  # of cloning for one of our model's: it is so much smaller
@@ -33,10 +35,7 @@ class Network(nn.Module):
 
     def __init__(self, state: int, action: int, width: int = 256):
         super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 96), (96, 128)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.ReLU()]
-        self.eyes = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(width))
+        self.eyes = nn.Sequential(*convolutions(3, CHANNELS), nn.Flatten(), nn.LazyLinear(width))
         self.words, self.state = nn.Linear(WORDS, width), nn.Linear(state, width)
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CHUNK * action))
 
@@ -120,5 +119,5 @@ def _words(text: str) -> Tensor:
 
 
 def _pixels(frames: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) as (N, 3, H, W), -0.5 to 0.5."""
-    return frames.permute(0, 3, 1, 2).float() / 255 - 0.5
+    """uint8 (N, H, W, 3) as (N, 3, H, W), -0.5 to 0.5: windows of one frame."""
+    return to_windows(frames[:, None])

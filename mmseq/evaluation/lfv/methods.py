@@ -60,11 +60,11 @@ class RobotOnly:
     def train(self, data: Data, out: Path, seed: int) -> Controller:
         checkpoint = out / "train/checkpoint"
         if not checkpoint.is_dir():
-            video = self.from_video(data, out, seed)
+            video = self.from_video(data, seed)
             self._train(data, video, out, seed)
-        return ModelController(checkpoint, self.config.execute, self.policy)
+        return ModelController(ModelPolicy.from_pretrained(checkpoint, arrow=self.policy), self.config.execute)
 
-    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+    def from_video(self, data: Data, seed: int) -> Mapping[str, Path]:
         """What the video of the cell becomes, as further sources of the mix, by name."""
         return {}
 
@@ -105,7 +105,7 @@ class TrueLabels(RobotOnly):
 
     needs = ("truth",)
 
-    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+    def from_video(self, data: Data, seed: int) -> Mapping[str, Path]:
         assert data.truth is not None
         return {"truth": data.truth}
 
@@ -115,7 +115,7 @@ class Labelled(RobotOnly):
 
     needs = ("video",)
 
-    def from_video(self, data: Data, out: Path, seed: int) -> Mapping[str, Path]:
+    def from_video(self, data: Data, seed: int) -> Mapping[str, Path]:
         assert data.video is not None
         trained = self._labeller(data, seed)
         labelled = data.video.with_name(f"{data.video.name}-{trained.name}")  # shared by methods
@@ -156,12 +156,11 @@ class ModelState(RobotOnly):
 
 
 class ModelController:
-    """A checkpoint that drives several robots, in one batch. execute: control steps of each chunk that are used."""
+    """A policy that drives several robots, in one batch. execute: control steps of each chunk that are used."""
 
-    def __init__(self, checkpoint: Path, execute: int, arrow: str, *, blank_images: bool = False):
-        self.checkpoint, self.execute, self.arrow = checkpoint, execute, arrow
-        self.policy = ModelPolicy.from_pretrained(checkpoint, arrow=arrow, blank_images=blank_images)
-        self.robot = next(iter(self.policy.robots.values()))
+    def __init__(self, policy: ModelPolicy, execute: int):
+        self.policy, self.execute = policy, execute
+        self.robot = next(iter(policy.robots.values()))
 
     def act(self, seen: Sequence[Seen]) -> list[np.ndarray]:
         cameras = [camera.name for camera in self.robot.cameras]
@@ -176,7 +175,8 @@ class ModelController:
 
     def blanked(self) -> ModelController:
         """The same policy, which does not see."""
-        return ModelController(self.checkpoint, self.execute, self.arrow, blank_images=True)
+        arrow = str(self.policy.arrow)
+        return ModelController(ModelPolicy(self.policy.model, arrow=arrow, blank_images=True), self.execute)
 
 
 def shared_tokenizers(data: Data, config: Config, seed: int, say: Callable[[str], None]) -> Path:
