@@ -7,7 +7,7 @@ from importlib import import_module
 
 from mmseq.cli.parser import Group, Parser, add_overrides, file_to_write
 
-BENCHES = ("lfv", "throughput", "loader", "loss", "packing", "decode", "chunks", "serve")
+BENCHES = ("lfv", "mw7", "throughput", "loader", "loss", "packing", "decode", "chunks", "serve")
 
 
 def add(commands: Group) -> None:
@@ -17,6 +17,7 @@ def add(commands: Group) -> None:
         _bench_options,
         "measure a part beside what one would use in its place, in turns; docs/benchmarks.md has figures",
         "lfv          learning from video, in closed loop: out=runs/lfv methods=[model,labelled] video=[V0,V4] ...\n"
+        "mw7          the same on the seven tasks of Meta-World that others have published, 5 demonstrations each\n"
         "throughput   training against transformers + DeepSpeed: width=256 layers=4 vocabulary=50000 seconds=120 ...\n"
         "loader       token shards and live video against lerobot: data=PATH_TO_LEROBOT_V3 window=1 seconds=60 ...\n"
         "loss         the range loss against full fp32 logits: positions=4096 vocabulary=150000 ...\n"
@@ -37,7 +38,7 @@ def _bench(args: argparse.Namespace) -> None:
     from mmseq.bench.rows import report
     from mmseq.config import load_config
 
-    if args.what == "lfv":
+    if args.what in ("lfv", "mw7"):
         _learning_from_video(args)
         return
     bench = import_module(f"mmseq.bench.{args.what}")
@@ -47,14 +48,14 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _learning_from_video(args: argparse.Namespace) -> None:
     from mmseq.config import load_config
-    from mmseq.evaluation.lfv.manifest import Config
+    from mmseq.evaluation.lfv.manifest import MW7, Config
     from mmseq.evaluation.lfv.report import print_summary
     from mmseq.evaluation.lfv.rows import write_rows
     from mmseq.evaluation.lfv.run import run
 
-    config = load_config(Config, None, args.overrides)
+    config = load_config(MW7 if args.what == "mw7" else Config, None, args.overrides)
     rows = run(config)
-    print_summary(rows)
+    print_summary(rows, config.published)
     print(f"{config.out}/report.html")
     if args.json:
         write_rows(args.json, rows)

@@ -15,12 +15,15 @@ from mmseq.errors import ConfigError
 from mmseq.evaluation.lfv import run as lfv
 from mmseq.evaluation.lfv.manifest import (
     LADDER,
+    MW7,
+    MW7_TASKS,
     ROBOT_TASKS,
     VIDEO_TASKS,
     Config,
     cells,
     fingerprint,
     layouts,
+    there_is,
     training_fingerprint,
 )
 from mmseq.evaluation.lfv.record import Recorder
@@ -56,7 +59,7 @@ def test_tasks_are_known_and_words_of_video_tasks_are_heard_nowhere_else():
 def test_a_manifest_is_the_same_on_every_machine():
     assert fingerprint(Config()) == fingerprint(Config(out="elsewhere", seeds=[1, 2], methods=["model"]))
     assert fingerprint(Config()) != fingerprint(Config(steps=501))
-    assert fingerprint(Config(**SMALL)) == "f1fbff5c7ab31494"
+    assert fingerprint(Config(**SMALL)) == "b0cde36459d1e20a"
     taught = training_fingerprint(Config())
     assert taught == training_fingerprint(Config(episodes=3, shifts=["light"], execute=2, max_steps=9, reworded=True))
     others = ({"steps": 501}, {"videos": 3}, {"play": 0}, {"vision_steps": 3}, {"labeller_steps": 3})
@@ -86,6 +89,9 @@ def test_a_manifest_is_the_same_on_every_machine():
         ({"methods": ["true_labels"], "video": ["V4"]}, "true_labels-d50-V4-s0: there is no truth"),
         ({"methods": ["labelled"], "video_tasks": []}, "there is no video"),
         ({"demonstrations": [0]}, r"demonstrations \[0\]"),
+        ({"videos_taught": -1}, "videos_taught -1"),
+        ({"spread": 0.0}, "spread is 0"),
+        ({"spread": float("nan")}, "spread is nan"),
         ({"video_tasks": ["door-open"]}, "robot_tasks and video_tasks"),
     ],
 )
@@ -116,8 +122,33 @@ def test_video_has_no_actions_and_only_the_ceiling_knows_better(ladder):
         assert len(seen[rung]) == len(plain)
         assert np.abs(seen[rung] - plain).mean() > 1
     robot = open_source(ladder["V0"].robot)
-    assert {text for e in robot for text in e.texts} == set(task_language("coffee-button").instructions)
+    assert {text for e in robot for text in e.texts} == set(task_language("coffee-button").instructions[:-1])
+    asked = lfv._reworded(Layout("handle-press", 0), task_language("handle-press").instructions)
+    assert asked in task_language("handle-press").instructions
+    for data in ladder.values():
+        assert asked not in {text for e in (*open_source(data.video), *open_source(data.robot)) for text in e.texts}
     assert len(list(open_source(ladder["V0"].play))) == 2
+
+
+def test_taught_tasks_can_be_filmed_too(tmp_path):
+    config = Config(out=str(tmp_path), **SMALL | {"videos_taught": 2})
+    videos = list(open_source(Recorder(config, 0, lambda _: None).data("V0", 2).video))
+    assert [e.metadata["task"] for e in videos] == [*["coffee-button"] * 2, *["handle-press"] * 3]
+    taught = [e.metadata["seed"] for e in open_source(Recorder(config, 0).data("V0", 2).robot)]
+    assert not {e.metadata["seed"] for e in videos} & set(taught)
+    alone = Config(out=str(tmp_path), **SMALL | {"videos_taught": 2, "video_tasks": []})
+    assert there_is(alone, "V0")["video"]
+    assert len(list(open_source(Recorder(alone, 0, lambda _: None).data("V0", 2).video))) == 2
+
+
+def test_the_published_tasks_are_driven_as_published():
+    config = MW7()
+    config.check()
+    assert len(config.robot_tasks) == 7
+    assert (config.demonstrations, config.episodes, config.spread, config.video_tasks) == ([5], 25, 1.0, [])
+    assert config.filmed == dict.fromkeys(MW7_TASKS, 50)
+    assert {one.options for one in layouts(config, ["door-open"], "plain")} == {(("shift", "plain"), ("spread", 1.0))}
+    assert config.published["AVDC"] == 0.589
 
 
 def test_speed_failures_and_wrong_words(tmp_path):

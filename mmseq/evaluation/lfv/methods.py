@@ -80,7 +80,7 @@ class RobotOnly:
 
         config = self.config
         tokenizers = shared_tokenizers(data, config, seed, self.say)
-        share = len(config.video_tasks) / len(config.robot_tasks)  # a task of video counts as much as one of the robot
+        share = len(config.filmed) / len(config.robot_tasks)  # a task of video counts as much as one of the robot
         weights = {"robot": 1.0, **dict.fromkeys(video, share)}
         sources = {
             name: SourceConfig(path=str(path.resolve()), weight=weights[name])

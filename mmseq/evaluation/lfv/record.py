@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmseq.data.importing import EpisodeList, write_episodes
 from mmseq.data.shards import holds_shards
 from mmseq.embodiment import Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.lfv.manifest import LADDER, SPREAD, VERSION, Config, digest, there_is
+from mmseq.evaluation.lfv.manifest import LADDER, VERSION, Config, digest, there_is
 from mmseq.simulation.experts import TASKS, task_language
 from mmseq.simulation.metaworld import robot
 from mmseq.simulation.play import record_play
@@ -52,7 +53,7 @@ class Recorder:
         """Raises: DataError when an expert fails again and again."""
         config = self.config
         tasks = config.robot_tasks, config.video_tasks
-        made_of = digest([VERSION, *tasks, SPREAD, EXPERTS, {k: asdict(rung) for k, rung in LADDER.items()}])[:8]
+        made_of = digest([VERSION, *tasks, config.spread, EXPERTS, {k: asdict(rung) for k, rung in LADDER.items()}])[:8]
         folder = self.folder / f"tasks{'-'.join(str(len(t)) for t in tasks)}-{made_of}"
         taught = self._store(
             folder / f"robot{demonstrations}",
@@ -61,12 +62,13 @@ class Recorder:
         )
         play = config.play and self._store(
             folder / f"play{config.play}",
-            lambda: record_play(config.robot_tasks, config.play, seed=self.seed + PLAY_SEED, spread=SPREAD),
+            lambda: record_play(config.robot_tasks, config.play, seed=self.seed + PLAY_SEED, spread=config.spread),
             self.contract,
         )
-        if not config.video_tasks:
+        if not config.filmed:
             return Data(taught, play or None, None, None, self.contract)
-        filmed, truth = folder / f"{rung}-{config.videos}", folder / f"{rung}-{config.videos}-true"
+        name = "-".join([rung, *(str(count) for count in dict.fromkeys(config.filmed.values()))])
+        filmed, truth = folder / name, folder / f"{name}-true"
         if not holds_shards(filmed):
             episodes = list(self._film(rung))
             self._write(truth, episodes, self.contract)
@@ -84,16 +86,18 @@ class Recorder:
         write_episodes(EpisodeList(episodes, contract), path, said, overwrite=True)  # the half of a pair, after a kill
 
     def _demonstrations(self, tasks: Sequence[str], count: int) -> Iterable[RecordedEpisode]:
-        return record_episodes(tasks, count, seed=self.seed, spread=SPREAD, **EXPERTS)
+        recorded = record_episodes(tasks, count, seed=self.seed, spread=self.config.spread, **EXPERTS)
+        return map(_as_heard, recorded)
 
     def _film(self, rung: str) -> Iterable[Episode]:
         film = LADDER[rung]
-        scene: dict[str, Any] = {"body": film.body, "camera": film.camera, "shift": film.shift, "spread": SPREAD}
-        recorded = record_episodes(
-            self.config.video_tasks, self.config.videos, seed=self.seed + VIDEO_SEED, **EXPERTS, **scene
-        )
+        scene: dict[str, Any] = {"body": film.body, "camera": film.camera, "shift": film.shift}
+        scene |= {"seed": self.seed + VIDEO_SEED, "spread": self.config.spread, **EXPERTS}
+        filmed = self.config.filmed
+        amounts = {count: [task for task in filmed if filmed[task] == count] for count in filmed.values()}
+        recorded = chain.from_iterable(record_episodes(tasks, count, **scene) for count, tasks in amounts.items())
         rng = np.random.default_rng([self.seed, VIDEO_SEED])
-        for episode in recorded:
+        for episode in map(_as_heard, recorded):
             length = len(episode)
             speed = rng.uniform(*film.speed)
             at = np.minimum((np.arange(0, length, speed)).round().astype(int), length - 1)
@@ -103,7 +107,7 @@ class Recorder:
             if rng.random() < film.miscaptioned:
                 other = str(rng.choice([t for t in TASKS if t != episode.task]))
                 words = task_language(other)
-                episode = replace(episode, texts=words.instructions, plan=words.plan)
+                episode = replace(episode, texts=_heard(other, words.instructions), plan=words.plan)
             yield replace(
                 episode,
                 camera=self.contract.cameras[0].name,  # wherever it stood: what is filmed is taken for what is seen
@@ -111,6 +115,19 @@ class Recorder:
                 proprio=episode.proprio[at],
                 action=episode.action[at],
             ).to_episode()
+
+
+def unheard(task: str) -> str:
+    """The phrasing of a task that no episode here is told in."""
+    return task_language(task).instructions[-1]
+
+
+def _heard(task: str, texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(text for text in texts if text != unheard(task))
+
+
+def _as_heard(episode: RecordedEpisode) -> RecordedEpisode:
+    return replace(episode, texts=_heard(episode.task, episode.texts))
 
 
 def _without_actions(episode: Episode) -> Episode:

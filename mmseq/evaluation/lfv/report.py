@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def named(method: str, floor_of: str | None) -> str:
     return f"{method} of {floor_of}" if floor_of else method
 
 
-def print_summary(rows: Sequence[Row]) -> None:
-    """A table of `summarise`."""
+def print_summary(rows: Sequence[Row], published: Mapping[str, float]) -> None:
+    """A table of `summarise`, and what others have `published`, by method."""
     from rich.console import Console
     from rich.table import Table
 
@@ -75,6 +75,8 @@ def print_summary(rows: Sequence[Row]) -> None:
             *(gain or "", str(row["seeds"]), f"{row['minutes']:.1f}"),
         )
     Console().print(table)
+    if published:
+        print("published: " + ", ".join(f"{name} {share:.1%}" for name, share in published.items()))
 
 
 def write_page(path: Path, rows: Sequence[Row], config: Config, command: str) -> None:

@@ -45,7 +45,7 @@ def read_rows(path: Path, config: Config, method: str) -> list[Row] | None:
         rows = [Row(**row) for row in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError):
         return None
-    floors = method in config.floors and bool(config.video_tasks) and "plain" in config.shifts
+    floors = method in config.floors and "plain" in config.shifts
     if floors and all(row.method == method for row in rows):
         return None
     return rows if rows and all(row.manifest == fingerprint(config) for row in rows) else None

@@ -21,7 +21,7 @@ from mmseq.evaluation.lfv.manifest import (
     there_is,
     training_fingerprint,
 )
-from mmseq.evaluation.lfv.record import Recorder
+from mmseq.evaluation.lfv.record import Recorder, unheard
 from mmseq.evaluation.lfv.report import write_page
 from mmseq.evaluation.lfv.rows import Row, read_rows, write_rows
 from mmseq.evaluation.lockstep import Controller, Layout, Outcome, Seen, drive
@@ -73,10 +73,12 @@ def _run_cell(cell: Cell, config: Config, out: Path, say: Callable[[str], None])
     controller = find("methods", cell.method)(config, say).train(data, out, cell.seed)
     floors = cell.method in config.floors
     driven: list[tuple[str, str, str, list[Outcome]]] = []
+    groups = {"robot": config.robot_tasks, "video": config.video_tasks}
+    floored = "video" if config.video_tasks else "robot"
     for shift in config.shifts:
         for method, own in ((cell.method, controller), *(_floors(controller) if shift == "plain" and floors else ())):
-            for group, tasks in (("robot", config.robot_tasks), ("video", config.video_tasks)):
-                if tasks and (own is controller or group == "video"):
+            for group, tasks in groups.items():
+                if tasks and (own is controller or group == floored):
                     words = _reworded if config.reworded else None
                     found = drive(own, layouts(config, tasks, shift), max_steps=config.max_steps, texts=words)
                     driven.append((method, shift, group, found))
@@ -128,7 +130,7 @@ class RandomActions:
 
 
 def _reworded(layout: Layout, instructions: Sequence[str]) -> str:
-    return instructions[-1]
+    return unheard(layout.task)
 
 
 def _by_task(found: Sequence[Outcome]) -> list[tuple[str, list[bool]]]:
