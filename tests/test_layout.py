@@ -34,7 +34,7 @@ ALLOWED = {
     "recipes": set(),
     "demo": {"nouns", "data", "evaluation", "progress"},
     "cli": {"nouns"},
-    "evaluation": {"nouns", "tokenization", "model", "inference", "simulation"},
+    "evaluation": {"nouns", "tokenization", "model", "inference", "simulation", "labelling"},
     "evaluation.lfv": {"nouns", "data", "labelling", "serving", "simulation", "evaluation"},
     "labelling": {"nouns", "tokenization", "model", "data", "inference"},
     "bench": {

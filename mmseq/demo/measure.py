@@ -21,6 +21,7 @@ from mmseq.episode import Episode
 def measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, stages: Stages) -> Path:
     from mmseq.evaluation.generation import evaluate_generation
     from mmseq.evaluation.pictures import write_picture
+    from mmseq.evaluation.reader import STEPS
     from mmseq.evaluation.report import write_report
     from mmseq.evaluation.results import write_results
     from mmseq.model.sequence_model import SequenceModel
@@ -41,6 +42,7 @@ def measure(config: DemoConfig, tasks: list[str], out: Path, mix: MixConfig, sta
             arrows,
             train_episodes=seen,
             seed=config.seed,
+            reader_steps=STEPS,
             on_progress=lambda what, done, total: update(done, total),
         )
     results += generated

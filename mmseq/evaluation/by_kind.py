@@ -12,6 +12,7 @@ import numpy as np
 from mmseq.episode import IMAGE_PREFIX, Episode
 from mmseq.evaluation.cases import Case, groups, keys_of, last_seen
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action
+from mmseq.evaluation.reader import STATE, Readers, found
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
 from mmseq.evaluation.tokenizer_results import mean_frame
 from mmseq.model.sequence_model import SequenceModel
@@ -60,7 +61,8 @@ class Measured:
 class Measures:
     """Results, and what the report shows of them (`media`, see `evaluate_generation`).
 
-    train: episodes for the baselines. everything: all episodes, for the phrasings that mean the same.
+    train: episodes for the baselines. everything: all episodes, for the phrasings that mean the same. reader_steps: of
+    training the readers of predicted pictures; 0 reads nothing.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Measures:
         everything: Sequence[Episode],
         media: dict[str, Any],
         seed: int,
+        reader_steps: int,
     ):
         assert model.tokenizers is not None
         self.model, self.tokenizers = model, model.tokenizers
@@ -80,6 +83,8 @@ class Measures:
         self._phrasings: dict[str, Phrasings] = {}
         self._constants: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self._backgrounds: dict[tuple[str, str], np.ndarray] = {}
+        robots = {e.name: e for e in self.tokenizers.embodiments.values()}
+        self._readers = Readers(self.train, robots, self._fit, steps=reader_steps, seed=seed) if reader_steps else None
 
     def stream(self, of: Measured) -> None:
         """Measure a predicted stream by its kind."""
@@ -142,9 +147,10 @@ class Measures:
                     continue
                 camera = str(segments[0][1])
                 frames = case.episode[f"{IMAGE_PREFIX}{camera}"]
-                real, last = [], []
+                real, last, steps = [], [], []
                 for placed, _ in segments:
                     start, stop = placed.span(case.now, len(case.episode))
+                    steps += range(start, stop)
                     real.append(self._fit(frames[start:stop]))
                     if sees:
                         seen = self._fit(frames[last_seen(placed, case)][None])
@@ -154,6 +160,7 @@ class Measures:
                 row = {
                     "case": case,
                     "camera": camera,
+                    "steps": steps,
                     "real": np.concatenate(real),
                     "last": np.concatenate(last),
                     "predicted": _as_video(of.predictions[i][key]),
@@ -183,9 +190,39 @@ class Measures:
             baselines["_of_ceiling"] = ("tokenizer_ceiling", there("ceiling"))
             measured = [row["case"] for row in moving]
             self._add(of, "moving_psnr", there("predicted"), baselines, unit="dB", better="higher", cases=measured)
+        self._read_back(of, rows, baselines[""][0])
         # by how much moves, whatever the model made of it
         rows.sort(key=lambda row: row["psnr_last"])
         self.media["frames"][of.key] = [_frame_example(row) for row in _spread_episodes(rows)]
+
+    def _read_back(self, of: Measured, rows: Sequence[dict[str, Any]], last: str) -> None:
+        """What a reader of the robot's state sees in predicted pictures. last: the name of the first baseline."""
+        sides = ("predicted", "last", "ceiling", "real")
+        errors: dict[str, list[float]] = {side: [] for side in sides}
+        hits: dict[str, list[bool]] = {side: [] for side in sides}
+        measured = []
+        for row in rows:
+            episode, robot = row["case"].episode, row["case"].tokens.embodiment
+            reader = self._readers and robot and STATE in episode and self._readers.of(robot, row["camera"])
+            if not reader:
+                continue
+            read = {side: reader.label(row[side]).state for side in sides}
+            axes, true = self.tokenizers.embodiment(robot).vectors[STATE], episode[STATE][row["steps"]]
+            measured.append(row["case"])
+            for side in sides:
+                errors[side].append(float(action_error(true[None], read[side][None], axes)[0]))
+                hits[side].append(found(true[-1], read[side][-1], axes))
+        if not measured:
+            return
+        baselines = {"": (last, "last"), "_of_ceiling": ("tokenizer_ceiling", "ceiling")}
+        baselines["_of_reader"] = ("true_frame", "real")
+        of_range: dict[str, Any] = {"unit": "of the axis range", "better": "lower"}
+        for measure, by_side, said in (
+            ("state_error", errors, of_range),
+            ("state_found", hits, {"unit": "share", "better": "higher"}),
+        ):
+            beside = {suffix: (name, np.array(by_side[side], float)) for suffix, (name, side) in baselines.items()}
+            self._add(of, measure, by_side["predicted"], beside, **said, cases=measured)
 
     def _background(self, episode: Episode, camera: str) -> np.ndarray:
         """The median picture of an episode, uint8 (H, W, 3): what stands still, as a camera sees it that does, too."""

@@ -12,6 +12,9 @@ pictures   `psnr`: mean over pictures, in dB                  repeat_last_frame;
                                                               `_of_ceiling` what the tokenizer can draw
            `moving_psnr`: the same where the real picture     repeat_last_frame; `_over_vanished` the picture
            shows what moves: the robot, the thing it moves    without what moves; `_of_ceiling`
+           `state_error`, `state_found`: the robot's state    repeat_last_frame; `_of_ceiling`; `_of_reader`
+           as a network reads it off the picture: its error,  what it reads in the true picture
+           and whether it is near in the last one
 vectors    `action_error`: mean absolute error as a share of  mean_action; `_over_median` median_action
            the axis' range
 text       `accuracy`: a known phrasing of the episode's own  the training set's most frequent text
@@ -67,12 +70,14 @@ def evaluate_generation(
     train_episodes: Sequence[Episode],
     samples: int = 48,
     seed: int = 0,
+    reader_steps: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Result], dict[str, Any]]:
     """Results, and what the report shows of them.
 
     episodes: of robots, videos: of people, both held out. arrows: name -> task. train_episodes: robot and human,
     for the baselines alone. samples: per task; tasks that decode many tokens get fewer, but at least 8.
+    reader_steps: of training a network that reads the robot's state off pictures (`reader.py`); 0 leaves that out.
     on_progress: called with (what is done next, parts done, parts in all).
 
     The second value holds `frames`, `actions`, `texts`, `curves` (each task name -> what was predicted),
@@ -80,10 +85,10 @@ def evaluate_generation(
     name -> 95 % interval of the gain over the baseline on the same samples), `skipped` (task name -> reason),
     `excluded` (episode id -> reason), `arrows`, `seconds`.
     """
-    run = _Run(model, episodes, videos, arrows, train_episodes, samples, seed)
+    run = _Run(model, episodes, videos, arrows, train_episodes, samples, seed, reader_steps)
     results = run.measures.results
     parts = [(name, Task.parse(arrow)) for name, arrow in arrows.items()]
-    with torch.inference_mode():
+    with torch.no_grad():
         for number, (name, task) in enumerate(parts):
             if on_progress:
                 on_progress(name, number, len(parts) + 1)
@@ -112,6 +117,7 @@ class _Run:
         train: Sequence[Episode],
         samples: int,
         seed: int,
+        reader_steps: int,
     ):
         assert model.tokenizers is not None
         self.model, self.samples, self.seed = model, samples, seed
@@ -124,7 +130,7 @@ class _Run:
             "excluded": bad_robots | bad_people,
             "seconds": {},
         }
-        self.measures = Measures(model, train, [*train, *episodes, *videos], self.media, seed)
+        self.measures = Measures(model, train, [*train, *episodes, *videos], self.media, seed, reader_steps)
 
     def task(self, name: str, task: Task) -> None:
         """Measure one task on every kind of held-out episode that can fill it."""

@@ -74,6 +74,25 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
     taught = [e for e in episodes if not held_out(e.id, config.holdout)]
     if not taught:
         raise DataError(f"all {len(episodes)} episodes are held out", fix="lower holdout or add episodes")
+    labeller = teach(taught, camera, contract, config, on_progress)
+    report = {"taught": len(taught), "steps": int(sum(map(len, taught))), "sources": list(config.sources)}
+    report |= {"held_out": measure(labeller, judged)} if judged else {}
+    labeller.save(config.out, report)
+    return report
+
+
+def teach(
+    taught: Sequence[Episode],
+    camera: str,
+    contract: Embodiment,
+    config: LabellerConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LabellerNetwork:
+    """A labeller of one camera of one robot, taught by all of some episodes that have frames of it and the vectors of
+    `PREDICTED`; their frames are moved to one place.
+
+    Raises: DataError when they cannot teach it; EpisodeError for a value that is outside the contract's limits.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
     frames, targets, switches = _stack(taught, camera, contract)
@@ -111,10 +130,7 @@ def train_labeller(config: LabellerConfig, on_progress: Callable[[int, int], Non
         schedule.step()
         if on_progress is not None:
             on_progress(step + 1, config.steps)
-    report = {"taught": len(taught), "steps": int(sum(map(len, taught))), "sources": list(config.sources)}
-    report |= {"held_out": measure(labeller, judged)} if judged else {}
-    labeller.save(config.out, report)
-    return report
+    return labeller
 
 
 def measure(labeller: LabellerNetwork, episodes: Sequence[Episode]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from mmseq.episode import Episode, TextSpan
 from mmseq.evaluation import generation
 from mmseq.evaluation.cases import draw, moments_of, predict_cases, readable, shuffle_actions
 from mmseq.evaluation.generation import evaluate_generation
+from mmseq.evaluation.measures import action_error
+from mmseq.evaluation.reader import Readers
 from mmseq.tasks import Task
 from mmseq.testing import tiny
 from mmseq.tokenization.pictures import psnr, psnr_of_moving
@@ -96,6 +98,36 @@ def test_picture_baselines_by_hand():
     assert found["video_prediction.psnr"].baseline_value == pytest.approx(psnr(real, last).mean())
     example = media["frames"]["video_prediction"][0]
     assert example["real"].shape == example["predicted"].shape == example["last"].shape == (2, 16, 16, 3)
+
+
+def test_predicted_pictures_are_read_back():
+    episodes, train = [tiny.episode(seed, 10) for seed in (0, 1)], [tiny.episode(seed, 10) for seed in (2, 3)]
+    model = tiny.model()
+    video = Episode.from_arrays("person", rate_hz=10, arrays={"image.front": tiny.episode(9, 10)["image.front"]})
+    arrows = {"forward_dynamics": "image, action[4] -> image@+4", "video_prediction": "image -> video[2]"}
+    results, _ = evaluate_generation(
+        model, episodes, [video], arrows, train_episodes=train, samples=ALL, reader_steps=5
+    )
+    found = {r.name: r for r in results}
+    assert not [name for name in found if "state" in name and "human" in name]  # nobody knows where a person was
+    (robot,) = model.tokenizers.embodiments.values()
+    readers = Readers(train, {robot.name: robot}, model.tokenizers.vision.fit, steps=5)
+    axes = robot.vectors["proprio"]
+    read = lambda frames: readers.of(robot.name, "front").label(frames).state
+    at = [(e, t) for e in episodes for t in range(6)]
+    true = np.stack([e["proprio"][t + 4] for e, t in at])[:, None]
+    by_side = {
+        "": read(np.stack([e["image.front"][t] for e, t in at])),
+        "_of_ceiling": read(model.tokenizers.vision.reconstruct(np.stack([e["image.front"][t + 4] for e, t in at]))),
+        "_of_reader": read(np.stack([e["image.front"][t + 4] for e, t in at])),
+    }
+    for suffix, states in by_side.items():
+        error = action_error(true, states[:, None], axes).mean()
+        assert found[f"forward_dynamics.state_error{suffix}"].baseline_value == pytest.approx(error, rel=1e-3)
+    assert found["forward_dynamics.state_found"].unit == "share"
+    assert found["video_prediction.state_error"].n == 16
+    without, _ = evaluate_generation(model, episodes, [], arrows, train_episodes=train, samples=4)
+    assert not [r for r in without if "state" in r.name]
 
 
 def test_action_baselines_by_hand():

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmseq.evaluation.pictures import moving_picture
 from mmseq.evaluation.report.figures import number, track
-from mmseq.evaluation.report.wording import CEILINGS, CONTROLLERS, baseline_words, measure_words, split_name
+from mmseq.evaluation.report.wording import CEILINGS, CONTROLLERS, MARKS, baseline_words, measure_words, split_name
 from mmseq.evaluation.results import Result, wilson
 
 VIDEO_BYTES = 7_000_000  # of all rollouts together, so that the report stays below 15 MB
@@ -41,7 +41,7 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> dict[str, A
 
 def _stem(measure: str) -> str:
     """A measure without the suffix that names a further baseline."""
-    for mark in ("_over_", "_of_ceiling"):
+    for mark in MARKS:
         measure = measure.split(mark)[0]
     return measure
 

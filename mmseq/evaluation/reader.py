@@ -1,0 +1,69 @@
+"""Reading the robot's state off predicted pictures: what a predicted frame is for is to act on it.
+
+A reader is a small network of single pictures that is taught by true frames of the training episodes. What it reads in
+a predicted frame is compared with where the robot was: a picture that lost the robot, or draws it elsewhere, loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mmseq.embodiment import Axes, Embodiment
+from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.labelling.network import LabellerNetwork
+from mmseq.labelling.training import PREDICTED, LabellerConfig, teach
+
+STEPS = 500  # of a reader's training
+MOST_FRAMES = 50_000  # of its training episodes, about
+_, STATE = PREDICTED  # the stream that is read
+WITHIN = 0.1  # of each axis's range: a state that is read so near to the true one is found
+
+
+class Readers:
+    """A reader for each robot and camera, taught when it is first asked for.
+
+    episodes: for training. fit: brings frames to the size of predicted ones.
+    """
+
+    def __init__(
+        self,
+        episodes: Sequence[Episode],
+        robots: Mapping[str, Embodiment],
+        fit: Callable[[np.ndarray], np.ndarray],
+        *,
+        steps: int = STEPS,
+        seed: int = 0,
+    ):
+        self._episodes, self._robots, self._fit = episodes, robots, fit
+        self._config = LabellerConfig(around=[0], steps=steps, seed=seed, shift_pixels=1)
+        self._taught: dict[tuple[str, str], LabellerNetwork | None] = {}
+
+    def of(self, robot: str, camera: str) -> LabellerNetwork | None:
+        """What reads the state of a robot off pictures of a camera; None where no training episode shows it."""
+        key = (robot, camera)
+        if key not in self._taught:
+            self._taught[key] = self._teach(robot, camera)
+        return self._taught[key]
+
+    def _teach(self, robot: str, camera: str) -> LabellerNetwork | None:
+        name = f"{IMAGE_PREFIX}{camera}"
+        able = [e for e in self._episodes if e.embodiment == robot and all(part in e for part in (name, *PREDICTED))]
+        if not able:
+            return None
+        every = -(-sum(map(len, able)) // MOST_FRAMES)
+        able = able[::every]
+        fitted = [
+            replace(e, streams={**e.streams, name: replace(e.streams[name], values=self._fit(e[name]))}) for e in able
+        ]
+        with torch.enable_grad():
+            return teach(fitted, camera, self._robots[robot], self._config)
+
+
+def found(true: np.ndarray, read: np.ndarray, axes: Axes) -> bool:
+    """Whether a state (axes,) that was read lies within `WITHIN` of the range of every axis of the true one."""
+    span = np.asarray(axes.high) - np.asarray(axes.low)
+    return bool((np.abs(true - read) <= WITHIN * np.where(span > 1e-8, span, 1.0)).all())
