@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, str]] = {  # what is built in, by name
         "labelled": "mmseq.evaluation.lfv.methods:Labelled",
         "labelled_state": "mmseq.evaluation.lfv.methods:LabelledState",
         "model_state": "mmseq.evaluation.lfv.methods:ModelState",
+        "tracked": "mmseq.evaluation.lfv.methods:Tracked",
         "true_labels": "mmseq.evaluation.lfv.methods:TrueLabels",
         "cloning": "mmseq.evaluation.lfv.cloning:BehaviourCloning",
     },

@@ -220,14 +220,18 @@ def _stack(
         at += len(own)
     check = lambda e, stream: contract.vectors[stream].check(e[stream], what=stream, where=f"episode {e.id!r}")
     targets = np.concatenate([np.concatenate([check(e, stream) for stream in PREDICTED], 1) for e in episodes])
+    return frames, targets, switches_of(targets[:, : episodes[0]["action"].shape[1]])
+
+
+def switches_of(actions: np.ndarray) -> dict[int, tuple[float, float]]:
+    """The axes of actions (steps, axes) that only ever had two values, such as a gripper's, with these."""
     switches = {}
-    for axis in range(episodes[0]["action"].shape[1]):
-        low, high = float(targets[:, axis].min()), float(targets[:, axis].max())
-        below, above = targets[:, axis] - low, high - targets[:, axis]
-        shares = [float((apart <= 0.02 * (high - low)).mean()) for apart in (below, above)]
+    for axis, values in enumerate(actions.T):
+        low, high = float(values.min()), float(values.max())
+        shares = [float((apart <= 0.02 * (high - low)).mean()) for apart in (values - low, high - values)]
         if high > low and sum(shares) >= SWITCH_SHARE and min(shares) >= 1 - SWITCH_SHARE:  # not one that hardly moves
             switches[axis] = (low, high)
-    return frames, targets, switches
+    return switches
 
 
 def _change(windows: Tensor, config: LabellerConfig, generator: torch.Generator) -> Tensor:

@@ -33,8 +33,10 @@ def record_play(
     spread: float = 1.0,
     workers: int = 2,
     camera: str = "front",
+    body: str = "robot",
     size: int = 64,
     rate_hz: float = 20,
+    shift: str = "plain",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[RecordedEpisode]:
     """Yield `episodes_per_task` episodes of `steps` control steps in the scene of each task.
@@ -42,7 +44,7 @@ def record_play(
     Each is a function of (seed, task, its number) alone. Its success is None, its text `TEXT`. The other arguments are
     those of `record_episodes`.
     """
-    scene = {"spread": spread, "camera": camera, "size": size, "rate_hz": rate_hz}
+    scene = {"spread": spread, "camera": camera, "body": body, "size": size, "rate_hz": rate_hz, "shift": shift}
     settings = {"seed": seed, "steps": steps}
     yield from in_workers(_play, tasks, episodes_per_task, scene, settings, workers, on_progress)
 

@@ -64,6 +64,11 @@ class Rung:
     failing: float = 0.0
     miscaptioned: float = 0.0
 
+    @property
+    def scene(self) -> dict[str, str]:
+        """How it is drawn: arguments of `MetaWorldEnv`."""
+        return {"body": self.body, "camera": self.camera, "shift": self.shift}
+
 
 LADDER = {
     "V0": Rung(),  # the same robot, its actions unknown
@@ -73,6 +78,7 @@ LADDER = {
     "V4": Rung(body="human", camera="human"),  # a person's arm
     "V5": Rung(body="human", camera="human", shift="distractors", speed=(0.7, 1.5)),
     "V6": Rung(body="human", camera="human", failing=0.25, miscaptioned=0.25),
+    "V4-shuffled": Rung(body="human", camera="human", miscaptioned=1.0),  # a floor of V4: words that tell nothing
 }
 
 
@@ -188,8 +194,9 @@ def cells(config: Config) -> Iterator[Cell]:
 
 def there_is(config: Config, video: str) -> dict[str, bool]:
     """Which parts of `Data` a cell with this video has."""
-    filmed = bool(config.filmed)
-    return {"play": config.play > 0, "video": filmed, "truth": filmed and LADDER[video].body == "robot"}
+    filmed, played = bool(config.filmed), config.play > 0
+    truth = filmed and LADDER[video].speed == (1.0, 1.0)
+    return {"play": played, "video": filmed, "truth": truth, "poses": filmed and played}
 
 
 def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:

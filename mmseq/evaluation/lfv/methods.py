@@ -14,6 +14,7 @@ the same tokenizers, for as many steps of as many tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +32,8 @@ from mmseq.evaluation.lfv.record import Data
 from mmseq.evaluation.lockstep import Controller, Seen
 from mmseq.labelling.labels import PixelLabeller, label_episode
 from mmseq.labelling.network import SETTINGS
-from mmseq.labelling.training import LabellerConfig, train_labeller
+from mmseq.labelling.retargeting import Retargeting
+from mmseq.labelling.training import LabellerConfig, teach, train_labeller
 from mmseq.reading import AS_IT_IS
 from mmseq.serving.model_policy import ModelPolicy
 from mmseq.simulation.base import to_wire
@@ -113,7 +115,8 @@ class TrueLabels(RobotOnly):
 class Labelled(RobotOnly):
     """Actions and states read off the video by a labeller that knows the robot's demonstrations and its play."""
 
-    needs = ("video",)
+    needs: tuple[str, ...] = ("video",)
+    source = "labelled"  # its name in the mix
 
     def from_video(self, data: Data, seed: int) -> Mapping[str, Path]:
         assert data.video is not None
@@ -126,7 +129,7 @@ class Labelled(RobotOnly):
             write_episodes(
                 EpisodeList(episodes, data.contract), labelled, {"name": "labelled", "source": str(data.video)}
             )
-        return {"labelled": labelled}
+        return {self.source: labelled}
 
     def _labeller(self, data: Data, seed: int) -> Path:
         """Shared by all methods and videos of a seed and its robot data."""
@@ -136,6 +139,30 @@ class Labelled(RobotOnly):
             self.say(f"training {out.name}")
             sources = [str(path) for path in (data.robot, data.play) if path is not None]
             train_labeller(LabellerConfig(sources=sources, out=str(out), steps=steps, seed=seed, holdout=HOLDOUT))
+        return out
+
+
+class Tracked(Labelled):
+    """Actions and states of whoever is in the video, read off by a tracker that knows such a hand's play.
+
+    The tracker is a labeller that was taught where a hand is, with the actions with which the robot would have moved so
+    (`mmseq.labelling.retargeting`). Nobody's actions are known but the robot's own.
+    """
+
+    needs = ("video", "poses")
+    source = "tracked"
+
+    def _labeller(self, data: Data, seed: int) -> Path:
+        assert data.poses is not None
+        out = data.robot.parent / f"tracker{self.config.labeller_steps}-{data.robot.name}-{data.poses.name}"
+        if not (out / SETTINGS).is_file():
+            self.say(f"training {out.name}")
+            robot = [path for path in (data.robot, data.play) if path is not None]
+            known = chain.from_iterable(open_source(path, AS_IT_IS) for path in robot)
+            retargeting = Retargeting.fit(known, data.contract)
+            taught = [retargeting.retargeted(e) for e in open_source(data.poses, AS_IT_IS)]
+            config = LabellerConfig(steps=self.config.labeller_steps, seed=seed)
+            teach(taught, data.contract.cameras[0].name, data.contract, config).save(out, {"sources": str(data.poses)})
         return out
 
 

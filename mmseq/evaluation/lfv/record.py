@@ -1,9 +1,10 @@
 """The data of the benchmark's cells, recorded once from seeds and kept as episode shards.
 
     data = Recorder(config, seed=0).data("V0", demonstrations=50)
-    data.robot, data.play, data.video, data.truth
+    data.robot, data.play, data.video, data.truth, data.poses
 
-`truth` is the video with the actions and states that it was made with, where the robot is in it: for ceilings alone.
+`truth` is the video with the actions and states that it was made with: for ceilings alone. `poses` is undirected play of
+whoever is in the video, filmed as it is, with where the hand was and no actions: what a hand tracker is taught with.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from mmseq.simulation.play import record_play
 from mmseq.simulation.record import RecordedEpisode, record_episodes
 
 EXPERTS: dict[str, Any] = {"gain": 0.5, "noise": 0.5}  # as in the demo: gentler than Meta-World's own
-VIDEO_SEED, PLAY_SEED = 1000, 2000  # apart from the robot's: nobody filmed the layouts that it was taught in
+VIDEO_SEED, PLAY_SEED, POSES_SEED = 1000, 2000, 3000  # apart from the robot's: nobody filmed the layouts that it was taught in
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a method may learn from: folders of episode shards, by name. truth: None where no robot is in the video."""
+    """What a method may learn from: folders of episode shards, by name. truth: None where the video's speed was changed,
+    so that what was done is not what is seen."""
 
     robot: Path
     play: Path | None
     video: Path | None
     truth: Path | None
+    poses: Path | None
     contract: Embodiment
 
 
@@ -66,14 +69,26 @@ class Recorder:
             self.contract,
         )
         if not config.filmed:
-            return Data(taught, play or None, None, None, self.contract)
+            return Data(taught, play or None, None, None, None, self.contract)
         name = "-".join([rung, *(str(count) for count in dict.fromkeys(config.filmed.values()))])
         filmed, truth = folder / name, folder / f"{name}-true"
         if not holds_shards(filmed):
             episodes = list(self._film(rung))
             self._write(truth, episodes, self.contract)
-            self._write(filmed, [_without_actions(e) for e in episodes], None)
-        return Data(taught, play or None, filmed, truth if there_is(config, rung)["truth"] else None, self.contract)
+            self._write(filmed, [_video_of(e) for e in episodes], None)
+        poses = config.play and self._poses(folder, rung)
+        known = truth if there_is(config, rung)["truth"] else None
+        return Data(taught, play or None, filmed, known, poses or None, self.contract)
+
+    def _poses(self, folder: Path, rung: str) -> Path:
+        scene, config = LADDER[rung].scene, self.config
+        path = folder / f"poses{config.play}-{'-'.join(scene.values())}"  # rungs that are filmed alike share them
+        if not holds_shards(path):
+            seed = self.seed + POSES_SEED
+            played = record_play(config.robot_tasks, config.play, seed=seed, spread=config.spread, **scene)
+            seen = (replace(e, camera=self.contract.cameras[0].name).to_episode() for e in played)
+            self._write(path, [_without(e, "action") for e in seen], self.contract)
+        return path
 
     def _store(self, path: Path, make: Callable[[], Iterable[RecordedEpisode]], contract: Embodiment | None) -> Path:
         if not holds_shards(path):
@@ -91,8 +106,7 @@ class Recorder:
 
     def _film(self, rung: str) -> Iterable[Episode]:
         film = LADDER[rung]
-        scene: dict[str, Any] = {"body": film.body, "camera": film.camera, "shift": film.shift}
-        scene |= {"seed": self.seed + VIDEO_SEED, "spread": self.config.spread, **EXPERTS}
+        scene: dict[str, Any] = {"seed": self.seed + VIDEO_SEED, "spread": self.config.spread, **EXPERTS, **film.scene}
         filmed = self.config.filmed
         amounts = {count: [task for task in filmed if filmed[task] == count] for count in filmed.values()}
         recorded = chain.from_iterable(record_episodes(tasks, count, **scene) for count, tasks in amounts.items())
@@ -130,7 +144,11 @@ def _as_heard(episode: RecordedEpisode) -> RecordedEpisode:
     return replace(episode, texts=_heard(episode.task, episode.texts))
 
 
-def _without_actions(episode: Episode) -> Episode:
+def _without(episode: Episode, *names: str) -> Episode:
+    return replace(episode, streams={name: s for name, s in episode.streams.items() if name not in names})
+
+
+def _video_of(episode: Episode) -> Episode:
     """What a camera saw, and what was said of it."""
-    seen = {name: stream for name, stream in episode.streams.items() if name.startswith(IMAGE_PREFIX)}
-    return replace(episode, streams=seen, embodiment=None, success=None)
+    unseen = [name for name in episode.streams if not name.startswith(IMAGE_PREFIX)]
+    return replace(_without(episode, *unseen), embodiment=None, success=None)
