@@ -113,6 +113,8 @@ def test_a_final_chunk_beyond_the_end_repeats_the_last_action_and_learns_only_wh
     assert len(short.target_range) == 2 * 4
     with pytest.raises(TaskError, match=f"needs steps {end - 2} to {end + 3}"):
         bundle.builder().build(task, tokens, end - 2)
+    with pytest.raises(TaskError, match=f"needs steps {end} to {end} "):  # not even the first is there
+        bundle.builder().build(Task.parse("image -> action[6]@+2"), tokens, end - 2, pad=True)
 
 
 def test_the_header_of_a_segment_says_camera_and_time():
@@ -136,6 +138,29 @@ def test_given_vision_is_merged():
     assert len(build("image.wrist -> image.wrist@+3").input.patch_at) == bundle.layout.frame_positions(False)
 
 
+def test_given_vision_that_is_not_merged_is_its_codes():
+    bundle, tokens = WORLDS["unmerged"]
+    sequence = bundle.builder().build(Task.parse("video.front[2], proprio[2] -> action[2]"), tokens, 5)
+    film, states, _ = sequence.segments
+    assert len(sequence.input.patch_at) == 0
+    codes = bundle.vocabulary.decode("vision", sequence.ids[film.start : film.stop]).reshape(2, -1)
+    assert np.array_equal(codes, tokens.codes("image.front", 4, 6))
+    slots = sequence.input.slots
+    assert np.array_equal(slots[film.start : film.stop], bundle.layout.slots("vision", 4, 0, 32))
+    assert np.array_equal(slots[states.start : states.stop], bundle.layout.slots("proprio", 3, 0, 6))
+
+
+def test_cameras_are_those_of_the_contract_where_there_is_one():
+    streams = ["image.wrist", "image.side", "text", "image.front"]
+    builder = WORLDS["two"][0].builder()
+    assert list(builder.numbered("two", streams)) == ["front", "wrist"]
+    assert builder.views("two", streams) == ["front", "wrist"]
+    assert builder.views("two", streams[1:]) == ["front"]
+    for other in ("nobody", None):
+        assert builder.views(other, streams) == ["wrist", "side", "front"]
+    assert builder.visible("two", streams) == ["text", "image.front", "image.wrist"]
+
+
 def copies(arrow: str, now: int = 5):
     """Of each predicted vision token in order: the code it may copy, or NOTHING."""
     bundle, tokens = WORLDS["two"]
@@ -156,6 +181,8 @@ def copies(arrow: str, now: int = 5):
         ("video[3] -> image@+4", (5,)),  # the last of the past
         ("image, image@+6 -> image@+2", (5,)),  # what is before, not what comes after
         ("image@+6 -> image", (11,)),  # unless there is nothing before
+        ("image@+6, image@+3 -> image", (8,)),  # then the first of them
+        ("image@-2, image -> image", (3,)),  # not what is of the same step
         ("image -> image@end, image@+2", (5, 5)),
         ("(image, action[2] -> image@+2) * 2", (5, 7)),
     ],
