@@ -296,6 +296,12 @@ def test_an_answer_that_is_there_is_followed_by_the_next_question_in_the_same_st
     assert len(seen) == asked < 10  # a policy that does not look back sees nothing in between
 
 
+@pytest.mark.parametrize("steps", range(1, HORIZON))
+def test_a_maximal_age_in_seconds_is_so_many_control_steps(server, robot, steps):
+    loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"), max_age_s=steps * PERIOD_S)
+    assert loop.buffer.max_age == steps
+
+
 def test_no_time_is_no_control_step(server, robot):
     loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"))
     loop.run(seconds=0)
