@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
 from mmseq.layout import Layout, merge_codes, sequence_length, split_codes
-from mmseq.sequence import NOTHING
+from mmseq.sequence import NOTHING, Draft
 from mmseq.streams import STREAMS, VISION, stream_row
 from mmseq.tasks import Task
 from mmseq.testing import tiny
-from mmseq.tokenization.bundle import EpisodeTokens
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
 SEGMENTS = (
     "text",
@@ -148,6 +148,40 @@ def test_given_vision_that_is_not_merged_is_its_codes():
     slots = sequence.input.slots
     assert np.array_equal(slots[film.start : film.stop], bundle.layout.slots("vision", 4, 0, 32))
     assert np.array_equal(slots[states.start : states.stop], bundle.layout.slots("proprio", 3, 0, 6))
+
+
+class Means:
+    """An encoder: the mean colour of each quarter of a frame."""
+
+    kind, positions, features, fingerprint = "means", 4, 3, "means"
+
+    def encode(self, frames):
+        return frames.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).reshape(-1, 4, 3).astype(np.float32)
+
+
+def test_what_an_encoder_gives_stands_in_place_of_given_frames_and_is_that_of_their_steps():
+    bundle = Tokenizers({**tiny.tokenizers()}, embodiments=(tiny.embodiment(),), encoder=Means())
+    episode = tiny.episode(1)
+    tokens = EpisodeTokens(episode, bundle)
+    arrow = "image@-3, video[2], demo[2], image@end, proprio[2] -> image@+2, action[2]"
+    sequence = bundle.builder().build(Task.parse(arrow), tokens, 5)
+    past, film, demo, end, *_ = spans = sequence.segments
+    steps = [2, 4, 5, 0, 23, 23]
+    wanted = Means().encode(episode["image.front"][steps])
+    assert [s.stop - s.start for s in spans] == [4, 8, 8, 4, 6, 16, 8]
+    line = sequence.input
+    assert line.soft_at.tolist() == [i for s in (past, film, demo, end) for i in range(s.start, s.stop)]
+    np.testing.assert_allclose(line.soft, wanted.reshape(-1, 3))
+    assert len(line.patch_at) == 0
+    draft = Draft(bundle.builder(), tokens, 5)
+    for segment in Task.parse("image@-3, video[2] -> action[2]").place(tokens.rate_hz)[:2]:
+        draft.header(segment, "front")
+        draft.content(segment, "front", bundle.builder().codes(segment, "front", tokens, 5, 0))
+    for start in (0, past.start, past.start + 1, past.stop, film.start + 5):
+        left = line.soft_at[(line.soft_at >= start) & (line.soft_at < film.stop)]
+        cut = draft.input(start)  # what is computed from there on, when the rest lies in the cache
+        assert cut.soft_at.tolist() == (left - start).tolist()
+        np.testing.assert_array_equal(cut.soft, line.soft[12 - len(left) : 12])
 
 
 def test_cameras_are_those_of_the_contract_where_there_is_one():
