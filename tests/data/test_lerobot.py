@@ -478,7 +478,8 @@ def test_steady_timestamps_of_another_rate_decide_where_the_videos_agree(
     stamp(stamps)
     reader = LeRobotReader(dataset)
     assert reader.fps == reader[0].rate_hz == pytest.approx(expected)
-    assert any(f"says 10 steps per second, the timestamps {stamps_hz:g}" in note for note in reader.notes)
+    (note,) = [note for note in reader.notes if f"says 10 steps per second, the timestamps {stamps_hz:g}" in note]
+    assert note.endswith(" and so do the videos, which decide") == (expected != 10)
     stamps[14] += 0.4 / stamps_hz  # no longer steady in one of them
     stamp(stamps)
     assert LeRobotReader(dataset).fps == 10
