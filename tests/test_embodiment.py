@@ -44,8 +44,9 @@ def test_statistics_come_from_the_values():
     np.testing.assert_allclose(found.high, [1.0, 2.0], rtol=1e-5)
     np.testing.assert_allclose(found.minimum, [-1.2, -2.4], rtol=1e-5)
     found.check(values, what="action", where="here")
-    with pytest.raises(EpisodeError, match="shape"):
-        Axes.from_values(np.zeros(3))
+    for none in (np.zeros(3), np.zeros((0, 3)), np.zeros((2, 2, 2))):
+        with pytest.raises(EpisodeError, match="shape"):
+            Axes.from_values(none)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,13 @@ def test_a_bad_value_is_named_with_axis_and_step(values, says):
     "change",
     [
         {"name": ""},
+        {"name": "../arm"},
+        {"name": 3},
         {"rate_hz": 0},
+        {"rate_hz": -1},
         {"rate_hz": float("nan")},
+        {"rate_hz": float("inf")},
+        {"action": None},  # of which one axis is the gripper
         {"action_form": "torque"},
         {"grippers": (Gripper(axis="thumb", open=0, closed=1),)},
         {"grippers": (Gripper(axis="g", open=3, closed=4),)},
@@ -151,6 +157,26 @@ def test_a_gripper_may_lie_a_tenth_beyond_its_axis(least, passes):
         dataclasses.replace(robot, action=axes, grippers=grippers)
 
 
+def test_a_gripper_may_lie_exactly_a_tenth_beyond_its_axis():
+    robot = tiny.embodiment()
+    axes = dataclasses.replace(robot.action, minimum=(1.0,) * 4, maximum=(9.0,) * 4, low=(1.0,) * 4, high=(9.0,) * 4)
+    grippers = (Gripper(axis="g", open=0.0, closed=10.0),)
+    assert dataclasses.replace(robot, action=axes, grippers=grippers).grippers == grippers
+
+
+@pytest.mark.parametrize("ends", [{"open": float("nan")}, {"closed": float("nan")}, {"closed": float("inf")}])
+def test_a_gripper_has_two_finite_ends(ends):
+    gripper = Gripper(**{"axis": "g", "open": -1.0, "closed": 1.0} | ends)
+    with pytest.raises(EmbodimentError, match="open and closed must be finite"):
+        dataclasses.replace(tiny.embodiment(), grippers=(gripper,))
+
+
+def test_the_largest_number_of_float32_is_one():
+    most = float(np.finfo(np.float32).max)
+    for name in ("high", "maximum", "max_step"):
+        assert getattr(dataclasses.replace(tiny.axes("x"), **{name: (most,)}), name) == (most,)
+
+
 def test_an_axis_is_one_gripper():
     robot = tiny.embodiment()
     with pytest.raises(EmbodimentError, match="an axis is a gripper twice"):
@@ -170,6 +196,17 @@ def test_both_spellings_of_a_gripper_are_read(key):
 def test_a_further_stream_takes_no_name_that_means_something_else(name):
     with pytest.raises(EmbodimentError, match="is no free name of a stream"):
         tiny.embodiment().with_vectors({name: tiny.axes("ab")})
+
+
+@pytest.mark.parametrize("name", ["proprio", "action", "text", "image", "latent", "2nd", "a-b", "a.b", "", "imag"])
+def test_a_further_stream_has_a_name_of_its_own(name):
+    with pytest.raises(EmbodimentError, match="the further stream"):
+        dataclasses.replace(tiny.embodiment(), streams={name: tiny.axes("ab")})
+
+
+@pytest.mark.parametrize("name", ["force", "motion", "_tactile2"])
+def test_a_further_stream_may_be_called(name):
+    assert list(tiny.embodiment().with_vectors({name: tiny.axes("ab")}).streams) == [name]
 
 
 @pytest.mark.parametrize("name", ["front", "front_image"])

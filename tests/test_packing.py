@@ -42,7 +42,30 @@ def test_rows_of_text_beside_long_video_are_full():
     assert lengths.sum() / (len(rows) * 8192) >= 0.995
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([3, 4, 10, 11, 25]) | st.integers(1, 40), min_size=1, max_size=9), st.integers(40, 60))
+def test_a_row_is_as_full_as_what_is_left_can_make_it(lengths, row_tokens):
+    left = dict(enumerate(lengths))
+    for row in pack(lengths, row_tokens):
+        longest = max(left.values())
+        sums = {longest}
+        others = list(left.values())
+        others.remove(longest)
+        for n in others:
+            sums |= {s + n for s in sums}
+        assert longest in [lengths[i] for i in row]
+        assert sum(lengths[i] for i in row) == max(s for s in sums if s <= row_tokens)
+        left = {i: n for i, n in left.items() if i not in row}
+
+
+def test_many_of_one_length_fill_a_row_by_any_number_of_them():
+    for count in range(1, 12):
+        row = pack([60] + [7] * 20, 60 + 7 * count + 3)[0]
+        assert len(row) == 1 + count
+
+
 def test_a_sequence_longer_than_a_row_is_refused():
+    assert pack([4, 100], 100) == [[1], [0]]  # as long as one
     with pytest.raises(ConfigError, match="120 tokens does not fit into a row of 100"):
         pack([4, 120], 100)
 
@@ -105,6 +128,20 @@ def test_a_row_holds_its_sequences_whole_and_in_order(world, drawn):
     assert sorted(targets) == sorted(found["target"])
     assert [(int(a), *ids) for a, ids in zip(batch.input.patch_at, batch.input.patch_ids.tolist())] == found["patch"]
     assert list(zip(batch.input.copy_at.tolist(), batch.input.copy_ids.tolist())) == found["copy"]
+
+
+def test_what_is_hidden_in_one_sequence_is_hidden_there_alone_and_still_learned(world):
+    bundle, sequences = world
+    task, tokens = Task.parse("image -> action[4]"), EpisodeTokens(tiny.episode(1), bundle)
+    hidden = bundle.builder().build(task, tokens, 3, visible=1)
+    made = [sequences[0], hidden, sequences[2]]
+    batch = collate(made, bundle.vocabulary, pad_to=sum(map(len, made)))
+    assert batch.lengths == [*map(len, made)]  # no padding of no tokens
+    start, mask = len(made[0]), bundle.vocabulary.structure("<mask>")
+    assert (batch.input.ids == mask).nonzero().flatten().tolist() == [start + int(at) for at in hidden.masked]
+    at, codes, _ = batch.targets["action"]
+    own = (at >= start) & (at < start + len(hidden))
+    assert codes[own].tolist() == tokens.codes("action", 3, 7).reshape(-1).tolist()
 
 
 def losses_and_gradients(model, batches):

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from mmseq.errors import TaskError
 from mmseq.layout import Layout, merge_codes, sequence_length, split_codes
-from mmseq.sequence import NOTHING
+from mmseq.sequence import NOTHING, Draft
 from mmseq.streams import STREAMS, VISION, stream_row
 from mmseq.tasks import Task
 from mmseq.testing import tiny
-from mmseq.tokenization.bundle import EpisodeTokens
+from mmseq.tokenization.bundle import EpisodeTokens, Tokenizers
 
 SEGMENTS = (
     "text",
@@ -113,6 +113,8 @@ def test_a_final_chunk_beyond_the_end_repeats_the_last_action_and_learns_only_wh
     assert len(short.target_range) == 2 * 4
     with pytest.raises(TaskError, match=f"needs steps {end - 2} to {end + 3}"):
         bundle.builder().build(task, tokens, end - 2)
+    with pytest.raises(TaskError, match=f"needs steps {end} to {end} "):  # not even the first is there
+        bundle.builder().build(Task.parse("image -> action[6]@+2"), tokens, end - 2, pad=True)
 
 
 def test_the_header_of_a_segment_says_camera_and_time():
@@ -136,6 +138,63 @@ def test_given_vision_is_merged():
     assert len(build("image.wrist -> image.wrist@+3").input.patch_at) == bundle.layout.frame_positions(False)
 
 
+def test_given_vision_that_is_not_merged_is_its_codes():
+    bundle, tokens = WORLDS["unmerged"]
+    sequence = bundle.builder().build(Task.parse("video.front[2], proprio[2] -> action[2]"), tokens, 5)
+    film, states, _ = sequence.segments
+    assert len(sequence.input.patch_at) == 0
+    codes = bundle.vocabulary.decode("vision", sequence.ids[film.start : film.stop]).reshape(2, -1)
+    assert np.array_equal(codes, tokens.codes("image.front", 4, 6))
+    slots = sequence.input.slots
+    assert np.array_equal(slots[film.start : film.stop], bundle.layout.slots("vision", 4, 0, 32))
+    assert np.array_equal(slots[states.start : states.stop], bundle.layout.slots("proprio", 3, 0, 6))
+
+
+class Means:
+    """An encoder: the mean colour of each quarter of a frame."""
+
+    kind, positions, features, fingerprint = "means", 4, 3, "means"
+
+    def encode(self, frames):
+        return frames.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).reshape(-1, 4, 3).astype(np.float32)
+
+
+def test_what_an_encoder_gives_stands_in_place_of_given_frames_and_is_that_of_their_steps():
+    bundle = Tokenizers({**tiny.tokenizers()}, embodiments=(tiny.embodiment(),), encoder=Means())
+    episode = tiny.episode(1)
+    tokens = EpisodeTokens(episode, bundle)
+    arrow = "image@-3, video[2], demo[2], image@end, proprio[2] -> image@+2, action[2]"
+    sequence = bundle.builder().build(Task.parse(arrow), tokens, 5)
+    past, film, demo, end, *_ = spans = sequence.segments
+    steps = [2, 4, 5, 0, 23, 23]
+    wanted = Means().encode(episode["image.front"][steps])
+    assert [s.stop - s.start for s in spans] == [4, 8, 8, 4, 6, 16, 8]
+    line = sequence.input
+    assert line.soft_at.tolist() == [i for s in (past, film, demo, end) for i in range(s.start, s.stop)]
+    np.testing.assert_allclose(line.soft, wanted.reshape(-1, 3))
+    assert len(line.patch_at) == 0
+    draft = Draft(bundle.builder(), tokens, 5)
+    for segment in Task.parse("image@-3, video[2] -> action[2]").place(tokens.rate_hz)[:2]:
+        draft.header(segment, "front")
+        draft.content(segment, "front", bundle.builder().codes(segment, "front", tokens, 5, 0))
+    for start in (0, past.start, past.start + 1, past.stop, film.start + 5):
+        left = line.soft_at[(line.soft_at >= start) & (line.soft_at < film.stop)]
+        cut = draft.input(start)  # what is computed from there on, when the rest lies in the cache
+        assert cut.soft_at.tolist() == (left - start).tolist()
+        np.testing.assert_array_equal(cut.soft, line.soft[12 - len(left) : 12])
+
+
+def test_cameras_are_those_of_the_contract_where_there_is_one():
+    streams = ["image.wrist", "image.side", "text", "image.front"]
+    builder = WORLDS["two"][0].builder()
+    assert list(builder.numbered("two", streams)) == ["front", "wrist"]
+    assert builder.views("two", streams) == ["front", "wrist"]
+    assert builder.views("two", streams[1:]) == ["front"]
+    for other in ("nobody", None):
+        assert builder.views(other, streams) == ["wrist", "side", "front"]
+    assert builder.visible("two", streams) == ["text", "image.front", "image.wrist"]
+
+
 def copies(arrow: str, now: int = 5):
     """Of each predicted vision token in order: the code it may copy, or NOTHING."""
     bundle, tokens = WORLDS["two"]
@@ -156,6 +215,8 @@ def copies(arrow: str, now: int = 5):
         ("video[3] -> image@+4", (5,)),  # the last of the past
         ("image, image@+6 -> image@+2", (5,)),  # what is before, not what comes after
         ("image@+6 -> image", (11,)),  # unless there is nothing before
+        ("image@+6, image@+3 -> image", (8,)),  # then the first of them
+        ("image@-2, image -> image", (3,)),  # not what is of the same step
         ("image -> image@end, image@+2", (5, 5)),
         ("(image, action[2] -> image@+2) * 2", (5, 7)),
     ],

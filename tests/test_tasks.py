@@ -187,6 +187,48 @@ def test_a_range_of_offsets_stays_inside_the_episode():
     ]
 
 
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(
+    "arrow",
+    ["image -> action[4]@+2..6", "image, proprio[3]@+1..6 -> action[1]", "image -> proprio[2]@+1..4, action[1]"],
+)
+def test_the_offsets_inside_an_episode_are_those_with_which_the_task_has_room(arrow, pad):
+    task, length = Task.parse(arrow), 12
+    (segment,) = task.ranged
+    for now in range(length):
+        moments = {o: task.with_offsets([o]).moments(length, 10.0, pad=pad) for o in segment.offset.steps(10.0)}
+        (found,) = task.offsets_within(now, length, 10.0, pad=pad)
+        assert list(found) == [offset for offset, inside in moments.items() if now in inside]
+
+
+def test_a_segment_spans_its_steps_or_the_one_that_is_now_or_the_last():
+    spans = lambda arrow: [p.span(3, 10) for p in Task.parse(arrow).place(10.0)]
+    assert spans("text, image@end, video[2] -> image@+2, action[4]") == [(3, 4), (9, 10), (2, 4), (5, 6), (3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("arrow", "streams", "left"),
+    [
+        ("text, image, proprio -> action[4]", ["text", "proprio"], "image -> action[4]"),
+        ("text, image -> text, action[4]", ["text"], "image -> text, action[4]"),
+        ("text, image -> action[4]", ["plan"], "text, image -> action[4]"),
+        ("text -> action[4]", ["text"], "text -> action[4]"),  # something must be given
+        ("text, (image -> action[4]) * 2", ["text"], "text, (image -> action[4]) * 2"),
+    ],
+)
+def test_a_task_goes_without_what_is_given_while_something_is_left(arrow, streams, left):
+    assert str(Task.parse(arrow).without(streams)) == left
+
+
+def test_a_stream_is_named_on_its_side_of_the_arrow():
+    task = Task.parse("text, image -> text, action[4]")
+    named = lambda stream: [task.names(stream), task.names(stream, given=True), task.names(stream, given=False)]
+    assert named("text") == [True, True, True]
+    assert named("image") == [True, True, False]
+    assert named("action") == [True, False, True]
+    assert named("plan") == [False, False, False]
+
+
 def test_a_range_is_drawn_from_before_anything_is_predicted():
     task = Task.parse("image, image@+2..10 -> action[3]")
     assert str(task.with_offsets([7])) == "image, image@+7 -> action[3]"
@@ -217,6 +259,7 @@ def test_an_offset_alone_is_one_offset(text):
         ("video[0.3s], proprio[2.5s] -> image@+1s", "video[0.3s], proprio[0.4s] -> image@+0.4s"),
         ("image, image@+2..10 -> action[4]", "image, image@+2..4 -> action[4]"),
         ("image, image@+6..10 -> text", "image, image@+4 -> text"),
+        ("proprio[0.38s], image@-2 -> action[4]", "proprio[0.38s], image@-2 -> action[4]"),  # four steps already
     ],
 )
 def test_a_task_is_cut_to_what_an_episode_has_room_for(arrow, shorter):
@@ -234,7 +277,12 @@ def test_missing_names_what_an_episode_lacks():
     [
         ("image@-3..-1, image -> action[2]", "image@-2, image -> action[2]", True),
         ("image@-3..-1, image -> action[2]", "image@-3..-1, image -> action[2]", True),
+        ("image@-3..-1, image -> action[2]", "image@-3, image -> action[2]", True),
+        ("image@-3..-1, image -> action[2]", "image@-1, image -> action[2]", True),
         ("image@-3..-1, image -> action[2]", "image@-4, image -> action[2]", False),
+        ("image@+2..3, image -> action[2]", "image@+4, image -> action[2]", False),
+        ("image.front@+2..3 -> action[2]", "image.wrist@+2 -> action[2]", False),
+        ("image@-3..-1, image -> action[2]", "(image, image -> action[2]) * 1", False),
         ("image@-3..-1, image -> action[2]", "image@-2, image -> action[4]", False),
         ("image@+0.1s..1s -> text", "image@+0.5s -> text", True),
         ("image@+0.1s..1s -> text", "image@+1 -> text", False),
@@ -270,3 +318,5 @@ def test_what_is_lacking_comes_with_what_there_is():
 def test_a_repetition_takes_as_long_as_its_longest_chunk():
     assert Task.parse("text, (image, proprio -> action[2], motion[5]) * 3").stride(20) == 5
     assert Task.parse("text, (image, proprio -> action[5], motion[2]) * 3").stride(20) == 5
+    assert Task.parse("text, (image, proprio[8] -> action[2]) * 3").stride(20) == 2  # what is observed moves nothing on
+    assert Task.parse("text, (image -> motion) * 3").stride(20) == 1

@@ -153,7 +153,7 @@ class LeRobotReader(DatasetReader):
     def _steps(self, length: int) -> np.ndarray:
         """The first frame of each step; int (steps,)."""
         steps = max(1, math.floor(length * self.rate_hz / self.fps + 1e-6))
-        return np.minimum(np.floor(np.arange(steps) * self.fps / self.rate_hz + 1e-6).astype(np.int64), length - 1)
+        return np.floor(np.arange(steps) * self.fps / self.rate_hz + 1e-6).astype(np.int64)
 
     def _vectors(self, record: Record, stream: str) -> np.ndarray:
         """A vector stream of an episode at `rate_hz`, float32 (steps, axes)."""
@@ -243,7 +243,7 @@ class LeRobotReader(DatasetReader):
             "_ .-"
         )
         name = (kept if re.match(r"[A-Za-z0-9]", kept) else f"robot_{kept}")[:100]
-        return name.rstrip("_") or "unknown"
+        return name.rstrip("_")
 
     # ------------------------------------------------------------------ episodes
 

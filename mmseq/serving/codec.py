@@ -303,14 +303,14 @@ def from_json(data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> Any:
         return text
 
     def walk(value: Any, depth: int) -> Any:
+        if isinstance(value, str):
+            return whole(value)
+        if not isinstance(value, list | dict):
+            return value
         if depth > limits.max_depth:
             raise RequestError("too_large", f"the message is nested more than {limits.max_depth} deep")
         if isinstance(value, list):
             return [walk(item, depth + 1) for item in value]
-        if isinstance(value, str):
-            return whole(value)
-        if not isinstance(value, dict):
-            return value
         value = {whole(key): walk(item, depth + 1) for key, item in value.items()}
         if "__ndarray__" in value and isinstance(value.get("data"), str):
             try:

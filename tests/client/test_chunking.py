@@ -99,6 +99,66 @@ def test_an_answer_later_than_committed_is_discarded_and_the_old_chunk_goes_on()
     assert buffer.delay == 3
 
 
+def test_what_was_executed_must_be_in_the_answer_on_every_axis():
+    buffer = ChunkBuffer(Chunking("realtime", 4), H)
+    play(buffer, 1, 0)
+    [buffer.action(step) for step in range(1, 4)]
+    [buffer._delays.add(2) for _ in range(52)]
+    ask, other = buffer.ask(4), chunk(4)
+    executed = [buffer.action(step).action for step in range(4, 8)]
+    other[:4] = executed
+    other[3, 1] += 1  # another command than that which went to one axis
+    assert buffer.accept(ask.sequence, other, 8) == "late"
+
+
+def test_a_prefix_is_never_the_whole_chunk():
+    """Or nothing would be left to predict, however long an answer takes."""
+    buffer = ChunkBuffer(Chunking("realtime"), 4)
+    [buffer._delays.add(9) for _ in range(52)]
+    assert buffer.accept(buffer.ask(0).sequence, chunk(0, 4), 0) is None
+    assert buffer.left(0) == 4
+    assert len(buffer.ask(0).prefix) == 3
+
+
+def test_only_the_answer_that_is_awaited_can_be_lost_and_one_that_is_late_takes_longer_than_usual():
+    buffer = ChunkBuffer(Chunking("plain", 4), H)
+    [buffer._delays.add(2) for _ in range(52)]
+    ask = buffer.ask(0)
+    buffer.lost(ask.sequence + 1, 9, late=True)
+    assert buffer.ask(1) is None  # it is still awaited
+    buffer._delays = Delays()
+    [buffer._delays.add(2) for _ in range(2)]
+    buffer.lost(ask.sequence, 0, late=True)  # refused at once, as it would have been late
+    assert buffer.delay == 3
+    buffer.lost(ask.sequence, 5, late=True)
+    assert buffer.delay == 3
+    assert buffer.ask(1) is not None
+
+
+def test_what_is_left_is_what_the_newest_chunk_has():
+    buffer = ChunkBuffer(Chunking("ensemble", 4), H)
+    assert buffer.left(0) == 0
+    for step in (0, 4):
+        buffer.accept(buffer.ask(step).sequence, chunk(step), step)
+    assert [buffer.left(step) for step in (4, 5, 20)] == [16, 15, 0]
+
+
+def test_a_robot_that_moved_until_then_does_not_stand_still():
+    """An answer that takes as long as usual, and longer than a chunk, was made for another place."""
+    buffer = ChunkBuffer(Chunking("plain"), 4)
+    [buffer._delays.add(5) for _ in range(52)]
+    buffer.accept(buffer.ask(0).sequence, chunk(0, 4), 0)
+    ask = buffer.ask(3)
+    assert buffer.action(3) is not None
+    assert [buffer.action(step) for step in range(4, 8)] == [None] * 4
+    assert buffer.accept(ask.sequence, chunk(3, 4), 8).startswith("stale: it took 5 control steps")
+
+
+def test_with_a_maximal_age_the_next_chunk_is_asked_for_in_time():
+    plans = play(ChunkBuffer(Chunking("plain", 16), H, 8), 100, 3)
+    assert [plan is None for plan in plans] == [True] * 3 + [False] * 97
+
+
 def test_a_chunk_whose_prefix_was_not_kept_is_discarded():
     buffer = ChunkBuffer(Chunking("realtime", 4), H)
     play(buffer, 4, 0)
@@ -203,6 +263,8 @@ def test_the_delay_is_a_high_quantile_of_the_last_replies_without_the_first_one(
     [
         (lambda: Chunking("rtc"), "use one of plain, ensemble, realtime"),
         (lambda: Chunking("plain", 0), "from 1 on"),
+        (lambda: Chunking("plain", 1.5), "from 1 on"),
+        (lambda: Chunking("ensemble", decay=float("inf")), "use 0 or more"),
         (lambda: Chunking("ensemble", decay=-1), "use 0 or more"),
         (lambda: ChunkBuffer(Chunking("plain", 17), H), "expected 1..16"),
         (lambda: ChunkBuffer(Chunking("realtime"), H, prefix=False), "use plain or ensemble"),
@@ -272,6 +334,7 @@ def test_unless_told_half_a_chunk_is_executed_and_of_an_ensemble_one_step():
     assert [Chunking(mode).steps(16) for mode in ("plain", "realtime", "ensemble")] == [8, 8, 1]
     assert [Chunking(mode).steps(1) for mode in ("plain", "realtime", "ensemble")] == [1, 1, 1]
     assert Chunking("plain", 16).steps(16) == 16
+    assert Chunking("ensemble", decay=0.0).decay == 0  # all weigh the same
 
 
 @pytest.mark.parametrize(("off", "says"), [(0.5e-5, None), (2e-5, "without its prefix")])

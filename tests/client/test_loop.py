@@ -83,6 +83,7 @@ def test_realtime_sends_the_measured_delay_and_the_actions_committed(server, rob
     assert last["delay"] == len(last["action_prefix"]) == 5
     assert last["deadline_ms"] == pytest.approx(100)
     assert last["chunking"] == "plain"
+    assert server.asked[0]["deadline_ms"] == pytest.approx(1000 * HORIZON / 50)  # no action is older than the horizon
     executed = {tick.step: tick.action for tick in ticks}
     np.testing.assert_array_equal(last["action_prefix"][:3], [executed[last["step"] + i] for i in range(3)])
     assert "action_prefix" not in server.asked[0]
@@ -112,6 +113,7 @@ def test_when_nothing_is_left_it_holds_at_once_says_so_and_resumes(server, robot
     lost = server.asked[10]["step"]
     assert held[2] == lost - 8 + 2 + 16 - 2  # the step after the last row of the chunk before
     assert server.connections == 2
+    assert sum(tick.asked for tick in ticks) == len(server.asked) + 1  # and for the connection
 
 
 def test_delta_robots_hold_with_zeros_and_keep_the_gripper(embodiment, robot, server):
@@ -283,10 +285,90 @@ def test_a_silent_sensor_is_not_asked_with_and_ends_in_a_hold(server, robot):
     assert not any(tick.held for tick in drive(loop, clock, 200)[150:])
 
 
+def test_an_answer_that_is_there_is_followed_by_the_next_question_in_the_same_step(server, robot):
+    loop, clock, _ = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain", 1))
+    see, seen = robot.observe, []
+    robot.observe = lambda: seen.append(1) or see()
+    assert all(tick.asked for tick in drive(loop, clock, 50))
+    loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    seen.clear()
+    asked = sum(tick.asked for tick in drive(loop, clock, 50))
+    assert len(seen) == asked < 10  # a policy that does not look back sees nothing in between
+
+
+@pytest.mark.parametrize("steps", range(1, HORIZON))
+def test_a_maximal_age_in_seconds_is_so_many_control_steps(server, robot, steps):
+    loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"), max_age_s=steps * PERIOD_S)
+    assert loop.buffer.max_age == steps
+
+
+def test_no_time_is_no_control_step(server, robot):
+    loop, _, _ = simulate(server, robot, lambda: 0.0, Chunking("plain"))
+    loop.run(seconds=0)
+    assert (robot.actions, server.asked, robot.stops) == ([], [], 1)
+
+
+def test_a_refusal_that_ends_the_connection_is_followed_by_a_new_one(server, robot):
+    answer, refusals = server.infer, [RefusedError("wrong_shape", "goodbye", closed=True), RefusedError("busy", "no")]
+    server.infer = lambda *arguments: answer(*arguments) if not refusals else (_ for _ in ()).throw(refusals.pop(0))
+    loop, clock, events = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    ticks = drive(loop, clock, 50)
+    assert [kind for kind, _ in events] == ["hold", "refused", "connected", "refused", "resume"]
+    assert server.connections == 2
+    assert not ticks[-1].held
+
+
+@pytest.mark.parametrize("of", [lambda step: step + 1, float, lambda step: None])
+def test_an_answer_for_another_control_step_is_withheld(server, robot, of):
+    answer = server.infer
+
+    def infer(observation, *rest):
+        reply = answer(observation, *rest)
+        return reply | {"step": of(reply["step"])}
+
+    server.infer = infer
+    loop, clock, events = simulate(server, robot, lambda: 0.02, Chunking("plain", 8))
+    drive(loop, clock, 20)
+    assert robot.actions == []
+    assert any(kind == "withheld" and "the reply is for control step" in said for kind, said in events)
+
+
+def test_what_is_no_action_by_the_time_of_its_step_is_withheld_and_held(server, robot):
+    loop, clock, events = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    last = drive(loop, clock, 20)[-1].action
+    loop.buffer._chunks[-1].actions[:] = np.nan  # which no answer could bring
+    tick = loop.tick()
+    assert tick.held
+    np.testing.assert_array_equal(tick.action, last)
+    assert [kind for kind, _ in events][-2:] == ["withheld", "hold"]
+    clock.sleep(PERIOD_S)
+    assert not drive(loop, clock, 20)[-1].held
+
+
+def test_the_log_warns_of_what_went_wrong_and_notes_the_rest(server, robot, caplog):
+    answer, refusals = server.infer, [RefusedError("busy", "not now")]
+    server.infer = lambda *arguments: answer(*arguments) if not refusals else (_ for _ in ()).throw(refusals.pop())
+    latency = [0.04] * 10 + [math.inf] + [0.04] * 1000
+    loop, clock, _ = simulate(server, robot, lambda: latency.pop(0), Chunking("plain", 8))
+    with caplog.at_level("INFO", "mmseq_client"):
+        drive(loop, clock, 300)
+    assert [(record.message.split(":")[0], record.levelname) for record in caplog.records] == [
+        ("hold", "INFO"),
+        ("refused", "WARNING"),
+        ("resume", "INFO"),
+        ("hold", "WARNING"),
+        ("broke", "WARNING"),
+        ("connected", "INFO"),
+        ("resume", "INFO"),
+    ]
+
+
 def test_reset_begins_a_new_episode(server, robot):
     loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
     drive(loop, clock, 20)
+    done = len(robot.actions)
     loop.reset()
+    assert len(robot.actions) == done  # it keeps its place without a command
     ticks = drive(loop, clock, 20)
     assert ticks[0].action is None
     assert [o["step"] for o in server.asked if o.get("reset")] == [0, 20]
@@ -296,6 +378,8 @@ def test_a_velocity_robot_is_at_rest_between_episodes_and_keeps_its_grip(server,
     body = dataclasses.replace(embodiment, action_form="velocity").to_dict()
     robot._contract = server.metadata["embodiments"]["arm"] = body
     loop, clock, _ = simulate(server, robot, lambda: 0.04, Chunking("plain", 8))
+    loop.reset()
+    assert robot.actions == []  # nothing moves yet
     drive(loop, clock, 20)
     before, gripper = robot.actions[-1], loop.gate.rules.grippers[0]
     loop.reset()
@@ -434,7 +518,7 @@ def test_a_horizon_of_one_moves_although_each_answer_takes_a_step(server, robot)
     loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"))
     ticks = drive(loop, clock, 100)
     assert sum(not tick.held for tick in ticks) > 40
-    assert "an answer takes 1 control steps, a chunk has 1" in events[-1][1] or "resume" in events[-1]
+    assert any("an answer takes 1 control steps, a chunk has 1" in said for kind, said in events if kind == "hold")
     loop, clock, events = simulate(server, robot, lambda: 0.5 * PERIOD_S, Chunking("plain"), max_age_s=PERIOD_S)
     assert all(tick.held for tick in drive(loop, clock, 100))
     assert "horizon 1, max_age 1" in events[-1][1]

@@ -173,6 +173,12 @@ def test_a_lower_rate_keeps_the_last_absolute_target(dataset):
     Embodiment.from_dict(robot.to_dict() | {"action_form": "absolute"}).save(dataset / "meta" / "embodiment.json")
     full, half = LeRobotReader(dataset)[2], LeRobotReader(dataset, rate_hz=5)[2]
     np.testing.assert_array_equal(half["action"], full["action"][1:14:2])
+    wide = robot.to_dict() | {"action_form": "absolute"}
+    wide["action"] = wide["action"] | {"maximum": [9.0] * 3}
+    Embodiment.from_dict(wide).save(dataset / "meta" / "embodiment.json")
+    assert LeRobotReader(dataset, rate_hz=5).embodiment().action.maximum == (9.0,) * 3  # it has the same limits
+    given = Embodiment.from_dict(wide | {"name": "given"})
+    assert LeRobotReader(dataset, embodiment=given).embodiment() == given  # over the stored one
 
 
 def test_paraphrases_and_plans(dataset):
@@ -376,6 +382,19 @@ def test_a_set_without_anything_to_learn_from_says_what_it_has(dataset):
         LeRobotReader(dataset)
 
 
+@pytest.mark.parametrize(("left_out", "has"), [("images", ["proprio", "action"]), ("vectors", ["image.top"])])
+def test_a_set_of_pictures_or_of_vectors_alone_is_read(dataset, left_out, has):
+    vectors = ["observation.state", "action"]
+    names = vectors if left_out == "vectors" else ["observation.images.top", "observation.images.wrist"]
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    edit_info(dataset, features={name: f for name, f in info["features"].items() if name not in names})
+    edit_data(dataset, lambda t: t.drop_columns([name for name in names if name in t.column_names]))
+    reader = LeRobotReader(dataset)
+    assert set(has) <= set(reader[0].streams)
+    assert (bool(reader.cameras), bool(reader.vectors)) == (left_out == "vectors", left_out == "images")
+    assert bool(reader.embodiment().cameras) == bool(reader.cameras)
+
+
 def test_velocities_are_averaged_and_rates_that_do_not_divide_are_kept_to(dataset, written):
     fields = LeRobotReader(dataset).embodiment().to_dict() | {"action_form": "velocity"}
     fields["gripper"] = {"axis": "delta_y", "open": 0.5, "closed": 0.0}  # which no name would tell
@@ -415,20 +434,56 @@ def test_sizes_are_what_most_pictures_have_where_none_is_as_said(dataset):
     assert reader.notes == ["observation.images.wrist is 64 x 64, meta/info.json says 40 x 50"]
 
 
-@pytest.mark.parametrize(("video_hz", "expected"), [(20, 20), (10, 10)])
-def test_steady_timestamps_of_another_rate_decide_where_the_videos_agree(dataset, written, video_hz, expected):
+@pytest.mark.parametrize(
+    ("shape", "names", "said"),
+    [
+        ([64, 64, 3], ["height", "width", "channels"], None),
+        ([3, 64, 64], ["channels", "height", "width"], None),
+        ([4, 64, 64], ["channels", "height", "width"], None),
+        ([3, 64, 64], None, None),
+        ([64, 64, 4], None, None),
+        ([64, 64, 1], "rgb", None),
+        ([3, 40, 50], None, "40 x 50"),
+        ([40, 50, 3], None, "40 x 50"),
+        ([64, 64], None, "0 x 0"),
+        ([64, 64, 3, 1], None, "0 x 0"),
+        ("64x64", None, "0 x 0"),
+        (None, None, "0 x 0"),
+    ],
+)
+def test_the_size_that_is_said_of_a_picture_is_read_in_all_its_forms(dataset, shape, names, said):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"]["observation.images.wrist"] |= {"shape": shape, "names": names}
+    edit_info(dataset, features=info["features"])
+    reader = LeRobotReader(dataset)
+    assert reader.embodiment().cameras[1] == Camera(name="wrist", height=64, width=64)
+    wanted = [] if said is None else [f"observation.images.wrist is 64 x 64, meta/info.json says {said}"]
+    assert [note for note in reader.notes if "wrist is" in note] == wanted
+
+
+@pytest.mark.parametrize(
+    ("stamps_hz", "video_hz", "expected"), [(20, 20, 20), (20, 10, 10), (20, 15, 10), (12.5, 12.5, 12.5)]
+)
+def test_steady_timestamps_of_another_rate_decide_where_the_videos_agree(
+    dataset, written, stamps_hz, video_hz, expected
+):
     from mmseq.data.video import read_frames
     from mmseq.mp4 import encode_video
 
     video = next(dataset.rglob("*.mp4"))
     video.write_bytes(encode_video(read_frames(video), video_hz)[0])
-    stamps = np.concatenate([np.arange(len(e["action"])) for e in written[1]]).astype(np.float32) / 20
-    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    steps = [np.arange(len(e["action"])) for e in written[1]]
+    stamp = lambda times: edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(np.float32(times))))
+    stamps = np.concatenate(steps) / stamps_hz
+    stamp(stamps)
     reader = LeRobotReader(dataset)
-    assert reader.fps == reader[0].rate_hz == expected
-    assert any("says 10 steps per second, the timestamps 20" in note for note in reader.notes)
-    stamps[14] += 0.02  # no longer steady in one of them
-    edit_data(dataset, lambda t: replace_column(t, "timestamp", pa.array(stamps)))
+    assert reader.fps == reader[0].rate_hz == pytest.approx(expected)
+    (note,) = [note for note in reader.notes if f"says 10 steps per second, the timestamps {stamps_hz:g}" in note]
+    assert note.endswith(" and so do the videos, which decide") == (expected != 10)
+    stamps[14] += 0.4 / stamps_hz  # no longer steady in one of them
+    stamp(stamps)
+    assert LeRobotReader(dataset).fps == 10
+    stamp(np.concatenate([steps[0] / stamps_hz, steps[1] / (1.1 * stamps_hz), steps[2] / stamps_hz]))  # nor the same
     assert LeRobotReader(dataset).fps == 10
 
 
@@ -442,6 +497,16 @@ def test_an_outcome_that_nobody_knows_is_none(dataset, value, expected):
         known = lambda t: replace_column(t, "next.success", pa.array(["no"] * 12 + [text(value)] * 7 + ["yes"] * 15))
     edit_data(dataset, known)
     assert [e.success for e in LeRobotReader(dataset)] == [False, expected, True]
+
+
+def test_an_outcome_may_stand_in_the_list_of_episodes(dataset):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    info["features"].pop("next.success")
+    edit_info(dataset, features=info["features"])
+    edit_data(dataset, lambda t: t.drop_columns(["next.success"]))
+    file = next((dataset / "meta" / "episodes").rglob("*.parquet"))
+    pq.write_table(pq.read_table(file).append_column("success", pa.array([True, None, False])), file)
+    assert [episode.success for episode in LeRobotReader(dataset)] == [True, None, False]
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,24 @@
+import io
 import json
 import multiprocessing
 import pickle
 import subprocess
 import sys
+import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, encode_member
+from mmseq.data import shards
+from mmseq.data.shards import ShardReader, ShardWriter, decode_npy, encode_member, holds_shards
 from mmseq.errors import DataError, FingerprintError
 
 arrays = hnp.arrays(
@@ -112,6 +117,32 @@ def test_reading_from_threads_forks_and_pickles(directory):
     process.join()
 
 
+def test_a_shard_is_a_whole_tar(directory):
+    for path in directory.glob("*.tar"):
+        data = path.read_bytes()
+        assert len(data) % tarfile.BLOCKSIZE == 0
+        assert data.endswith(bytes(2 * tarfile.BLOCKSIZE))  # which ends one
+        with tarfile.open(path) as tar:
+            assert sum(member.size for member in tar) > 0
+
+
+def test_what_the_system_gives_in_pieces_is_put_together(directory, monkeypatch):
+    pread = shards.os.pread
+    monkeypatch.setattr(shards.os, "pread", lambda handle, size, offset: pread(handle, min(size, 7), offset))
+    reader = ShardReader(directory)
+    for i in range(10):
+        np.testing.assert_array_equal(reader.read(i)["tokens.npy"], np.arange(i * 3))
+
+
+def test_no_more_files_are_open_than_allowed(directory, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    reader, opened = ShardReader(directory), []
+    for i in (0, 4, 8, 0):
+        assert reader.read(i)["json"] == {"i": i}
+        opened.append(len(reader._handles))
+    assert opened == [1, 2, 2, 2]
+
+
 def test_one_member_without_the_others(directory):
     reader = ShardReader(directory)
     assert list(reader.read(-1, ["tokens.npy"])) == ["tokens.npy"]
@@ -151,9 +182,34 @@ def test_verify_names_a_changed_file(directory):
     reader.verify([0, 1])
     with pytest.raises(DataError, match=r"shard-000002\.tar, member 00000008\.json is corrupt"):
         reader.read(8)
+    shard.write_bytes(data[:513] + bytes([data[513] ^ 1]) + data[514:])
+    ShardReader(directory).verify()
     (directory / "embodiments/arm.json").write_text("{ }")
-    with pytest.raises(DataError, match=r"arm\.json is not what was written"):
+    for read in (ShardReader.verify, lambda reader: reader.read_file("embodiments/arm.json")):
+        with pytest.raises(DataError, match=r"arm\.json is not what was written"):
+            read(ShardReader(directory))
+    (directory / "embodiments/arm.json").unlink()
+    with pytest.raises(DataError, match=r"arm\.json is missing\. Restore"):
         ShardReader(directory).read_file("embodiments/arm.json")
+
+
+def test_a_manifest_cannot_point_to_a_file_outside(directory):
+    (directory.parent / "other.json").write_text("{}")
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {"../other.json": manifest["files"]["embodiments/arm.json"]}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"other\.json is missing"):
+        ShardReader(directory).read_file("../other.json")
+
+
+def test_a_folder_of_shards_has_a_manifest_and_an_index(directory, tmp_path):
+    assert holds_shards(directory)
+    for name in ("manifest.json", "index.parquet"):
+        other = tmp_path / name.replace(".", "_")
+        other.mkdir()
+        (other / name).write_bytes((directory / name).read_bytes())
+        assert not holds_shards(other)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +220,9 @@ def test_verify_names_a_changed_file(directory):
         (lambda m: m.update(samples=11), "index .* has 10 samples, the manifest 11"),
         (lambda m: m.pop("shards"), "incomplete"),
         (lambda m: m["shards"][0].update(name="../x.tar"), "incomplete"),
+        (lambda m: m["shards"][0].update(bytes="9"), "incomplete"),
+        (lambda m: m["shards"][0].update(sha256=9), "incomplete"),
+        (lambda m: m.update(kind=9), "incomplete"),
     ],
 )
 def test_a_wrong_manifest_is_refused(directory, change, message):
@@ -172,6 +231,47 @@ def test_a_wrong_manifest_is_refused(directory, change, message):
     change(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=message):
+        ShardReader(directory)
+
+
+def test_a_manifest_is_a_map(directory):
+    (directory / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match="not a manifest"):
+        ShardReader(directory)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "passes"),
+    [
+        ("shard", lambda shard, size: 2, True),
+        ("shard", lambda shard, size: 3, False),
+        ("shard", lambda shard, size: -1, False),
+        ("offsets", lambda at, size: 0, True),
+        ("offsets", lambda at, size: -1, False),
+        ("offsets", lambda at, size: at + size, False),
+        ("sizes", lambda at, size: size - at, True),
+        ("sizes", lambda at, size: size - at + 1, False),
+        ("sizes", lambda at, size: -1, False),
+    ],
+)
+def test_an_index_that_points_outside_its_shards_is_refused(directory, column, change, passes):
+    """Of the first member of the last sample, which shard 2 holds."""
+    path = directory / "index.parquet"
+    table = pq.read_table(path)
+    rows = table.column(column).to_pylist()
+    at, size = table.column("offsets").to_pylist()[-1][0], (directory / "shard-000002.tar").stat().st_size
+    if column == "shard":
+        rows[-1] = change(rows[-1], size)
+    else:
+        rows[-1][0] = change(at, size)
+    place = table.column_names.index(column)
+    pq.write_table(
+        table.set_column(place, table.schema.field(column), [pa.array(rows, table.schema.field(column).type)]), path
+    )
+    if passes:
+        assert len(ShardReader(directory)) == 10
+        return
+    with pytest.raises(DataError, match="points outside its shards"):
         ShardReader(directory)
 
 
@@ -212,6 +312,39 @@ def test_unusable_samples_are_refused(tmp_path, key, members, message):
         with pytest.raises(DataError, match=message):
             writer.add(key, members)
     assert len(ShardReader(tmp_path / "x")) == 1
+
+
+def test_names_may_be_so_long_and_no_longer(tmp_path):
+    with ShardWriter(tmp_path / "x", {"kind": "tokens"}) as writer:
+        writer.add("k" * 60, {"e" * 38: b"1"})
+        for key, extension in (("l" * 60, "e" * 39), ("l" * 59, "e" * 40)):
+            with pytest.raises(DataError, match="extension"):
+                writer.add(key, {extension: b"1"})
+    assert ShardReader(tmp_path / "x").read(0) == {"e" * 38: b"1"}
+
+
+@pytest.mark.parametrize("limit", [{"samples_per_shard": 0}, {"bytes_per_shard": 0}])
+def test_a_shard_of_nothing_is_refused(tmp_path, limit):
+    with pytest.raises(DataError, match="holds nothing"):
+        ShardWriter(tmp_path / "x", {"kind": "tokens"}, **limit)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_an_array_of_any_usual_version_is_read(version):
+    buffer, array = io.BytesIO(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.lib.format.write_array(buffer, array, version=version)
+    if version == (3, 0):  # which is of records with names beyond Latin 1
+        with pytest.raises(DataError, match="npy version"):
+            decode_npy(buffer.getvalue(), "member m")
+    else:
+        np.testing.assert_array_equal(decode_npy(buffer.getvalue(), "member m"), array)
+
+
+def test_sizes_below_zero_whose_product_fits_are_refused():
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (-2, -2, 1)})
+    with pytest.raises(DataError, match=r"says \(-2, -2, 1\) of float32"):
+        decode_npy(header.getvalue() + bytes(16), "member m")
 
 
 def test_an_array_cannot_claim_more_than_it_holds():
@@ -268,6 +401,10 @@ def test_an_existing_directory_is_replaced_only_when_told(directory, tmp_path):
         writer.add("new", {"json": {}})
         assert len(ShardReader(directory)) == 10
     assert ShardReader(directory).keys == ["new"]
+    (tmp_path / "empty").mkdir()
+    with ShardWriter(tmp_path / "empty", {"kind": "tokens"}) as writer:  # which loses nothing
+        writer.add("new", {"json": {}})
+    assert ShardReader(tmp_path / "empty").keys == ["new"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="holds no shards, so it is not replaced"):

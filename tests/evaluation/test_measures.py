@@ -56,6 +56,24 @@ def test_phrasings_of_one_task_are_joined_across_episodes():
     assert not plans.accepts(first, "push it")
 
 
+def test_the_own_text_of_an_episode_that_was_not_there_before_is_accepted():
+    known, new = named(0, ["open the door"], ["reach"]), named(1, ["stir the soup"], ["lift the spoon"])
+    assert Phrasings([known]).accepts(new, "Stir the soup.")
+    assert not Phrasings([known]).accepts(new, "open the door")
+    assert Phrasings([known], "plan").accepts(new, "lift the spoon")
+    assert not Phrasings([known], "plan").accepts(new, "reach")
+
+
+def test_answers_of_one_task_are_not_shared():
+    """They depend on the question, which the texts of the task do not say."""
+    first, second = named(0, ["open the door"]), named(1, ["open the door"])
+    first.spans = [TextSpan("answer", 0, 4, ("yes",))]
+    second.spans = [TextSpan("answer", 0, 4, ("no",))]
+    answers = Phrasings([first, second], "answer")
+    assert answers.accepts(first, "Yes")
+    assert not answers.accepts(first, "no")
+
+
 def test_texts_that_change_on_the_way_belong_to_their_steps():
     both = named(0, [])
     both.spans = [

@@ -10,7 +10,7 @@ from mmseq.episode import Episode
 from mmseq.errors import ConfigError, ModelError, TaskError
 from mmseq.inference import decoding
 from mmseq.inference.compiled import CompiledExtend
-from mmseq.inference.decoding import MAX_TEXT_TOKENS, Decoder, Request, _Run
+from mmseq.inference.decoding import MAX_TEMPERATURE, MAX_TEXT_TOKENS, MIN_TEMPERATURE, Decoder, Request, _Run
 from mmseq.inference.prefixes import Prefixes
 from mmseq.packing import collate
 from mmseq.tasks import Task
@@ -82,13 +82,16 @@ def decodes_as_it_forwards(arrow, bundle, episode, seen):
     model = tiny.model(bundle)
     task, builder = Task.parse(arrow), bundle.builder()
     tokens = EpisodeTokens(episode, bundle)
-    decoded = Decoder(model).decode(task, [Request(tokens, 4)])[0]
+    decoder = Decoder(model)
+    decoded = decoder.decode(task, [Request(tokens, 4)])[0]
     # the same sequence at once: what was given, and what was decoded where it was predicted
     left = list(decoded)
     original = builder.codes
     builder.codes = lambda segment, *rest: left.pop(0).codes if segment.predicted else original(segment, *rest)
     sequence = builder.build(task, tokens, 4)
     builder.codes = original
+    assert decoder.stats.passes == len(seen)  # one for each token
+    assert decoder.stats.tokens == len(sequence) - 2  # each once, and neither <eos> nor what stands before it
     before = builder.build(task, tokens, 6)
     may_copy = dict(zip(sequence.input.copy_at, sequence.input.copy_ids))
     with torch.inference_mode():
@@ -108,10 +111,30 @@ def test_a_temperature_that_cannot_be_is_refused(model, temperature):
         Decoder(model, temperature=temperature)
 
 
-@pytest.mark.parametrize("seed", [-1, 1 << 70])
+@pytest.mark.parametrize(("end", "beyond"), [(MIN_TEMPERATURE, 0.0), (MAX_TEMPERATURE, np.inf)])
+def test_the_ends_of_what_a_temperature_may_be(model, end, beyond):
+    assert Decoder(model, temperature=end).temperature == end
+    with pytest.raises(ConfigError, match="temperature is"):
+        Decoder(model, temperature=float(np.nextafter(end, beyond)))
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
 def test_a_seed_that_cannot_be_is_refused(model, seed):
     with pytest.raises(ConfigError, match="seed is"):
-        Decoder(model).decode(Task.parse("-> text"), [request(model, seed=seed)])
+        Decoder(model).decode(Task.parse("-> progress"), [request(model, seed=seed)])
+    Decoder(model).decode(Task.parse("-> progress"), [request(model, seed=(1 << 63) - 1)])
+
+
+def test_a_request_may_be_so_long_and_no_longer(model):
+    """In all, with what it predicts: a text counts as the longest that it may become."""
+    tokens = request(model).tokens
+    for arrow, text in (("text, image, proprio -> action[3]", 0), ("image -> text", MAX_TEXT_TOKENS)):
+        task, asked = Task.parse(arrow), [Request(tokens, 4)]
+        length = len(model.tokenizers.builder().build(task, tokens, 4))
+        length += text and text - len(tokens.codes("text", 4, 5))
+        assert Decoder(model, max_tokens=length).decode(task, asked)
+        with pytest.raises(TaskError, match=f"takes {length} tokens, at most {length - 1} are decoded at once"):
+            Decoder(model, max_tokens=length - 1).decode(task, asked)
 
 
 def test_the_best_code_is_the_median_bin_the_medoid_of_frames_and_else_the_likeliest(model):
@@ -227,6 +250,8 @@ def test_a_chunk_in_few_passes_has_the_logits_that_training_sees(model, passes, 
         sequence = builder.build(task, asked.tokens, 4, visible=done)
         with torch.inference_mode():
             hidden = model.hidden(collate([sequence], tokenizers.vocabulary))
+        if passes == 1:
+            assert decoder.stats.tokens == len(sequence) - 2  # no more masks than it needs
         at = sequence.target_at[done * 4 :][: len(found)]
         assert (found - hidden[at] @ rows.t()).abs().max() <= 1e-5
         done += len(found) // 4
@@ -304,6 +329,30 @@ def test_beginnings_that_were_not_used_for_long_are_forgotten(model):
     assert decoder.stats.tokens < fresh.stats.tokens
 
 
+@pytest.mark.parametrize(
+    ("how", "company"),
+    [({}, []), ({"passes": 2}, []), ({"passes": 3}, []), ({"speculate": True}, []), ({"speculate": True}, [0])],
+)
+def test_passes_have_the_same_shapes_whatever_is_committed_where_they_are_compiled(model, how, company):
+    """A shape of its own for each length of a prefix would be compiled anew in the middle of a motion."""
+    task, prefixes, shapes = Task.parse(POLICY), Prefixes(), []
+
+    def extend(x, *rest):
+        shapes[-1].append(x.shape[1])
+        return model.transformer.extend(x, *rest)
+
+    for now, committed in enumerate([0, 0, 1, 2, 3]):  # in the first of them the text is not known yet
+        shapes.append([])
+        asked = [request(model, now=now, prefix=np.full((n, 4), 9)) for n in (committed, *company)]
+        found = Decoder(model, prefixes=prefixes, extend=extend, **how).decode(task, asked)
+        for mine, theirs in zip(found, Decoder(model, **how).decode(task, asked), strict=True):
+            np.testing.assert_array_equal(mine[-1].codes, theirs[-1].codes)
+    first, later = {s[0] for s in shapes[1:]}, {n for s in shapes for n in s[1:]}
+    if how:
+        assert len(first) == 1
+    assert len(later) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"passes": 3}, {"speculate": True}])
 def test_compiled_passes_decode_the_same(model, how):
@@ -372,6 +421,7 @@ def test_without_masks_the_guess_is_that_the_committed_action_goes_on(model, mon
     middle = model.vocabulary.ranges["action"].size // 2
     assert set(asked[0][0]) == {middle}
     assert set(asked[0][1]) == {5}
+    assert [len(line) for line in asked[0]] == [15, 15]  # all at once: after the last one nothing is to be checked
 
 
 def test_guessing_is_for_the_best_chunk_only(model):

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseq.errors import ConfigError, DependencyError
+from mmseq.model import attention
 from mmseq.model.attention import BACKENDS, HALF_ONLY, attend, choose_backend, documents_of, why_not
 
-LENGTHS = [1, 5, 17, 16, 33, 2]
+LENGTHS = [1, 5, 17, 16, 33, 70, 2]
 
 
 def dense(q, k, v, lengths):
@@ -43,6 +44,40 @@ def test_it_is_a_dense_causal_softmax_in_each_document(backend, heads, groups):
         torch.autograd.grad((wanted * weight).sum(), (q, k, v)),
     ):
         assert (a - b).abs().max() <= 1e-9
+
+
+def test_documents_whose_padded_block_has_as_many_rows_as_they_have_tokens_are_cut_too():
+    """Two documents of 2 and 5 tokens: 7 tokens, in a block of 10 places."""
+    q, k, v = (x.detach()[:7] for x in inputs(4, 2))
+    assert (attend(q, k, v, documents_of([2, 5], "cpu")) - dense(q, k, v, [2, 5])).abs().max() <= 1e-10
+
+
+def test_each_backend_runs_what_it_is_named_after(monkeypatch):
+    called = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda *a, **k: called.append("sdpa") or sdpa(*a, **k)
+    )
+
+    def packed(name):
+        def kernel(q, k, v, bounds, key_bounds, longest, longest_key, **options):
+            """What the kernels are given, by the definition: cu_seqlens as int32, and the longest document."""
+            assert torch.equal(bounds, key_bounds)
+            assert bounds.dtype == torch.int32
+            assert longest == longest_key == max(LENGTHS)
+            called.append(name)
+            return dense(q, k, v, bounds.diff().tolist())
+
+        return kernel
+
+    monkeypatch.setattr(attention, "_flash_attention", lambda: packed("flash"))
+    monkeypatch.setattr(attention, "_varlen_attention", lambda: packed("varlen"))
+    q, k, v = (x.detach() for x in inputs(4, 2))
+    for backend, wanted in (("document", set()), ("sdpa", {"sdpa"}), ("flash", {"flash"}), ("varlen", {"varlen"})):
+        called.clear()
+        found = attend(q, k, v, documents_of(LENGTHS, "cpu"), backend)
+        assert (found - dense(q, k, v, LENGTHS)).abs().max() <= 1e-10
+        assert set(called) == wanted
 
 
 def run(backend, device="cpu", dtype=torch.float32):
@@ -102,9 +137,42 @@ def test_the_choice_says_why():
     assert choose_backend("cpu", "sdpa") == ("sdpa", "requested")
     with pytest.raises(ConfigError, match="Use auto or one of"):
         choose_backend("cpu", "xformers")
-    for name, what in (("flash", "the flash-attn package"), ("varlen", "a GPU of compute capability 8.0")):
-        with pytest.raises(DependencyError, match=f"the {name} attention backend needs .*{what}"):
+    for name, what in (
+        ("flash", "a GPU and the flash-attn package"),
+        ("varlen", "a GPU of compute capability 8.0 or later"),
+    ):
+        with pytest.raises(DependencyError, match=f"the {name} attention backend needs {what}"):
             choose_backend("cpu", name)
+
+
+def test_the_choice_on_a_gpu_is_what_is_installed_and_what_it_can_do(monkeypatch):
+    capability = lambda *of: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of)
+    flash = lambda kernel: monkeypatch.setattr(attention, "_flash_attention", lambda: kernel)
+    varlen = lambda kernel: monkeypatch.setattr(attention, "_varlen_attention", lambda: kernel)
+    capability(8, 0), flash(None), varlen(len)
+    assert choose_backend("cuda") == ("flex", "flash-attn is not installed; FlexAttention is part of torch")
+    assert [why_not(name, "cuda") for name in BACKENDS] == [None] * 3 + ["a GPU and the flash-attn package", None]
+    flash(len)
+    assert choose_backend("cuda") == ("flash", "flash-attn imports")
+    assert choose_backend("cuda", half=False) == ("flex", "flash-attn has no fp32")
+    assert choose_backend("cpu")[0] == "document"
+    assert [why_not(name, "cuda") for name in BACKENDS] == [None] * 5
+    assert why_not("flash", "cpu") == "a GPU and the flash-attn package"
+    capability(7, 5)
+    assert why_not("varlen", "cuda") == "a GPU of compute capability 8.0 or later"
+    varlen(None)
+    assert [why_not(name, "cuda") for name in BACKENDS] == [None] * 4 + ["torch 2.10 or later"]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_without_fp32_is_refused_where_it_is_needed(monkeypatch, name):
+    monkeypatch.setattr(attention, "why_not", lambda backend, device: None)
+    assert choose_backend("cuda", name) == (name, "requested")
+    if name in HALF_ONLY:
+        with pytest.raises(ConfigError, match=f"the {name} attention backend has no fp32"):
+            choose_backend("cuda", name, half=False)
+    else:
+        assert choose_backend("cuda", name, half=False) == (name, "requested")
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,6 +186,8 @@ def test_flex_blocks_are_those_of_the_whole_mask(lengths):
     dense = create_block_mask(lambda b, h, q, k: (q >= k) & (of[q] == of[k]), None, None, size, size, device="cpu")
     mask = documents.flex_mask
     assert torch.equal(mask.to_dense(), dense.to_dense())
+    for indices in (mask.kv_indices, mask.full_kv_indices):  # beyond those that count, too
+        assert ((indices >= 0) & (indices < -(-size // 128))).all()
 
     def whole(mask):
         pairs = zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0])

@@ -74,6 +74,17 @@ def test_loss_and_gradients_equal_the_masked_full_vocabulary(z_weight, copying):
     assert (mine[1][50:] == 0).all()
 
 
+@pytest.mark.parametrize(("columns", "times"), [(512, 1), (7, 6)])
+def test_a_tile_is_made_once_where_it_is_the_only_one(monkeypatch, columns, times):
+    monkeypatch.setattr(range_loss, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(range_loss, "TILE_COLUMNS", columns)
+    made, logits = [], range_loss._Tile.logits
+    monkeypatch.setattr(range_loss._Tile, "logits", lambda *given: made.append(1) or logits(*given))
+    hidden, weight, target, copies = arguments()
+    range_loss.range_loss(hidden, weight[:20], target, 1e-3, copies)
+    assert len(made) == times
+
+
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bf16_it_is_as_exact_as_its_factors(autocast):

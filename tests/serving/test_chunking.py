@@ -76,6 +76,13 @@ def test_the_ensemble_is_that_of_act():
         np.testing.assert_allclose(averaged[row], (weights / weights.sum()) @ np.array(said), atol=1e-6)
 
 
+def test_what_says_nothing_of_a_step_any_more_is_forgotten():
+    m = memory("ensemble")
+    for step, kept in ((0, 1), (7, 2), (8, 2), (15, 2), (30, 1)):
+        m.ensemble(step, rows(step))
+        assert len(m._predicted) == kept, step
+
+
 def test_forgetting_the_ensemble():
     m = memory("ensemble")
     m.ensemble(0, rows(0))
@@ -105,6 +112,9 @@ def test_a_turn_is_taken_out_of_an_observation():
     )
     assert (turn, rest) == (Turn(step=3, sent_at=1.5, delay=2, deadline_ms=9.0), {"prompt": "go"})
     assert take_turn({"prompt": "go"}) == (Turn(), {"prompt": "go"})
+    ends = {"step": (1 << 53) - 1, "executed": 0, "deadline_ms": 86_400_000, "delay": np.array(0), "chunking": "plain"}
+    assert take_turn(ends)[0] == Turn(**{**ends, "delay": 0})
+    assert take_turn({"step": 0, "reset": np.bool_(True)})[0] == Turn(step=0, reset=True)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +123,13 @@ def test_a_turn_is_taken_out_of_an_observation():
         ("step", -1),
         ("step", 1.5),
         ("step", True),
-        ("step", 1 << 60),
+        ("step", 1 << 53),
         ("step", np.zeros(2)),
         ("sent_at", float("nan")),
         ("sent_at", "now"),
         ("deadline_ms", 0),
         ("deadline_ms", float("inf")),
+        ("deadline_ms", 86_400_001),
         ("delay", -1),
         ("delay", [1]),
         ("reset", 1),

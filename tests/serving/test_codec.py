@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmseq.errors import ServeError
+from mmseq.errors import ConfigError, ServeError
 from mmseq.serving import codec
 
 # Written out by hand from the format: a map of five, an array, text, and one scalar of each kind.
@@ -270,3 +270,131 @@ def test_the_most_values_that_json_may_have():
 def test_the_last_character_of_all_is_one():
     value = np.array(["\U0010ffff"])
     np.testing.assert_array_equal(codec.unpack(codec.pack(value)), value)
+
+
+def nested(depth, empty):
+    """Lists and maps inside each other, `depth` of them, the innermost empty or of one number."""
+    value = [] if empty else [7]
+    for level in range(depth - 1):
+        value = [value] if level % 2 else {"k": value}
+    return value
+
+
+def within(limits, value) -> bool:
+    """Whether both forms of a message are within the limits: of one value both are, or neither."""
+    found = []
+    for encode, decode in ((codec.pack, codec.unpack), (codec.to_json, codec.from_json)):
+        try:
+            assert decode(encode(value), limits) == value
+            found.append(True)
+        except ServeError:
+            found.append(False)
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_message_may_be_so_deep_and_no_deeper(empty):
+    for depth in (1, 2, 5):
+        limits = codec.Limits(max_depth=depth)
+        assert within(limits, nested(depth, empty))
+        assert not within(limits, nested(depth + 1, empty))
+
+
+@pytest.mark.parametrize("encode", [codec.pack, codec.to_json])
+def test_a_message_may_be_so_long_and_no_longer(encode):
+    value = {"text": "x" * 40}
+    data, decode = encode(value), codec.unpack if encode is codec.pack else codec.from_json
+    assert decode(data, codec.Limits(max_message_bytes=len(data))) == value
+    with pytest.raises(ServeError, match=f"a message of {len(data)} bytes, the limit is {len(data) - 1}"):
+        decode(data, codec.Limits(max_message_bytes=len(data) - 1))
+
+
+def test_the_most_values_that_a_message_may_have():
+    """Itself, and those inside of it; a map has two for each key."""
+    for value, count in (([1, 2, 3], 4), ({"a": 1, "b": [2]}, 6), ([[], {}], 3)):
+        assert codec.unpack(codec.pack(value), codec.Limits(max_items=count)) == value
+        with pytest.raises(ServeError, match=f"over {count - 1} values"):
+            codec.unpack(codec.pack(value), codec.Limits(max_items=count - 1))
+
+
+def test_an_array_may_be_so_large_and_no_larger():
+    value = np.arange(6, dtype=np.float32)
+    assert codec.unpack(codec.pack(value), codec.Limits(max_array_bytes=24)).tolist() == value.tolist()
+    assert codec.from_json(codec.to_json(value), codec.Limits(max_array_bytes=24)).tolist() == value.tolist()
+    with pytest.raises(ServeError, match="23"):
+        codec.unpack(codec.pack(value), codec.Limits(max_array_bytes=23))
+    with pytest.raises(ServeError, match="over the limit of 23 bytes"):
+        codec.from_json(codec.to_json(value), codec.Limits(max_array_bytes=23))
+    deep = np.zeros((1,) * 8)
+    assert codec.unpack(codec.pack(deep)).shape == deep.shape
+    with pytest.raises(ServeError, match="an array of 9 axes, the limit is 8"):
+        codec.unpack(codec.pack(deep[None]))
+
+
+def test_a_limit_is_at_least_one():
+    assert codec.Limits(max_depth=1).max_depth == 1
+    with pytest.raises(ConfigError, match=r"limits.max_depth is 0"):
+        codec.Limits(max_depth=0)
+
+
+@pytest.mark.parametrize("number", [-33, -32, -1, 0, 127, 128, 255, 256, 65535, 65536, -128, -129, 2**32, -(2**63)])
+def test_whole_numbers_of_every_width_are_read(number):
+    assert codec.unpack(msgpack.packb([number, number])) == [number, number]
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 65535, 65536])
+def test_large_arrays_are_views_of_the_message_and_small_ones_and_texts_are_not(size):
+    value = np.arange(size, dtype=np.uint8)
+    data = codec.pack({"a": value, "data": "x" * size})
+    found = codec.unpack(data)
+    np.testing.assert_array_equal(found["a"], value)
+    assert found["data"] == "x" * size
+    assert np.shares_memory(found["a"], np.frombuffer(data, np.uint8)) == (size >= 4096)
+    assert not found["a"].flags.writeable
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_arrays_are_aligned_wherever_they_lie_in_a_message(shift):
+    value = np.arange(1000.0)
+    found = codec.unpack(codec.pack({"k" * shift: value}))["k" * shift]
+    np.testing.assert_array_equal(found, value)
+    assert found.flags.aligned
+    assert not found.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("point", "passes"), [(0xD7FF, True), (0xD800, False), (0xDFFF, False), (0xE000, True), (0x110000, False)]
+)
+def test_numbers_that_are_no_characters_are_refused(point, passes):
+    data = array(dtype="<U1", data=point.to_bytes(4, "little"), shape=[1])
+    if passes:
+        assert codec.unpack(data)["a"].tolist() == [chr(point)]
+        return
+    with pytest.raises(ServeError, match="no character"):
+        codec.unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"more": 1}, "a numpy scalar has the fields"),
+        ({"dtype": ...}, "a numpy scalar has the fields"),
+        ({"__npgeneric__": 1}, "a numpy scalar has the fields"),
+        ({"data": -1}, "cannot be '-1'"),
+        ({"data": 255}, None),
+        ({"data": 256}, "cannot be '256'"),
+        ({"data": True}, "cannot be 'True'"),
+        ({"dtype": "|i1", "data": -128}, None),
+        ({"dtype": "|i1", "data": -129}, "cannot be '-129'"),
+        ({"dtype": "|i1", "data": 128}, "cannot be '128'"),
+    ],
+)
+def test_a_scalar_is_a_number_of_its_type(change, words):
+    body = {"__npgeneric__": True, "data": 0, "dtype": "|u1"} | change
+    data = msgpack.packb({key.encode(): value for key, value in body.items() if value is not ...})
+    if words is None:
+        assert codec.unpack(data) == change["data"]
+        return
+    with pytest.raises(ServeError, match=words):
+        codec.unpack(data)

@@ -11,6 +11,7 @@ from mmseq.data.importing import square
 from mmseq.embodiment import Camera
 from mmseq.errors import ConfigError
 from mmseq.serving import Contract, ObservationRules, RequestError, example_observation
+from mmseq.serving import observation as observations
 from mmseq.serving.keys import check_aliases
 from mmseq.serving.observation import MAX_TEXT, check_given, check_image, check_observation
 
@@ -76,6 +77,9 @@ def test_a_valid_observation_passes_unchanged(observation, contract):
         ("prompt", 7, "wrong_type", "'prompt' is int"),
         ("promt", "hello", "unknown_key", "did you mean 'prompt'"),
         ("options", [1], "wrong_type", "map"),
+        ("options", "", "wrong_type", "map"),
+        ("options", {1: 2}, "wrong_type", "map with text keys"),
+        ("options", {"temperature": 1e6 + 1}, "out_of_range", "options.temperature"),
         ("options", {"temperature": float("nan")}, "out_of_range", "options.temperature"),
         ("options", {"temperature": -1}, "out_of_range", "options.temperature"),
         ("options", {"temperature": "hot"}, "out_of_range", "options.temperature"),
@@ -114,6 +118,14 @@ def test_the_ends_of_what_is_taken_are_taken(observation, contract):
     for seed in (0, (1 << 63) - 1):
         assert check({**observation, "options": {"seed": seed}}, contract)["options"] == {"seed": seed}
     assert refusal({**observation, "options": {"seed": 1 << 63}}, contract).key == "options"
+    for temperature in (0, 0.0, 1e6):
+        assert check({**observation, "options": {"temperature": temperature}}, contract)
+    slack = np.float32(1e-4) * np.float32(4)  # of the range, here -2 to 2
+    for end, beyond in ((np.float32(2) + slack, np.inf), (np.float32(-2) - slack, -np.inf)):
+        state = np.array([0, end, 0, 0], np.float32)
+        assert abs(check({**observation, "observation.state": state}, contract)["observation.state"][1]) == 2
+        state[1] = np.nextafter(end, np.float32(beyond))
+        assert refusal({**observation, "observation.state": state}, contract).code == "out_of_range"
 
 
 def test_a_whole_contract_is_compared_field_by_field(observation, contract, embodiment):
@@ -214,8 +226,9 @@ def test_further_vectors_of_a_robot_are_taken_and_checked(observation, contract,
     error = refusal({**example, "observation.force": [0, 9, 0, 0]}, feeling)
     assert (error.code, error.key) == ("out_of_range", "observation.force")
     assert refusal({**observation, "observation.force": [0] * 4}, contract).code == "unknown_key"
-    several = check_given({"observation.force": np.zeros((3, 4))}, feeling, ObservationRules())[0]
-    assert several["observation.force"].shape == (3, 4)
+    for shape in ((3, 4), (4,)):
+        found = check_given({"observation.force": np.zeros(shape)}, feeling, ObservationRules())[0]
+        assert found["observation.force"].shape == shape
 
 
 def test_a_camera_that_is_called_image_is_that_one(contract, embodiment, observation):
@@ -365,6 +378,29 @@ def test_of_a_stack_a_policy_that_looks_back_reads_the_last_frames(observation, 
     frames = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 24, 3), np.uint8)
     checked = check({**observation, "observation.images.front": frames}, contract)
     assert checked["observation.images.front"][:, 0, 0, 0].tolist() == [47, 48, 49]
+    one = check({**observation, "observation.images.front": frames[7]}, contract)["observation.images.front"]
+    np.testing.assert_array_equal(one, frames[7])  # the only one that it has seen
+
+
+@pytest.mark.parametrize("key", ["demo.images.front", "observation.images.front@-8"])
+def test_a_clip_may_have_so_many_frames_and_no_more(contract, monkeypatch, key):
+    monkeypatch.setattr(observations, "MAX_SHOWN", 3)
+    frames = np.zeros((4, 16, 24, 3), np.uint8)
+    assert check_given({key: frames[:3]}, contract, ObservationRules())[0][key].shape == (3, 16, 24, 3)
+    with pytest.raises(RequestError, match="has 4 frames, at most 3 are read") as caught:
+        check_given({key: frames}, contract, ObservationRules())
+    assert (caught.value.code, caught.value.key) == ("too_large", key)
+    assert check_given({"observation.images.front": frames}, contract, ObservationRules())[0]
+
+
+def test_what_was_done_is_read_as_far_as_a_policy_looks_back(observation, contract):
+    contract = dataclasses.replace(contract, history=3)
+    did = np.arange(20, dtype=np.float32).reshape(5, 4) / 10
+    checked = check({**observation, "past_actions": did}, contract)
+    np.testing.assert_array_equal(checked["past_actions"], did[-2:])
+    assert "past_actions" not in check({**observation, "past_actions": did[:0]}, contract)
+    far = check({**observation, "past_actions": did + 9}, contract)["past_actions"]
+    assert far.tolist() == [[2] * 4] * 2  # what was sent has been limited as well
 
 
 def test_a_stack_of_no_states_is_refused(observation, contract):

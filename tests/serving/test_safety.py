@@ -132,6 +132,32 @@ def test_an_answer_that_is_too_old(embodiment):
     SafetyGate(GateConfig()).stale(1e9)
 
 
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"tolerance": 0.0, "max_age_ms": 0.0}, True),
+        ({"tolerance": 0.1, "max_age_ms": 1e9}, True),
+        ({"tolerance": -0.01}, False),
+        ({"tolerance": 0.11}, False),
+        ({"max_age_ms": -1.0}, False),
+        ({"max_age_ms": float("inf")}, False),
+        ({"max_age_ms": float("nan")}, False),
+    ],
+)
+def test_a_gate_is_configured_with_what_can_be(options, passes):
+    if passes:
+        assert vars(GateConfig(**options)).items() >= options.items()
+        return
+    with pytest.raises(ConfigError, match=f"gate.{next(iter(options))} is"):
+        GateConfig(**options)
+
+
+def test_a_contract_that_is_served_anew_brings_its_own_limits(embodiment):
+    gate, wider = SafetyGate(GateConfig()), replace(embodiment.action, maximum=(9,) * 4)
+    for body, most in ((embodiment, 2), (replace(embodiment, action=wider), 5), (embodiment, 2)):
+        assert gate.check(chunk(5), body, horizon=8)[0][0, 0] == most
+
+
 def limited(embodiment, least, most, step=None):
     axes = replace(embodiment.action, minimum=(least,) * 4, maximum=(most,) * 4)
     return replace(embodiment, action=axes if step is None else replace(axes, max_step=(step,) * 4), grippers=())

@@ -1,6 +1,7 @@
 """Which request is answered next, with whom, and which is not answered at all."""
 
 import asyncio
+import re
 import threading
 import time
 
@@ -99,6 +100,30 @@ def test_nobody_waits_when_a_batch_is_full():
     assert run(scenario, batch_wait_ms=60_000, max_batch=3).batches == [["c", "d", "e"]]
 
 
+def test_nobody_waits_for_more_robots_than_there_are():
+    async def scenario(model):
+        model.gate.set()
+        model.scheduler.robots = 2
+        await asyncio.gather(*(model.ask(name).future for name in "ab"))
+
+    assert run(scenario, batch_wait_ms=60_000).batches == [["a", "b"]]
+
+
+def test_the_time_of_a_call_is_that_of_the_first_and_then_an_average():
+    async def scenario(model):
+        model.gate.set()
+        jobs = [model.ask("a"), model.ask("b"), model.ask("c")]
+        await asyncio.gather(*(job.future for job in jobs))
+        first, *others = [job.ended - job.begun for job in jobs]
+        wanted = first
+        for took in others:
+            wanted = 0.8 * wanted + 0.2 * took
+        assert model.scheduler.stats.batch_s == pytest.approx(wanted)
+        assert (model.scheduler.stats.batches, model.scheduler.stats.busy_since) == (3, None)
+
+    run(scenario, max_batch=1)
+
+
 def test_a_full_queue_says_busy_at_once_and_when_to_come_back():
     async def scenario(model):
         await model.first()
@@ -149,6 +174,7 @@ def test_a_deadline_that_passes_in_the_queue_is_told_when_it_passes():
         with pytest.raises(RequestError, match="deadline") as caught:
             await late.future
         assert caught.value.code == "late"
+        assert 29 <= int(re.search(r"after (\d+) ms in the queue", str(caught.value))[1]) < 1000
         assert time.monotonic() - begun < 1  # the model is still busy with the first
         model.gate.set()
         await first.future
@@ -156,12 +182,26 @@ def test_a_deadline_that_passes_in_the_queue_is_told_when_it_passes():
     assert run(scenario).batches == [["first"]]
 
 
-def test_what_was_cancelled_never_runs_and_does_not_pile_up():
+def test_a_deadline_that_passed_while_the_loop_was_busy_is_not_answered():
     async def scenario(model):
         first = await model.first()
+        late = model.ask("late", deadline_s=0.02)
+        model.gate.set()
+        time.sleep(0.1)  # the model is done and the deadline over before the loop sees either
+        with pytest.raises(RequestError, match="deadline"):
+            await late.future
+        await first.future
+
+    assert run(scenario).batches == [["first"]]
+
+
+def test_what_was_cancelled_never_runs_and_does_not_pile_up():
+    async def scenario(model):
+        first, sizes = await model.first(), set()
         for _ in range(500):  # a client that connects, asks and vanishes, over and over
             model.scheduler.cancel(model.ask("gone"))
-        assert len(model.scheduler._heap) <= 2 * 4 + 1
+            sizes.add(len(model.scheduler._heap))
+        assert max(sizes) == 2 * 4 + 1  # and it is not gone through for each of them
         kept = model.ask("kept")
         model.gate.set()
         await first.future

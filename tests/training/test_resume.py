@@ -4,15 +4,21 @@ import json
 import math
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmseq
 from mmseq import SequenceModel
 from mmseq.data.mixture import Mixture, load_mix
+from mmseq.errors import CheckpointError
+from mmseq.training import checkpoint
 from mmseq.training.config import TrainConfig
 from mmseq.training.engine import Objective
+from mmseq.training.fragments import Fragment
 from mmseq.training.validation import held_out_batches
 
 SINGLE = ["deepspeed.dtype=fp32", "deepspeed.zero_stage=0", "optimizer.kind=muon"]
@@ -134,6 +140,158 @@ def test_a_refused_or_damaged_resume_changes_nothing(trainer, single, tmp_path):
     assert done.codes == [2]
     assert "step_00000010 is damaged: rank_00000.safetensors" in done.output
     assert "Traceback" not in done.output
+
+
+RUN = {"step": 4, "steps": 10, "updates": 4, "asked": [10, 0.0], "data": {"block": 0, "row": 7}}
+
+
+def written_state(folder: Path, step: int = 4, **changes) -> Path:
+    """A checkpoint's folder with its state file alone. changes: in `run`, else of the file."""
+    stored = {"run": RUN | {"step": step}, "identity": {}, "format": checkpoint.FORMAT}
+    for key, value in changes.items():
+        (stored if key in stored else stored["run"])[key] = value
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / checkpoint.STATE_FILE).write_text(json.dumps(stored))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"updates": 0, "data": {"block": 0, "row": 0}}, None),
+        ({"steps": 2**62 - 1}, None),
+        ({"steps": 2**62}, "are .4, 4611686018427387904, 4, 0, 7"),
+        ({"updates": -1}, "step, steps, updates, block and row are"),
+        ({"updates": 2.0}, "step, steps, updates, block and row are"),
+        ({"data": {"block": "0", "row": 7}}, "step, steps, updates, block and row are"),
+        ({"identity": []}, "step, steps, updates, block and row are"),
+        ({"asked": [1]}, "not enough values"),
+        ({"other": 1}, "unexpected keyword"),
+        ({"run": RUN | {"step": 5}}, "it says step 5"),
+        ({"format": 1}, "written by another version"),
+    ],
+)
+def test_a_state_that_no_run_could_write_is_refused(tmp_path, changes, says):
+    path = written_state(tmp_path, **changes)
+    if says is None:
+        assert checkpoint.read_state(path).asked == (10, 0.0)
+    else:
+        with pytest.raises(CheckpointError, match=says):
+            checkpoint.read_state(path)
+
+
+def test_what_differs_from_another_run_is_told_in_full_while_it_is_short(tmp_path):
+    there = {"seed": 0, "recipe": "a" * 80, "mix": "b" * 81, "model": "short", "same": 1}
+    path = written_state(tmp_path, identity=there)
+    here = {"seed": 7, "recipe": "c", "mix": "d", "model": "e" * 81, "same": 1}
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.require_same(path, here)
+    told = f"(seed: 0 there, 7 here; recipe: {'a' * 80} there, c here; the mix differs; the model differs)"
+    assert told in str(refused.value)
+    assert checkpoint.require_same(path, there).step == 4
+
+
+def test_only_the_newest_checkpoints_and_milestones_are_kept(tmp_path):
+    for step in (5, 10, 15, 20, 25, 30):
+        written_state(tmp_path, step)
+    (tmp_path / "step_00000007").mkdir()  # its rotation was interrupted
+    for other in ("notes", "step_00000035.partial"):
+        written_state(tmp_path / "of another").rename(tmp_path / other)
+    (tmp_path / "of another").rmdir()
+    left = lambda: sorted(p.name for p in tmp_path.iterdir())
+    complete = lambda: [int(p.name.removeprefix("step_")) for p in checkpoint.complete_checkpoints(tmp_path)]
+    assert complete() == [5, 10, 15, 20, 25, 30]
+    checkpoint._rotate(tmp_path, 2, 10)
+    assert complete() == [10, 20, 25, 30]
+    checkpoint._rotate(tmp_path, 1, 0)
+    assert left() == ["notes", "step_00000030", "step_00000035.partial"]
+    assert checkpoint.complete_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_that_another_node_wrote_may_appear_late(alone, monkeypatch, tmp_path):
+    late, began = tmp_path / "step_00000004", time.monotonic()
+    monkeypatch.setattr(checkpoint, "LATE_S", 20)
+    monkeypatch.setattr(checkpoint, "complete_checkpoints", lambda folder: [late])  # as rank 0 of another node sees it
+    timer = threading.Timer(0.1, written_state, [tmp_path])
+    timer.start()
+    assert checkpoint.newest(tmp_path) == late
+    timer.join()
+    assert checkpoint.newest(tmp_path) == late
+    assert time.monotonic() - began < 10  # what is there is not waited for
+    shutil.rmtree(late)
+    monkeypatch.setattr(checkpoint, "LATE_S", 0.1)
+    with pytest.raises(CheckpointError, match="not every rank sees"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize(("error", "says"), [(OSError("the disk is full"), "the disk is full"), (OSError(), "OSError")])
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_says_why(alone, monkeypatch, tmp_path, error, says):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "local_fragments", broken)
+    state = checkpoint.RunState(step=5)
+    for newest in ("there is no earlier checkpoint", "it goes on from .*step_00000004"):
+        with pytest.raises(CheckpointError, match=rf"step_00000005 could not be written: {says}\..*{newest}"):
+            checkpoint.save(None, torch.nn.Linear(1, 1), state, tmp_path / "run", identity={}, keep=1)
+        assert not list((tmp_path / "run").glob("*.partial"))
+        if not list((tmp_path / "run").iterdir()):
+            written_state(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step_00000004"]
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """A checkpoint of two ranks: a parameter `w` of 2 x 5 elements in pieces of 6 and 4, and its moving average."""
+    folder, values = tmp_path / "step_00000004", torch.arange(10.0)
+    folder.mkdir()
+    for rank, (start, stop) in enumerate(((0, 6), (6, 10))):
+        part = {"weight": values[start:stop], "average": values[start:stop] + 100}
+        path = folder / f"rank_{rank:05d}.safetensors"
+        checkpoint._write_fragments(path, [Fragment("w", start, stop - start, part)])
+    paths = sorted(folder.iterdir())
+    sums = {path.name: checkpoint._sha256(path) for path in paths}
+    index = checkpoint._index(paths, {"w": [2, 5]})
+    (folder / checkpoint.STATE_FILE).write_text(json.dumps({"sha256": sums, **index}))
+    return folder
+
+
+def test_any_piece_of_a_parameter_is_read_whatever_ranks_wrote_it(stored):
+    tensors, values = checkpoint.StoredTensors(stored), torch.arange(10.0)
+    for start in range(10):
+        for length in range(10 - start + 1):
+            assert torch.equal(tensors.piece("w", "weight", start, length), values[start : start + length])
+    assert torch.equal(dict(tensors.weights())["w"], values.view(2, 5))
+    assert torch.equal(dict(tensors.weights(averaged=True))["w"], values.view(2, 5) + 100)
+    with pytest.raises(CheckpointError, match="w weight has 2 of 3 elements"):
+        tensors.piece("w", "weight", 8, 3)
+    tensors._fragments["w"] = [[0, 4, 0], [6, 4, 1]]  # a hole
+    with pytest.raises(CheckpointError, match="w weight has 4 of 10 elements"):
+        tensors.whole("w")
+
+
+def test_a_file_that_was_changed_is_noticed_by_the_rank_that_is_to_read_it(stored):
+    checkpoint.StoredTensors(stored).verify(0, 1)
+    path = stored / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    tensors = checkpoint.StoredTensors(stored)
+    tensors.verify(0, 2)
+    for part, parts in ((1, 2), (0, 1)):
+        with pytest.raises(CheckpointError, match=r"rank_00001.safetensors is not what was written"):
+            tensors.verify(part, parts)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00001.safetensors is missing or does not have its \d+ bytes"):
+        checkpoint.StoredTensors(stored)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from itertools import product
 
 import psutil
 import pytest
+import torch
 
-from mmseq.training.checkpoint import complete_checkpoints
+from mmseq.training.checkpoint import RunState, complete_checkpoints
 from mmseq.training.distributed import EXIT_PREEMPTED
+from mmseq.training.stability import WINDOW, clip_gradients, record, why_skip
 from support.faults import KillAt, NotFinite, SmallDisk
 from support.ranks import run_ranks, wait_for
 
@@ -35,6 +37,39 @@ NOT_FINITE = [
 def same_as(whole, out, losses) -> None:
     assert losses(out) == losses(whole)
     assert (out / "checkpoint/model.safetensors").read_bytes() == (whole / "checkpoint/model.safetensors").read_bytes()
+
+
+def test_a_spike_is_six_deviations_above_the_last_losses():
+    state = RunState()
+    for step in range(WINDOW):
+        assert why_skip(99.0, state) is None  # of too few
+        record(1.0 if step % 2 else 3.0, state, applied=True)
+    assert [why_skip(loss, state) for loss in (2.0, 7.99, 8.0, 8.01)] == [None, None, None, "spike"]
+    assert [why_skip(loss, state) for loss in (float("nan"), float("inf"))] == ["loss", "loss"]
+    record(float("nan"), state, applied=False)
+    record(50.0, state, applied=False)
+    assert (state.updates, state.skipped, state.skipped_in_a_row) == (WINDOW, 2, 2)
+    assert state.recent_losses[-2:] == [3.0 if WINDOW % 2 else 1.0, 50.0]  # what is no number says nothing
+    record(2.0, state, applied=True)
+    assert (state.skipped_in_a_row, len(state.recent_losses)) == (0, WINDOW)
+    same = RunState(recent_losses=[2.0] * WINDOW)
+    assert [why_skip(loss, same) for loss in (2.0, 2.01)] == [None, "spike"]
+
+
+def test_gradients_are_scaled_to_the_limit_and_no_further():
+    def clipped(values, limit):
+        gradients = [torch.tensor(values[:1]), torch.tensor(values[1:])]
+        norm = clip_gradients(gradients, limit)
+        return norm, torch.cat(gradients).tolist()
+
+    assert clipped([3.0, 4.0], 1.0) == (5.0, pytest.approx([0.6, 0.8], rel=1e-5))
+    for limit in (0.0, 5.1):  # 0: any norm
+        assert clipped([3.0, 4.0], limit) == (5.0, [3.0, 4.0])
+    norm, tiny = clipped([3e-8, 4e-8], 1.0)
+    assert (norm, tiny) == (pytest.approx(5e-8), pytest.approx([3e-8, 4e-8]))
+    norm, left = clipped([float("inf"), 4.0], 1.0)
+    assert (norm, left) == (float("inf"), [float("inf"), 4.0])  # such a step is skipped
+    assert clip_gradients([], 1.0) == 0.0
 
 
 @pytest.mark.parametrize("count", [2, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 7, 20))])
