@@ -334,7 +334,7 @@ class _Run:
                 taken = min(n, kept + 1)  # the first that was wrong is put right
                 chosen[b].extend(true[b, :taken])
                 row.draft.write(true[b, :taken])
-                row.position += min(kept, ahead)  # these lie in the cache already
+                row.position += min(kept, ahead, max(rest[b] - 1, 0))  # these lie in the cache already
                 guess[b, :n] = true[b, :n]
                 guess[b] = np.roll(guess[b], -taken)
                 rest[b] -= taken
