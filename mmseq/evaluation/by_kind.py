@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmseq.episode import IMAGE_PREFIX, Episode
-from mmseq.evaluation.cases import Case, groups, keys_of, last_seen
+from mmseq.evaluation.cases import Case, groups, keys_of, last_seen, readable
 from mmseq.evaluation.measures import Phrasings, action_error, mean_action, median_action
 from mmseq.evaluation.reader import STATE, Readers, found
 from mmseq.evaluation.results import Result, bootstrap, rank_correlation, wilson
@@ -61,8 +61,8 @@ class Measured:
 class Measures:
     """Results, and what the report shows of them (`media`, see `evaluate_generation`).
 
-    train: episodes for the baselines. everything: all episodes, for the phrasings that mean the same. reader_steps: of
-    training the readers of predicted pictures; 0 reads nothing.
+    train: episodes for the baselines and the readers. everything: all episodes, for the phrasings that mean the same.
+    reader_steps: of training the readers of predicted pictures; 0 reads nothing.
     """
 
     def __init__(
@@ -83,8 +83,11 @@ class Measures:
         self._phrasings: dict[str, Phrasings] = {}
         self._constants: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self._backgrounds: dict[tuple[str, str], np.ndarray] = {}
-        robots = {e.name: e for e in self.tokenizers.embodiments.values()}
-        self._readers = Readers(self.train, robots, self._fit, steps=reader_steps, seed=seed) if reader_steps else None
+        self._readers = None
+        if reader_steps:
+            taught = [tokens.episode for tokens in readable(self.train, self.tokenizers)[0]]
+            robots = self.tokenizers.embodiments
+            self._readers = Readers(taught, robots, self._fit, steps=reader_steps, seed=seed)
 
     def stream(self, of: Measured) -> None:
         """Measure a predicted stream by its kind."""

@@ -76,7 +76,7 @@ def evaluate_generation(
     """Results, and what the report shows of them.
 
     episodes: of robots, videos: of people, both held out. arrows: name -> task. train_episodes: robot and human,
-    for the baselines alone. samples: per task; tasks that decode many tokens get fewer, but at least 8.
+    for the baselines and the readers alone. samples: per task; tasks that decode many tokens get fewer, but at least 8.
     reader_steps: of training a network that reads the robot's state off pictures (`reader.py`); 0 leaves that out.
     on_progress: called with (what is done next, parts done, parts in all).
 

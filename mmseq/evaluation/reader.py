@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from mmseq.labelling.network import LabellerNetwork
 from mmseq.labelling.training import PREDICTED, LabellerConfig, teach
 
 STEPS = 500  # of a reader's training
-MOST_FRAMES = 50_000  # of its training episodes, about
+MOST_BYTES = 1 << 30  # of frames that a reader is taught with: 87,000 of 64 x 64, more than its training draws
 _, STATE = PREDICTED  # the stream that is read
 WITHIN = 0.1  # of each axis's range: a state that is read so near to the true one is found
 
@@ -26,7 +27,8 @@ WITHIN = 0.1  # of each axis's range: a state that is read so near to the true o
 class Readers:
     """A reader for each robot and camera, taught when it is first asked for.
 
-    episodes: for training. fit: brings frames to the size of predicted ones.
+    episodes: for training; their vectors must lie within the robots' limits. fit: brings frames, uint8 (N, H, W, 3), to
+    the size of predicted ones.
     """
 
     def __init__(
@@ -54,13 +56,25 @@ class Readers:
         able = [e for e in self._episodes if e.embodiment == robot and all(part in e for part in (name, *PREDICTED))]
         if not able:
             return None
-        every = -(-sum(map(len, able)) // MOST_FRAMES)
-        able = able[::every]
-        fitted = [
-            replace(e, streams={**e.streams, name: replace(e.streams[name], values=self._fit(e[name]))}) for e in able
-        ]
-        with torch.enable_grad():
-            return teach(fitted, camera, self._robots[robot], self._config)
+        contract = self._robots[robot]
+        if any(part not in contract.vectors for part in PREDICTED):
+            return None
+        picture = self._fit(_frames(able[0], name)[:1])
+        every = -(-sum(map(len, able)) * picture.nbytes // MOST_BYTES)
+        chosen = [self._every(every, e, name) for e in able]
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # whoever evaluates keeps the generator's state
+            return teach(chosen, camera, contract, self._config)
+
+    def _every(self, every: int, episode: Episode, name: str) -> Episode:
+        """Each step of an episode whose number `every` divides, with what a reader is taught with."""
+        arrays: dict[str, Any] = {part: episode[part][::every] for part in PREDICTED}
+        arrays[name] = self._fit(_frames(episode, name)[::every])
+        return Episode.from_arrays(episode.id, episode.rate_hz / every, arrays, embodiment=episode.embodiment)
+
+
+def _frames(episode: Episode, name: str) -> np.ndarray:
+    """Frames uint8 (steps, H, W, 3) that the episode does not keep: all of a dataset's do not fit into memory."""
+    return replace(episode.streams[name]).load()
 
 
 def found(true: np.ndarray, read: np.ndarray, axes: Axes) -> bool:

@@ -130,6 +130,23 @@ def test_predicted_pictures_are_read_back():
     assert not [r for r in without if "state" in r.name]
 
 
+def test_training_episodes_outside_of_the_limits_teach_no_reader():
+    """A dataset's wild values are left out of training, and must not end the evaluation of what was trained."""
+    wild = tiny.episode(3, 10)
+    wild["proprio"][2, 0] = 50.0
+    both = []
+    for train in ([tiny.episode(2, 10), wild], [tiny.episode(2, 10)]):
+        results, _ = evaluate_generation(
+            *(tiny.model(), [tiny.episode(0, 10)], [], {"forward_dynamics": "image, action[4] -> image@+4"}),
+            train_episodes=train,
+            samples=4,
+            reader_steps=2,
+        )
+        both.append({r.name: (r.value, r.baseline_value) for r in results if "state" in r.name})
+    assert both[0] == both[1]
+    assert len(both[0]) == 6
+
+
 def test_action_baselines_by_hand():
     episodes = [tiny.episode(seed, 10) for seed in (0, 1)]
     train = [tiny.episode(seed, 10) for seed in (2, 3)]

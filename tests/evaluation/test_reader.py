@@ -1,7 +1,11 @@
 """Reading the robot's state off pictures: near in true ones, and a robot that is not there is not found."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import Episode
@@ -61,14 +65,42 @@ def test_nothing_is_read_of_what_no_training_episode_shows(readers):
         assert blind.of("dot", "front") is None
 
 
-def test_a_reader_is_taught_once_and_of_so_many_frames(monkeypatch):
+def test_a_robot_whose_contract_has_no_state_is_not_read():
+    stateless = replace(ROBOT, proprio=None)
+    assert Readers(episodes(2, 0), {"dot": stateless}, lambda frames: frames, steps=1).of("dot", "front") is None
+
+
+def test_a_reader_is_taught_once_by_no_more_frames_than_fit_into_memory(monkeypatch):
     taught = []
-    monkeypatch.setattr(module, "teach", lambda chosen, *_: taught.append(len(chosen)))
-    monkeypatch.setattr(module, "MOST_FRAMES", 100)  # of 200
-    some = Readers(episodes(10, 0), {"dot": ROBOT}, lambda frames: frames, steps=1)
+    monkeypatch.setattr(module, "teach", lambda chosen, *_: taught.append(chosen))
+    monkeypatch.setattr(module, "MOST_BYTES", 100 * 8 * 8 * 3)  # of 200 frames
+    decoded = []
+
+    def decode(frames):
+        decoded.append(len(frames))
+        return frames
+
+    some = episodes(10, 0)
+    for episode in some:
+        stream = episode.streams["image.front"]
+        stream.values = partial(decode, stream.values)
+    readers = Readers(some, {"dot": ROBOT}, lambda frames: frames[:, ::2, ::2], steps=1)
     for _ in range(2):
-        assert some.of("dot", "front") is None
-    assert taught == [5]
+        assert readers.of("dot", "front") is None
+    (chosen,) = taught
+    assert [len(e) for e in chosen] == [10] * 10
+    for whole, part in zip(some, chosen, strict=True):
+        np.testing.assert_array_equal(part["proprio"], whole["proprio"][::2])
+        np.testing.assert_array_equal(part["image.front"], pictures(whole["proprio"])[::2, ::2, ::2])
+        assert callable(whole.streams["image.front"].values)  # frames are not kept
+
+
+def test_teaching_a_reader_leaves_the_random_numbers_of_others_alone(readers):
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    assert Readers(episodes(2, 0), {"dot": ROBOT}, lambda frames: frames, steps=1).of("dot", "front") is not None
+    assert torch.rand(1) == wanted
 
 
 @pytest.mark.parametrize(("off", "near"), [(0.0999, True), (0.1001, False)])
