@@ -145,6 +145,19 @@ def test_taught_tasks_can_be_filmed_too(tmp_path):
     assert len(list(open_source(Recorder(alone, 0, lambda _: None).data("V0", 2).video))) == 2
 
 
+def test_as_many_videos_of_taught_tasks_are_other_videos(tmp_path, monkeypatch):
+    """In one folder, video without the taught tasks is not taken for video with them."""
+    monkeypatch.setattr(Recorder, "_write", lambda *_: None)
+    monkeypatch.setattr(Recorder, "_film", lambda *_: [])
+    monkeypatch.setattr(Recorder, "_demonstrations", lambda *_: [])
+    monkeypatch.setattr("mmseq.evaluation.lfv.record.record_play", lambda *_, **__: [])
+    named = lambda **changed: Recorder(Config(out=str(tmp_path), **SMALL | changed), 0).data("V0", 2).video.name
+    assert named() == "V0-3"
+    assert named(videos_taught=2) == "V0-2-3"
+    assert named(videos_taught=3) == "V0-3-3"
+    assert named(videos_taught=2, video_tasks=[]) == "V0-2"
+
+
 def test_the_published_tasks_are_driven_as_published():
     config = MW7()
     config.check()

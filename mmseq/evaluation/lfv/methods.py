@@ -14,7 +14,6 @@ the same tokenizers, for as many steps of as many tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -158,11 +157,12 @@ class Tracked(Labelled):
         if not (out / SETTINGS).is_file():
             self.say(f"training {out.name}")
             robot = [path for path in (data.robot, data.play) if path is not None]
-            known = chain.from_iterable(open_source(path, AS_IT_IS) for path in robot)
+            known = (episode for path in robot for episode in open_source(path, AS_IT_IS))
             retargeting = Retargeting.fit(known, data.contract)
             taught = [retargeting.retargeted(e) for e in open_source(data.poses, AS_IT_IS)]
             config = LabellerConfig(steps=self.config.labeller_steps, seed=seed)
-            teach(taught, data.contract.cameras[0].name, data.contract, config).save(out, {"sources": str(data.poses)})
+            tracker = teach(taught, data.contract.cameras[0].name, data.contract, config)
+            tracker.save(out, {"taught": len(taught), "sources": [str(data.poses)]})
         return out
 
 

@@ -3,8 +3,8 @@
     data = Recorder(config, seed=0).data("V0", demonstrations=50)
     data.robot, data.play, data.video, data.truth, data.poses
 
-`truth` is the video with the actions and states that it was made with: for ceilings alone. `poses` is undirected play of
-whoever is in the video, filmed as it is, with where the hand was and no actions: what a hand tracker is taught with.
+`truth` is the video with the actions and states that it was made with: for ceilings alone. `poses` is undirected play
+of whoever is in the video, filmed as it is, with where the hand was and no actions: what a hand tracker is taught with.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mmseq.simulation.play import record_play
 from mmseq.simulation.record import RecordedEpisode, record_episodes
 
 EXPERTS: dict[str, Any] = {"gain": 0.5, "noise": 0.5}  # as in the demo: gentler than Meta-World's own
-VIDEO_SEED, PLAY_SEED, POSES_SEED = 1000, 2000, 3000  # apart from the robot's: nobody filmed the layouts that it was taught in
+# apart from the robot's: nobody filmed the layouts that it was taught in
+VIDEO_SEED, PLAY_SEED, POSES_SEED = 1000, 2000, 3000
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a method may learn from: folders of episode shards, by name. truth: None where the video's speed was changed,
-    so that what was done is not what is seen."""
+    """What a method may learn from: folders of episode shards, by name; None where there is none (`there_is`)."""
 
     robot: Path
     play: Path | None
@@ -70,7 +70,8 @@ class Recorder:
         )
         if not config.filmed:
             return Data(taught, play or None, None, None, None, self.contract)
-        name = "-".join([rung, *(str(count) for count in dict.fromkeys(config.filmed.values()))])
+        counts = (config.videos_taught, config.videos if config.video_tasks else 0)
+        name = "-".join([rung, *(str(count) for count in counts if count)])
         filmed, truth = folder / name, folder / f"{name}-true"
         if not holds_shards(filmed):
             episodes = list(self._film(rung))
@@ -81,7 +82,8 @@ class Recorder:
         return Data(taught, play or None, filmed, known, poses or None, self.contract)
 
     def _poses(self, folder: Path, rung: str) -> Path:
-        scene, config = LADDER[rung].scene, self.config
+        scene: dict[str, Any] = LADDER[rung].scene
+        config = self.config
         path = folder / f"poses{config.play}-{'-'.join(scene.values())}"  # rungs that are filmed alike share them
         if not holds_shards(path):
             seed = self.seed + POSES_SEED
