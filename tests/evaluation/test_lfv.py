@@ -86,9 +86,14 @@ def test_a_manifest_is_the_same_on_every_machine():
         ({"seeds": [0, 0]}, r"seeds names something twice: \[0, 0\]"),
         ({"execute": 3}, "execute is 3"),
         ({"robot_tasks": ["door-opne"]}, "did you mean 'door-open'"),
-        ({"methods": ["true_labels"], "video": ["V5"]}, "true_labels-d50-V5-s0: there is no truth"),
-        ({"methods": ["tracked"], "play": 0}, "there is no poses"),
-        ({"methods": ["labelled"], "video_tasks": []}, "there is no video"),
+        (
+            {"methods": ["true_labels"], "video": ["V5"]},
+            "true_labels-d50-V5-s0: there is no truth.*V0, V1, V2, V3, V4, V6",
+        ),
+        ({"methods": ["true_labels"], "video_tasks": []}, "no truth.*Give video_tasks or videos_taught, or"),
+        ({"methods": ["tracked"], "play": 0}, "there is no poses.*Give play, or compare"),
+        ({"methods": ["tracked"], "play": 0, "video_tasks": []}, "no video and no poses.*videos_taught and give play"),
+        ({"methods": ["labelled"], "video_tasks": []}, "there is no video.*Give video_tasks or videos_taught"),
         ({"demonstrations": [0]}, r"demonstrations \[0\]"),
         ({"videos_taught": -1}, "videos_taught -1"),
         ({"spread": 0.0}, "spread is 0"),
@@ -145,12 +150,19 @@ def test_taught_tasks_can_be_filmed_too(tmp_path):
     assert len(list(open_source(Recorder(alone, 0, lambda _: None).data("V0", 2).video))) == 2
 
 
-def test_as_many_videos_of_taught_tasks_are_other_videos(tmp_path, monkeypatch):
-    """In one folder, video without the taught tasks is not taken for video with them."""
-    monkeypatch.setattr(Recorder, "_write", lambda *_: None)
+def record_nothing(monkeypatch) -> list:
+    """Where episodes would have been written."""
+    written = []
+    monkeypatch.setattr(Recorder, "_write", lambda self, path, *_: written.append(path))
     monkeypatch.setattr(Recorder, "_film", lambda *_: [])
     monkeypatch.setattr(Recorder, "_demonstrations", lambda *_: [])
     monkeypatch.setattr("mmseq.evaluation.lfv.record.record_play", lambda *_, **__: [])
+    return written
+
+
+def test_as_many_videos_of_taught_tasks_are_other_videos(tmp_path, monkeypatch):
+    """In one folder, video without the taught tasks is not taken for video with them."""
+    record_nothing(monkeypatch)
     named = lambda **changed: Recorder(Config(out=str(tmp_path), **SMALL | changed), 0).data("V0", 2).video.name
     assert named() == "V0-3"
     assert named(videos_taught=2) == "V0-2-3"
@@ -166,6 +178,8 @@ def test_the_published_tasks_are_driven_as_published():
     assert config.filmed == dict.fromkeys(MW7_TASKS, 50)
     assert {one.options for one in layouts(config, ["door-open"], "plain")} == {(("shift", "plain"), ("spread", 1.0))}
     assert config.published["AVDC"] == 0.589
+    assert not MW7(robot_tasks=["door-open"]).published  # theirs are means over all seven
+    assert MW7(robot_tasks=sorted(MW7_TASKS)).published
 
 
 def test_speed_failures_and_wrong_words(tmp_path):
@@ -285,11 +299,7 @@ class Still:
 def test_what_was_made_of_another_configuration_is_not_used(tmp_path, monkeypatch):
     """Other tasks of the same number, other steps: neither data nor checkpoints are those of another run."""
     plugins.register("methods", "still", Still)
-    made, said = [], []
-    monkeypatch.setattr(Recorder, "_write", lambda self, path, *_: made.append(path))
-    monkeypatch.setattr(Recorder, "_film", lambda self, rung: [])
-    monkeypatch.setattr(Recorder, "_demonstrations", lambda self, *_: [])
-    monkeypatch.setattr("mmseq.evaluation.lfv.record.record_play", lambda *_, **__: [])
+    made, said = record_nothing(monkeypatch), []
     monkeypatch.setattr(lfv, "drive", lambda *_, **__: [])
     small = Config(**SMALL, out=str(tmp_path), methods=["still"], video=["V0", "V5"], floors=[])
     run = lambda config: lfv.run(config, said.append)
@@ -302,6 +312,28 @@ def test_what_was_made_of_another_configuration_is_not_used(tmp_path, monkeypatc
     trained = [path.name for path in (tmp_path / "trained").iterdir()]
     assert len(trained) == 3
     assert all(name.startswith("still-d2-V0-s0-") for name in trained)
+
+
+@pytest.mark.parametrize(("needs", "there"), [((), False), (("robot", "video", "contract"), False), (("poses",), True)])
+def test_poses_are_recorded_for_those_that_need_them(tmp_path, monkeypatch, needs, there):
+    written = record_nothing(monkeypatch)
+    monkeypatch.setitem(plugins._registered["methods"], "learner", type("Learner", (Still,), {"needs": needs}))
+    monkeypatch.setattr(lfv, "drive", lambda *_, **__: [])
+    monkeypatch.setattr(lfv, "write_page", lambda *_: None)
+    lfv.run(Config(**SMALL, out=str(tmp_path), methods=["learner"], floors=[]), lambda _: None)
+    assert [path.name for path in written] == [
+        "robot2",
+        "play2",
+        "V0-3-true",
+        "V0-3",
+        *["poses2-robot-front-plain"] * there,
+    ]
+
+
+def test_a_method_that_needs_what_never_is_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(plugins._registered["methods"], "dreamer", type("Dreamer", (Still,), {"needs": ("vidoe",)}))
+    with pytest.raises(ConfigError, match="methods: 'dreamer' needs 'vidoe': did you mean 'video'"):
+        lfv.run(Config(out=str(tmp_path / "out"), methods=["dreamer"]))
 
 
 def test_video_whose_recording_was_killed_is_recorded_again(tmp_path, monkeypatch):

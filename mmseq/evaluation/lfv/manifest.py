@@ -167,7 +167,7 @@ class MW7(Config):
 
     @property
     def published(self) -> Mapping[str, float]:
-        return MW7_PUBLISHED
+        return MW7_PUBLISHED if set(self.robot_tasks) == set(MW7_TASKS) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +193,25 @@ def cells(config: Config) -> Iterator[Cell]:
 
 
 def there_is(config: Config, video: str) -> dict[str, bool]:
-    """Which parts of `Data` a cell with this video has."""
+    """Which fields of `Data` a cell with this video has. Where the speed of video was changed there is no `truth`: what
+    was done is not what is seen."""
     filmed, played = bool(config.filmed), config.play > 0
     truth = filmed and LADDER[video].speed == (1.0, 1.0)
-    return {"play": played, "video": filmed, "truth": truth, "poses": filmed and played}
+    always = dict.fromkeys(("robot", "contract"), True)
+    return {**always, "play": played, "video": filmed, "truth": truth, "poses": filmed and played}
+
+
+def way_to(config: Config, lacking: Sequence[str]) -> str:
+    """What to give for cells to have the fields of `Data` that they lack."""
+    ways = []
+    if not config.filmed and {"video", "truth", "poses"} & set(lacking):
+        ways.append("give video_tasks or videos_taught")
+    if not config.play and {"play", "poses"} & set(lacking):
+        ways.append("give play")
+    if config.filmed and "truth" in lacking:
+        there = [video for video in LADDER if there_is(config, video)["truth"]]
+        ways.append(f"choose video whose speed is as it was: {', '.join(there)}")
+    return f"{' and '.join(ways)}, or compare other methods"
 
 
 def layouts(config: Config, tasks: Sequence[str], shift: str) -> list[Layout]:

@@ -7,8 +7,8 @@
 `train` learns from `data` (from `data.truth` only where that is the point: a ceiling), keeps what it wants in `out`,
 and returns what drives the robots (`mmseq.evaluation.lockstep.Controller`). `out` is of one cell and of everything that
 decides what is learned, so what lies there is its own. A method may have `needs`, names of fields of `Data` without
-which a cell of it is left out. Those here that train our model do so with
-the same tokenizers, for as many steps of as many tokens.
+which a cell of it is left out; `poses` are there for those alone that need them. Those here that train our model do so
+with the same tokenizers, for as many steps of as many tokens.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ VIDEO_SEED, PLAY_SEED, POSES_SEED = 1000, 2000, 3000
 
 @dataclass(frozen=True)
 class Data:
-    """What a method may learn from: folders of episode shards, by name; None where there is none (`there_is`)."""
+    """What a method may learn from: folders of episode shards, by name; None where there is none (`there_is`),
+    and of poses where nobody needs them."""
 
     robot: Path
     play: Path | None
@@ -52,8 +53,11 @@ class Recorder:
         self.folder = Path(config.out) / "data" / f"seed{seed}"
         self.contract = robot()
 
-    def data(self, rung: str, demonstrations: int) -> Data:
-        """Raises: DataError when an expert fails again and again."""
+    def data(self, rung: str, demonstrations: int, *, poses: bool = True) -> Data:
+        """What a cell learns from. poses: whether they are wanted, as few methods do: they take minutes to record.
+
+        Raises: DataError when an expert fails again and again.
+        """
         config = self.config
         tasks = config.robot_tasks, config.video_tasks
         made_of = digest([VERSION, *tasks, config.spread, EXPERTS, {k: asdict(rung) for k, rung in LADDER.items()}])[:8]
@@ -77,9 +81,9 @@ class Recorder:
             episodes = list(self._film(rung))
             self._write(truth, episodes, self.contract)
             self._write(filmed, [_video_of(e) for e in episodes], None)
-        poses = config.play and self._poses(folder, rung)
+        tracked = self._poses(folder, rung) if poses and config.play else None
         known = truth if there_is(config, rung)["truth"] else None
-        return Data(taught, play or None, filmed, known, poses or None, self.contract)
+        return Data(taught, play or None, filmed, known, tracked, self.contract)
 
     def _poses(self, folder: Path, rung: str) -> Path:
         scene: dict[str, Any] = LADDER[rung].scene

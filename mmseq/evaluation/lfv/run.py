@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseq.errors import ConfigError
+from mmseq.errors import ConfigError, did_you_mean
 from mmseq.evaluation.lfv.manifest import (
     Cell,
     Config,
@@ -20,6 +20,7 @@ from mmseq.evaluation.lfv.manifest import (
     layouts,
     there_is,
     training_fingerprint,
+    way_to,
 )
 from mmseq.evaluation.lfv.record import Recorder, unheard
 from mmseq.evaluation.lfv.report import write_page
@@ -33,8 +34,8 @@ from mmseq.simulation.experts import task_language
 def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
     """All cells of a configuration, from `config.out` where they are there already, and a page about them.
 
-    A cell whose method needs what its video has not (true labels of a person's) is left out, and said to be.
-    Raises: ConfigError before anything is recorded.
+    A cell whose method needs what its video has not (true labels where its speed was changed) is left out, and said to
+    be. Raises: ConfigError before anything is recorded.
     """
     config.check()
     for task in (*config.robot_tasks, *config.video_tasks):
@@ -42,11 +43,11 @@ def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
     lacking = {cell: _lacking(cell, config) for cell in cells(config)}
     if all(lacking.values()):
         (cell, lacks), *_ = lacking.items()
-        raise ConfigError(f"{cell}: there is no {lacks}", fix="compare other methods, or on other video")
+        raise ConfigError(f"{cell}: there is no {' and no '.join(lacks)}", fix=way_to(config, lacks))
     rows: list[Row] = []
     for cell, lacks in lacking.items():
         if lacks:
-            say(f"{cell} is left out: there is no {lacks}")
+            say(f"{cell} is left out: there is no {' and no '.join(lacks)}")
             continue
         kept = Path(config.out) / "cells" / str(cell) / "rows.json"
         stored = read_rows(kept, config, cell.method)
@@ -61,13 +62,22 @@ def run(config: Config, say: Callable[[str], None] = print) -> list[Row]:
     return rows
 
 
-def _lacking(cell: Cell, config: Config) -> str:
+def _needs(method: str) -> Sequence[str]:
+    return getattr(find("methods", method), "needs", ())
+
+
+def _lacking(cell: Cell, config: Config) -> list[str]:
+    """What the method of a cell needs and the cell has not. Raises: ConfigError when no cell ever has it."""
     there = there_is(config, cell.video)
-    return " and no ".join(name for name in getattr(find("methods", cell.method), "needs", ()) if not there[name])
+    for name in _needs(cell.method):
+        if name not in there:
+            raise ConfigError(f"methods: {cell.method!r} needs {name!r}: {did_you_mean(name, there)}")
+    return [name for name in _needs(cell.method) if not there[name]]
 
 
 def _run_cell(cell: Cell, config: Config, out: Path, say: Callable[[str], None]) -> list[Row]:
-    data = Recorder(config, cell.seed, say).data(cell.video, cell.demonstrations)
+    poses = "poses" in _needs(cell.method)
+    data = Recorder(config, cell.seed, say).data(cell.video, cell.demonstrations, poses=poses)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     controller = find("methods", cell.method)(config, say).train(data, out, cell.seed)
