@@ -71,6 +71,10 @@ def _key_problems(schema: Any, data: Any, where: str, prefix: str = "") -> Itera
         if group and value is not None and not isinstance(value, list if get_origin(inner) is list else dict):
             wanted = "a list" if get_origin(inner) is list else "keys and values"
             yield ConfigError(f"{where}: {prefix}{key} must hold {wanted}, it holds {value!r}")
+        elif get_origin(inner) is list and isinstance(value, int | float | str) and "${" not in str(value):
+            yield ConfigError(
+                f"{where}: {prefix}{key} must hold a list, it holds {value!r}", fix=f"write {key}=[{value}]"
+            )
         elif is_dataclass(inner):
             yield from _key_problems(inner, value, where, f"{prefix}{key}.")
         elif arguments and isinstance(value, dict):

@@ -23,6 +23,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     table: dict[str, Inner] = field(default_factory=dict)
     items: list[Inner] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 def write(path, text):
@@ -40,6 +41,7 @@ def test_the_command_line_wins_over_the_file_over_the_defaults(tmp_path):
         items=[Inner(rate_hz=2.0)],
     )
     assert load_config(Outer, write(tmp_path / "b.yaml", to_yaml(found))) == found
+    assert load_config(Outer, None, ["name=line", "names=[a, b]"]).names == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,8 @@ def test_the_command_line_wins_over_the_file_over_the_defaults(tmp_path):
         ("- 3", [], "must hold keys and values"),
         ("a: [", [], "not valid YAML"),
         ("name: a\ninner: 4", [], "inner must hold keys and values"),
+        ("name: a\nitems: 4", [], "items must hold a list"),
+        ("name: a", ["names=door-open"], r"names must hold a list, it holds 'door-open'. Write names=\[door-open\]"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, overrides, says):

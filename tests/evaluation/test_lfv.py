@@ -83,6 +83,7 @@ def test_a_manifest_is_the_same_on_every_machine():
         ({"episodes": 0}, "episodes is 0"),
         ({"seeds": []}, "seeds is empty"),
         ({"video": []}, "video is empty"),
+        ({"seeds": [0, 1000]}, "seeds are .*below 1000"),
         ({"seeds": [0, 0]}, r"seeds names something twice: \[0, 0\]"),
         ({"execute": 3}, "execute is 3"),
         ({"robot_tasks": ["door-opne"]}, "did you mean 'door-open'"),

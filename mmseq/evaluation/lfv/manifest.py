@@ -20,6 +20,7 @@ from mmseq.simulation.shifts import SHIFTS
 VERSION = 2  # of the benchmark: a change that moves numbers makes it another
 FIRST_LAYOUT = 500_000  # of those that are driven; recording never draws so few of so small numbers
 SPREAD, MOST_SPREAD = 1.5, 2.0
+MOST_SEEDS = 1000  # so that nobody's video is filmed in the layouts that another seed's robot was taught in
 CHUNK = 2  # actions that every method here predicts at once
 
 ROBOT_TASKS = (
@@ -132,6 +133,8 @@ class Config:
                 f"{self.seeds}",
                 fix="play, videos_taught and seeds are 0 or more, demonstrations at least 1",
             )
+        if max(self.seeds) >= MOST_SEEDS:
+            raise ConfigError(f"seeds are {self.seeds}", fix=f"give numbers below {MOST_SEEDS}")
         if not 0 < self.spread <= MOST_SPREAD:
             raise ConfigError(f"spread is {self.spread:g}", fix=f"give more than 0, at most {MOST_SPREAD:g}")
         both = set(self.robot_tasks) & set(self.video_tasks)
