@@ -21,9 +21,14 @@ def action_error(true: np.ndarray, predicted: np.ndarray, axes: Axes) -> np.ndar
 
     (N, steps, axes) twice -> (N,). An axis that never moves in the training data counts by its own unit.
     """
-    span = np.asarray(axes.high, dtype=np.float64) - np.asarray(axes.low, dtype=np.float64)
-    error = np.abs(true.astype(np.float64) - predicted) / np.where(span > 1e-8, span, 1.0)
+    error = np.abs(true.astype(np.float64) - predicted) / spans(axes)
     return error.reshape(len(error), -1).mean(1)
+
+
+def spans(axes: Axes) -> np.ndarray:
+    """float64 (axes,): what errors are shares of, each axis's range; 1 for one that never moves."""
+    span = np.asarray(axes.high, dtype=np.float64) - np.asarray(axes.low, dtype=np.float64)
+    return np.where(span > 1e-8, span, 1.0)
 
 
 def mean_action(episodes: Iterable[Episode], embodiment: str, stream: str = "action") -> np.ndarray | None:

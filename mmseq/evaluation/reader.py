@@ -15,6 +15,7 @@ import torch
 
 from mmseq.embodiment import Axes, Embodiment
 from mmseq.episode import IMAGE_PREFIX, Episode
+from mmseq.evaluation.measures import spans
 from mmseq.labelling.network import LabellerNetwork
 from mmseq.labelling.training import PREDICTED, LabellerConfig, teach
 
@@ -79,5 +80,4 @@ def _frames(episode: Episode, name: str) -> np.ndarray:
 
 def found(true: np.ndarray, read: np.ndarray, axes: Axes) -> bool:
     """Whether a state (axes,) that was read lies within `WITHIN` of the range of every axis of the true one."""
-    span = np.asarray(axes.high) - np.asarray(axes.low)
-    return bool((np.abs(true - read) <= WITHIN * np.where(span > 1e-8, span, 1.0)).all())
+    return bool((np.abs(true - read) <= WITHIN * spans(axes)).all())

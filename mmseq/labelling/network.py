@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -93,8 +93,7 @@ class LabellerNetwork(nn.Module):
         mean = torch.cat([m for m, _ in found]) * self.spread + self.centre
         error = torch.cat([e for _, e in found])
         values = mean.numpy()
-        for axis, (low, high) in self.switches.items():
-            values[:, axis] = np.where(values[:, axis] > (low + high) / 2, high, low)
+        set_switches(values, self.switches)
         return Labels(values, (nn.functional.softplus(error) + 1e-6).numpy(), self.action_axes)
 
     def save(self, directory: str | Path, report: dict[str, Any]) -> None:
@@ -149,6 +148,12 @@ class Labels:
     def confidence(self) -> np.ndarray:
         """float32 (steps,), 0 to 1: the share of the axes' variance that the labels are expected to explain."""
         return np.clip(1 - self.squared_error.mean(1), 0, 1).astype(np.float32)
+
+
+def set_switches(values: np.ndarray, switches: Mapping[int, tuple[float, float]]) -> None:
+    """Give each switch among the axes of `values` (steps, axes) the nearer of its two values, in place."""
+    for axis, (low, high) in switches.items():
+        values[:, axis] = np.where(values[:, axis] > (low + high) / 2, high, low)
 
 
 def convolutions(width: int, channels: Sequence[int]) -> list[nn.Module]:

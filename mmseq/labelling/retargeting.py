@@ -19,6 +19,7 @@ import numpy as np
 from mmseq.embodiment import Embodiment
 from mmseq.episode import Episode, Stream
 from mmseq.errors import DataError
+from mmseq.labelling.network import set_switches
 from mmseq.labelling.training import PREDICTED, switches_of
 
 AROUND = (-2, 4)  # steps whose changes are looked at: an arm lags behind what it is told
@@ -77,8 +78,7 @@ class Retargeting:
             )
         axes = self.contract.vectors[_ACTION]
         found = np.clip(_features(states) @ self.weights, axes.minimum, axes.maximum)
-        for axis, (low, high) in self.switches.items():
-            found[:, axis] = np.where(found[:, axis] > (low + high) / 2, high, low)
+        set_switches(found, self.switches)
         return found.astype(np.float32)
 
     def retargeted(self, episode: Episode) -> Episode:

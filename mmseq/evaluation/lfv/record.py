@@ -93,7 +93,7 @@ class Recorder:
             seed = self.seed + POSES_SEED
             played = record_play(config.robot_tasks, config.play, seed=seed, spread=config.spread, **scene)
             seen = (replace(e, camera=self.contract.cameras[0].name).to_episode() for e in played)
-            self._write(path, [_without(e, "action") for e in seen], self.contract)
+            self._write(path, [_with_streams(e, IMAGE_PREFIX, "proprio") for e in seen], self.contract)
         return path
 
     def _store(self, path: Path, make: Callable[[], Iterable[RecordedEpisode]], contract: Embodiment | None) -> Path:
@@ -150,11 +150,10 @@ def _as_heard(episode: RecordedEpisode) -> RecordedEpisode:
     return replace(episode, texts=_heard(episode.task, episode.texts))
 
 
-def _without(episode: Episode, *names: str) -> Episode:
-    return replace(episode, streams={name: s for name, s in episode.streams.items() if name not in names})
+def _with_streams(episode: Episode, *beginnings: str) -> Episode:
+    return replace(episode, streams={name: s for name, s in episode.streams.items() if name.startswith(beginnings)})
 
 
 def _video_of(episode: Episode) -> Episode:
     """What a camera saw, and what was said of it."""
-    unseen = [name for name in episode.streams if not name.startswith(IMAGE_PREFIX)]
-    return replace(_without(episode, *unseen), embodiment=None, success=None)
+    return replace(_with_streams(episode, IMAGE_PREFIX), embodiment=None, success=None)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmseq.evaluation.pictures import moving_picture
 from mmseq.evaluation.report.figures import number, track
-from mmseq.evaluation.report.wording import CEILINGS, CONTROLLERS, MARKS, baseline_words, measure_words, split_name
+from mmseq.evaluation.report.wording import CEILINGS, CONTROLLERS, baseline_words, measure_words, split_name, stem
 from mmseq.evaluation.results import Result, wilson
 
 VIDEO_BYTES = 7_000_000  # of all rollouts together, so that the report stays below 15 MB
@@ -27,7 +27,7 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> dict[str, A
         task, measure = split_name(result.name)
         measures = by_task.setdefault(task, [])
         # further baselines of a measure follow it and share its row
-        if measures and _stem(measure) != measure and split_name(measures[-1][0].name)[1] == _stem(measure):
+        if measures and stem(measure) != measure and split_name(measures[-1][0].name)[1] == stem(measure):
             measures[-1].append(result)
         else:
             measures.append([result])
@@ -37,13 +37,6 @@ def headline(results: Sequence[Result], media: Mapping[str, Any]) -> dict[str, A
             part = "aside" if task.endswith("_tokenizer") or "." in split_name(row[0].name)[1] else "main"
             listed[part].setdefault(task, []).append(_row(row, media, db_range))
     return {**listed, "decibels": db_range}
-
-
-def _stem(measure: str) -> str:
-    """A measure without the suffix that names a further baseline."""
-    for mark in MARKS:
-        measure = measure.split(mark)[0]
-    return measure
 
 
 def _row(row: Sequence[Result], media: Mapping[str, Any], db_range: tuple[float, float] | None) -> dict[str, Any]:

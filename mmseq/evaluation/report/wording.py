@@ -85,19 +85,24 @@ def task_sentence(name: str) -> str:
     return TASKS.get(name, ("", ""))[1]
 
 
-def measure_words(measure: str) -> str:
-    """`psnr_human_over_shuffled` -> words; what is not known is shown as it is."""
+def stem(measure: str) -> str:
+    """A measure without the suffix that names a further baseline."""
     for mark in MARKS:
         measure = measure.split(mark)[0]
-    measure, _, part = measure.partition(".")
+    return measure
+
+
+def measure_words(measure: str) -> str:
+    """`psnr_human_over_shuffled` -> words; what is not known is shown as it is."""
+    measure, _, part = stem(measure).partition(".")
     if part:
         return f"{measure_words(measure)}: {part}"
     human = measure.endswith("_human")
-    stem = measure.removesuffix("_human")
-    words = MEASURES.get(stem)
-    if words is None and stem.startswith("error_"):
-        words = f"rounding error of {stem.removeprefix('error_')}"
-    return (words or stem.replace("_", " ")) + (", human video" if human else "")
+    bare = measure.removesuffix("_human")
+    words = MEASURES.get(bare)
+    if words is None and bare.startswith("error_"):
+        words = f"rounding error of {bare.removeprefix('error_')}"
+    return (words or bare.replace("_", " ")) + (", human video" if human else "")
 
 
 def baseline_words(name: str) -> str:
